@@ -1,0 +1,54 @@
+# Two targets matter to a newcomer: `make demo` and `make test`. Both set up .venv first; nothing else is needed but Python >= 3.11.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RECIPE ?= recipes/resnet18_int8.yaml
+
+.PHONY: demo test check setup setup-test lint format types layers docker schema clean
+
+demo: $(VENV)/.installed
+	$(BIN)/deployopt run $(RECIPE)
+
+test: $(VENV)/.installed-test
+	$(BIN)/pytest -n 2 --dist loadfile
+
+# The same checks as .ci/run.
+check: lint types layers docker test
+
+setup: $(VENV)/.installed
+setup-test: $(VENV)/.installed-test
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.installed-test
+	$(BIN)/mypy
+
+layers: $(VENV)/.installed-test
+	$(BIN)/lint-imports
+
+docker: $(VENV)/.installed-test
+	$(BIN)/hadolint docker/*.Dockerfile
+
+schema: $(VENV)/.installed-test
+	$(BIN)/deployopt schema > recipes/recipe.schema.json
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deployopt needs Python 3.11 or later: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]'
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,tensorrt-rtx,test,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt tensorrt-stubs
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,83 @@
+"""deployopt: fine-tune, prune, quantise, export and build a ResNet from one recipe, and measure what each stage bought.
+
+From Python: `load_recipe(path, overrides)`, `plan(recipe)`, `run(recipe, run_dir=…)`, `open_session(artifact)`. Importing this
+package imports neither torch nor a runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_recipe", "open_session", "plan", "run"]
+
+if TYPE_CHECKING:
+    from deployopt.pipeline import Observer, Plan
+    from deployopt.recipe import Recipe
+    from deployopt.runtime.session import Session
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `KEY=VALUE` overrides.
+
+    Raises:
+        RecipeError: with every problem found, each with file, line and column.
+    """
+    from deployopt.recipe import load_recipe as load
+
+    return load(path, overrides)
+
+
+def plan(recipe: Recipe, *, device: str = "auto", threads: int | None = None, until: str | None = None, fresh: bool = False) -> Plan:
+    """What a run would do: every step, whether it is cached, and why not. Imports no torch.
+
+    Raises:
+        RecipeError, UsageError, DeviceUnavailable.
+    """
+    from deployopt.pipeline import plan as make
+
+    return make(recipe, device=device, threads=threads, until=until, fresh=fresh)
+
+
+def run(
+    recipe: Recipe,
+    *,
+    run_dir: str | Path | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    until: str | None = None,
+    fresh: bool = False,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Run a recipe. Returns the report, as in its `report.json`.
+
+    Args:
+        run_dir: the run folder; one that exists is continued. None makes one under `runs/`.
+
+    Raises:
+        RecipeError, DataNotFound, MissingDependency, StageFailed, RunLocked.
+    """
+    from deployopt.pipeline import execute
+
+    made = plan(recipe, device=device, threads=threads, until=until, fresh=fresh)
+    return execute(made, Path(run_dir) if run_dir is not None else None, observer, fresh=fresh)
+
+
+def open_session(artifact: str | Path, backend: str | None = None, *, threads: int = 1, device: str = "cpu") -> Session:
+    """Open any artifact for inference: `.onnx`, an engine, or a torch model folder's `model.safetensors`.
+
+    Args:
+        backend: name of the runtime; None takes it from the file's ending (ONNX Runtime for `.onnx`).
+
+    Raises:
+        UsageError: a file of unknown kind. BackendUnavailable, ArtifactCorrupt, ArtifactMismatch.
+    """
+    from deployopt.bench.artifacts import opener_for
+    from deployopt.runtime.session import SessionOptions
+    from deployopt.runtime.worker import resolve
+
+    path = Path(artifact)
+    session: Session = resolve(opener_for(path, backend))(path, SessionOptions(threads=threads, device=device))
+    return session

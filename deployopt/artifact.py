@@ -1,0 +1,146 @@
+"""The value types that travel between rooms. References and figures only, never a live module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from deployopt.errors import ArtifactCorrupt
+from deployopt.runtime.hashing import sha256_file
+from deployopt.runtime.session import TensorSpec
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+FLOAT_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+ArtifactKind = Literal["torch", "onnx", "engine"]
+RowStatus = Literal["ok", "built", "unavailable", "failed", "invalid"]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file (or, for kind "torch", a folder's model.safetensors + model.json) that a step made.
+
+    Attributes:
+        path: where it lies now.
+        sha256: of the file; for "torch" of model.safetensors.
+        size_bytes: of the file.
+        inputs, outputs: specs with named dynamic axes.
+        metadata: facts recorded by the maker (precision, opset, verified layers, build seconds …).
+    """
+
+    kind: ArtifactKind
+    path: Path
+    sha256: str
+    size_bytes: int
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(kind: ArtifactKind, path: Path, **facts: Any) -> Artifact:
+        """Reference a file that exists: hashes it and takes its size."""
+        return Artifact(kind, path, sha256_file(path), path.stat().st_size, **facts)
+
+    def verified(self) -> Artifact:
+        """This artifact, after its bytes were hashed again.
+
+        Raises:
+            ArtifactCorrupt: the bytes on disk are not the recorded ones.
+        """
+        found = sha256_file(self.path)
+        if found != self.sha256:
+            raise ArtifactCorrupt(f"{self.path.name}: wanted sha256 {self.sha256[:12]}…, found {found[:12]}…", "deployopt run RECIPE --fresh rebuilds it")
+        return self
+
+    def to_json(self, relative_to: Path) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "path": self.path.relative_to(relative_to).as_posix(),
+            "sha256": self.sha256,
+            "size_bytes": self.size_bytes,
+            "inputs": [list(s) for s in self.inputs],
+            "outputs": [list(s) for s in self.outputs],
+            "metadata": dict(self.metadata),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any], relative_to: Path) -> Artifact:
+        def specs(rows: list[list[Any]]) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in rows)
+
+        return Artifact(
+            data["kind"], relative_to / data["path"], data["sha256"], data["size_bytes"], specs(data["inputs"]), specs(data["outputs"]), data["metadata"]
+        )
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a built model really runs, read from the runtime's own graph.
+
+    Attributes:
+        quantized_layers: convolutions and matrix products executed in INT8.
+        quantizable_layers: all convolutions and matrix products.
+        executed: layers by executed precision, e.g. {"int8": 20, "fp32": 1}.
+    """
+
+    quantized_layers: int
+    quantizable_layers: int
+    executed: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend works here.
+
+    Attributes:
+        runs: sessions can be opened and timed on this machine.
+        builds: artifacts can be built on this machine.
+        version: of the runtime, None if it is not installed.
+        device: what executes, e.g. "CPU" or "NVIDIA H100".
+        reason: why it does not run (or not build), with the remedy; None when all is well.
+        precisions: precision → None if it is really executed as asked, else the reason it is not offered.
+    """
+
+    runs: bool
+    builds: bool
+    version: str | None
+    device: str | None
+    reason: str | None
+    precisions: Mapping[str, str | None] = field(default_factory=dict)
+
+
+@dataclass
+class Row:
+    """One line of a report (`interfaces.md`: rows). Fields are JSON as they are; None where not measured."""
+
+    variant: str
+    backend: str
+    precision: str
+    batch: int
+    status: RowStatus
+    target: str = "local"
+    provider: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    threads: int | None = None
+    scenario: str = "single_stream"
+    reason: str | None = None
+    artifact: dict[str, Any] | None = None  # {"path", "sha256", "bytes"}
+    accuracy: dict[str, Any] | None = None  # {"primary": "top1", "top1", "n", "agreement", "max_abs_diff", …}
+    verified: dict[str, Any] | None = None  # {"quantized_layers", "quantizable_layers", "executed"}
+    latency_ms: dict[str, Any] | None = None  # {"host": {"n", "p50", …}, "device": … | None}
+    samples: str | None = None  # file of raw block medians, relative to the run folder
+    throughput_per_s: float | None = None
+    peak_memory_bytes: int | None = None
+    speedup: float | None = None  # against the dense FP32 row of the same backend and batch
+    speedup_ci95: list[float] | None = None
+    speedup_best_float: float | None = None  # against that variant's best float row on the same backend and batch
+    contract: dict[str, Any] | None = None
+
+    @property
+    def key(self) -> str:
+        """The row's address inside a run: variant/backend/precision/bN."""
+        return f"{self.variant}/{self.backend}/{self.precision}/b{self.batch}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

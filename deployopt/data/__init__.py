@@ -1,0 +1,76 @@
+"""One file a data source. This page is what a data source is. Torch-free; uint8 images and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from deployopt.runtime.preprocessing import Preprocessing
+
+
+class DataConfig(BaseModel):
+    """Base of every data source's `Config`: frozen, unknown keys and NaN refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ImageSet(Protocol):
+    """One split.
+
+    Attributes:
+        targets: class indices int64 [N] for classification, float32 [N, K] for regression.
+    """
+
+    targets: NDArray[Any]
+
+    def __len__(self) -> int: ...
+
+    def images(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+        """Images after evaluation preprocessing (decode, resize, crop): uint8 [n, H, W, C]."""
+
+    def raw(self, index: int) -> NDArray[np.uint8]:
+        """One image as stored, for training augmentation: uint8 [h, w, C]."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Three splits that share no image.
+
+    Attributes:
+        train: for gradients. validation: for every choice. test: scored once per finished artifact.
+        classes: names by index; empty for regression.
+        preprocessing: image size, resize, crop, and the mean and std (of 0–1 values) that go into the exported graph.
+    """
+
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+
+
+class DataSource(Protocol):
+    """The attributes of a data source module.
+
+    Attributes:
+        Config: its options (the recipe's `data` section without `name`).
+        extra: the extra of deployopt it needs, or None.
+    """
+
+    Config: type[DataConfig]
+    extra: str | None
+
+    def fingerprint(self, config: Any) -> str:
+        """Changes whenever the data do. Cheap: no decoding.
+
+        Raises:
+            DataNotFound: says where it looked and how to get the files.
+        """
+
+    def load(self, config: Any) -> Dataset:
+        """Open the data. Raises DataNotFound, MissingDependency."""

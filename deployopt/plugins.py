@@ -1,0 +1,58 @@
+"""Find a stage, backend, data set, task or model by the name a recipe gives: our module of that name, else an entry point.
+
+A third party registers in its own `pyproject.toml`, e.g. `[project.entry-points."deployopt.stages"] distill = "my_package.distill"`;
+the entry point names a module (or object) with the attributes our own modules of that room have. Nothing is imported before its name is used.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal
+
+from deployopt.errors import UsageError
+
+Kind = Literal["stages", "backends", "data", "tasks", "models"]
+
+
+@lru_cache
+def _ours(kind: Kind) -> frozenset[str]:
+    if kind == "models":  # our own architectures are torchvision's; `nn.models` knows them
+        return frozenset()
+    package = importlib.import_module(f"deployopt.{kind}")
+    return frozenset(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+def _theirs(kind: Kind) -> dict[str, EntryPoint]:
+    return {e.name: e for e in entry_points(group=f"deployopt.{kind}")}
+
+
+def names(kind: Kind) -> list[str]:
+    """All names of a kind, ours and installed third parties', sorted."""
+    return sorted(_ours(kind) | set(_theirs(kind)))
+
+
+def find(kind: Kind, name: str) -> Any:
+    """The module (or entry point's object) that a name stands for.
+
+    Raises:
+        UsageError: no such name; says which there are and the nearest one.
+    """
+    if name in _ours(kind):
+        return importlib.import_module(f"deployopt.{kind}.{name}")
+    theirs = _theirs(kind)
+    if name in theirs:
+        return theirs[name].load()
+    raise UsageError(unknown(kind.rstrip("s") if kind != "data" else "data set", name, names(kind)))
+
+
+def unknown(what: str, name: str, available: Iterable[str]) -> str:
+    """The sentence for a name that does not exist, with the nearest that does."""
+    options = sorted(available)
+    near = difflib.get_close_matches(name, options, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"unknown {what} '{name}'{hint} (available: {', '.join(options)})"

@@ -1,0 +1,46 @@
+"""How long work tells how far it is. Whoever runs it decides how that looks; work itself only counts."""
+
+from contextlib import contextmanager
+from typing import Iterator, Protocol
+
+
+class Bar(Protocol):
+    """One piece of work under way."""
+
+    def advance(self, steps: float = 1, note: str = "") -> None:
+        """`steps` more are done; `note` replaces the short text beside the bar ("loss 0.31")."""
+
+
+class Progress(Protocol):
+    """Where work reports to."""
+
+    def track(self, description: str, total: float) -> "ContextManagerOfBar":
+        """A bar over `total` steps, gone when the context ends."""
+
+    def log(self, message: str) -> None:
+        """One line worth keeping."""
+
+
+class ContextManagerOfBar(Protocol):
+    def __enter__(self) -> Bar: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class _SilentBar:
+    def advance(self, steps: float = 1, note: str = "") -> None:
+        pass
+
+
+class SilentProgress:
+    """Counts nothing and prints nothing: for tests and library use."""
+
+    @contextmanager
+    def _track(self) -> Iterator[Bar]:
+        yield _SilentBar()
+
+    def track(self, description: str, total: float) -> "ContextManagerOfBar":
+        return self._track()
+
+    def log(self, message: str) -> None:
+        pass

@@ -1,0 +1,64 @@
+"""The one interface through which anything is inferred, scored or timed. Standard library + NumPy, Python 3.8 syntax."""
+
+from typing import Any, Dict, Mapping, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
+
+import numpy as np
+
+Array = np.ndarray
+Feed = Mapping[str, Array]
+Dim = Union[int, str]
+
+
+class TensorSpec(NamedTuple):
+    """Name, shape and dtype of an input or output. A dynamic axis is its name ("batch"); dtype is NumPy's name ("float32")."""
+
+    name: str
+    shape: Tuple[Dim, ...]
+    dtype: str
+
+
+class SessionOptions(NamedTuple):
+    """How a session is opened. `threads` counts CPU threads of one stream; `device` is "cpu" or "cuda:N"."""
+
+    threads: int = 1
+    device: str = "cpu"
+    precision: str = "fp32"
+    extra: Mapping[str, Any] = {}
+
+
+class Loaded(Protocol):
+    """Feeds bound to a session, ready to be timed."""
+
+    def __len__(self) -> int:
+        """Number of feeds that are rotated."""
+
+    def run(self, index: int) -> None:
+        """One inference of feed `index % len(self)`: request in → result in host memory. Nothing else."""
+
+    def device_ms(self) -> Optional[float]:
+        """Device time of the last run in milliseconds without copies, or None where the runtime has no such clock."""
+
+
+class Session(Protocol):
+    """An artifact opened by a runtime. A context manager; not thread-safe.
+
+    Attributes:
+        inputs, outputs: specs in the artifact's order.
+        provider: what really executes, as the runtime names it ("CPU", "CUDAExecutionProvider").
+    """
+
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
+    provider: str
+
+    def infer(self, feed: Feed) -> Dict[str, Array]:
+        """Outputs by name. The arrays belong to the caller: a later call does not overwrite them."""
+
+    def load(self, feeds: Sequence[Feed]) -> Loaded:
+        """Bind feeds (all of one shape) for timing over rotated inputs."""
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> "Session": ...
+
+    def __exit__(self, *exc: Any) -> None: ...

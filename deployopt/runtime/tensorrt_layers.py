@@ -1,0 +1,155 @@
+"""Which precision an engine's layers really run in: read from the engine inspector or, without a GPU, from the verbose build log."""
+
+import json
+import re
+from collections import Counter
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+_TYPES = (  # of TensorRT's format strings, the first that occurs: "Row major Int8 format", "Datatype: Half", "BFloat16"
+    ("int8", ("int8",)),
+    ("fp8", ("fp8",)),
+    ("bf16", ("bfloat16", "bf16")),
+    ("fp16", ("half", "fp16")),
+    ("fp32", ("float", "fp32")),
+)
+_PRODUCT_KINDS = ("convolution", "correlation", "gemm", "matrixmultiply", "matmul")  # RTX calls a convolution "correlation"
+
+
+class Layer(NamedTuple):
+    """One layer of a built engine.
+
+    Attributes:
+        name, kind: as the vendor names them.
+        inputs, outputs: precisions, e.g. ("int8",).
+        nodes: the ONNX nodes it stands for.
+    """
+
+    name: str
+    kind: str
+    inputs: Tuple[str, ...]
+    outputs: Tuple[str, ...]
+    nodes: Tuple[str, ...]
+
+    @property
+    def is_product(self) -> bool:
+        """A convolution or matrix product, alone or with what was fused into it."""
+        return any(kind in self.kind.lower() for kind in _PRODUCT_KINDS)
+
+
+class Network(NamedTuple):
+    """What the parsed network asks for: ONNX nodes of its convolutions and matrix products, and of its Adds of two activations."""
+
+    products: Tuple[str, ...]
+    adds: Tuple[str, ...]
+
+
+class Execution(NamedTuple):
+    """What an engine runs.
+
+    Attributes:
+        quantized_layers: convolutions and matrix products executed in INT8.
+        quantizable_layers: all convolutions and matrix products of the network.
+        executed: those by executed precision, e.g. {"int8": 20, "fp32": 1}.
+        int8_to_float: INT8 ones that write their result as a float: a kernel of its own must quantise it again.
+        adds, fused_adds: Adds of two activations, and those fused into a convolution or matrix product.
+    """
+
+    quantized_layers: int
+    quantizable_layers: int
+    executed: Dict[str, int]
+    int8_to_float: int
+    adds: int
+    fused_adds: int
+
+
+def precision_of(text: str) -> str:
+    """The precision in one of TensorRT's type or format names; the text itself where it names none that we know."""
+    lower = text.lower()
+    return next((precision for precision, words in _TYPES if any(word in lower for word in words)), text)
+
+
+def nodes_of(metadata: str) -> Tuple[str, ...]:
+    """ONNX nodes in a layer's metadata: "[ONNX Layer: conv1][ONNX Layer: relu1]"."""
+    return tuple(re.findall(r"\[ONNX Layer: ([^\]]*)\]", metadata))
+
+
+def network_of(trt: Any, network: Any) -> Network:
+    """The convolutions, matrix products and Adds of a parsed network (`INetworkDefinition`)."""
+    wanted = {trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION, trt.LayerType.MATRIX_MULTIPLY}
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    products = [(nodes_of(layer.metadata) or (layer.name,))[0] for layer in layers if layer.type in wanted]
+    adds = []
+    for layer in layers:
+        node = (nodes_of(layer.metadata) or (layer.name,))[0]
+        is_sum = layer.type == trt.LayerType.ELEMENTWISE and layer.op == trt.ElementWiseOperation.SUM
+        if is_sum and node not in products:  # a Gemm's bias is an Add of that Gemm's node
+            adds.append(node)
+    return Network(tuple(products), tuple(adds))
+
+
+def layers_of_log(messages: Iterable[Tuple[str, str]]) -> List[Layer]:
+    """Layers as a build with a VERBOSE logger and DETAILED profiling verbosity lists them (TensorRT-RTX 1.x).
+
+    A line each: "Name: …, LayerType: …, Inputs: [ { …, Datatype: Int8, … } ], Constants: […], Outputs: […], TacticName: …, Metadata: …".
+    It is the only look inside an engine on a machine that cannot deserialise it.
+    """
+    layers = []
+    for _, text in messages:
+        for line in text.splitlines() if "LayerType: " in text else ():
+            head, found, rest = line.partition(", LayerType: ")
+            if not found or not head.startswith("Name: "):
+                continue
+            kind, _, rest = rest.partition(", Inputs: [")
+            before, _, after = rest.partition(", Outputs: [")
+            inputs = before.partition(", Constants: [")[0]
+            outputs, _, tail = after.partition("], TacticName: ")
+            layers.append(Layer(head[len("Name: ") :], kind, _datatypes(inputs), _datatypes(outputs), nodes_of(tail)))
+    return layers
+
+
+def _datatypes(text: str) -> Tuple[str, ...]:
+    return tuple(precision_of(name) for name in re.findall(r"Datatype: (\w+)", text))
+
+
+def layers_of_inspector(text: str) -> List[Layer]:
+    """Layers of `IEngineInspector.get_engine_information(JSON)` of an engine built with DETAILED profiling verbosity."""
+    return [_layer_of_json(entry) for entry in json.loads(text).get("Layers", []) if isinstance(entry, dict)]
+
+
+def _layer_of_json(entry: Mapping[str, Any]) -> Layer:
+    def precisions(tensors: Sequence[Mapping[str, Any]]) -> Tuple[str, ...]:
+        return tuple(precision_of(str(t.get("Format/Datatype", t.get("Datatype", "?")))) for t in tensors)
+
+    kind = str(entry.get("ParameterType") or entry.get("LayerType") or "?")
+    return Layer(
+        str(entry.get("Name", "?")), kind, precisions(entry.get("Inputs", [])), precisions(entry.get("Outputs", [])), nodes_of(str(entry.get("Metadata", "")))
+    )
+
+
+def execution(network: Network, layers: Sequence[Layer]) -> Execution:
+    """What the built layers make of the network.
+
+    Raises:
+        ValueError: a convolution or matrix product is in no listed layer, so that its precision cannot be told.
+    """
+    runners = [(node, _runner(node, layers)) for node in network.products]
+    missing = [node for node, layer in runners if layer is None or not layer.inputs]
+    if missing:
+        raise ValueError(f"no built layer names {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} ({len(layers)} layers listed)")
+    found = [layer for _, layer in runners if layer is not None]
+    executed = dict(Counter(layer.inputs[0] for layer in found))
+    fused = {node for layer in layers if layer.is_product for node in layer.nodes}
+    return Execution(
+        executed.get("int8", 0),
+        len(found),
+        executed,
+        sum(layer.inputs[0] == "int8" and "int8" not in layer.outputs for layer in found),
+        len(network.adds),
+        sum(node in fused for node in network.adds),
+    )
+
+
+def _runner(node: str, layers: Sequence[Layer]) -> Optional[Layer]:
+    """The layer that computes a node; a kernel that only quantises its input may name the node too, so products go first."""
+    naming = [layer for layer in layers if node in layer.nodes]
+    return next((layer for layer in naming if layer.is_product), naming[-1] if naming else None)

@@ -1,0 +1,191 @@
+"""One file a stage. This page is what a stage is; `finetune.py` is the simplest example.
+
+A stage is a module with the attributes of `Stage`. It is torch-free at import: torch is imported inside `run`.
+The planner asks each stage in the recipe's order to `expand` what has been planned so far into steps; the executor runs
+the steps that the cache does not hold. So a stage that fans out and one that transforms the trunk differ only in `expand`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from deployopt.artifact import Artifact, ArtifactKind
+from deployopt.runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from deployopt.data import Dataset
+    from deployopt.tasks import Task
+
+Family = Literal["float", "int8"]
+T = TypeVar("T")
+
+
+class StageConfig(BaseModel):
+    """Base of every stage's `Config`: frozen, unknown keys and NaN refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Something a planned step will make, that later stages may build on.
+
+    Attributes:
+        kind: "torch" for a variant on the trunk, "onnx" or "engine" for what fans out of it.
+        variant: name of the variant it is or comes from.
+        family: what the variant may fan out as: float precisions, or int8.
+        artifact: its name among the step's artifacts.
+        precision, backend: set on "onnx" and "engine" points.
+        fans_out: False for a variant that is only a start (a network with an untrained head).
+        step: id of the step that makes it; the planner fills it in.
+    """
+
+    kind: ArtifactKind
+    variant: str
+    family: Family
+    artifact: str = "model"
+    precision: str | None = None
+    backend: str | None = None
+    fans_out: bool = True
+    step: str = ""
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """One step a stage asks for.
+
+    Attributes:
+        inputs: the points it reads.
+        makes: the points it will offer.
+        label: distinguishes the stage's steps in the run folder ("" if there is one only).
+        parameters: what `run` needs to know beyond its config (JSON values; part of the cache key).
+        why_not: reason why this step cannot run on this machine; it is then reported and not run.
+    """
+
+    inputs: tuple[Point, ...] = ()
+    makes: tuple[Point, ...] = ()
+    label: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    why_not: str | None = None
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a finished step left behind, read back from its folder and verified.
+
+    Attributes:
+        record: the stage's JSON record.
+        artifacts: by name.
+        folder: holds both.
+        cached: it was not run now.
+        seconds: its run took, when it ran.
+    """
+
+    step: str
+    stage: str
+    point: tuple[Point, ...]
+    record: Mapping[str, Any]
+    artifacts: Mapping[str, Artifact]
+    folder: Path
+    cached: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What `run` returns: a JSON record, and artifacts that lie inside `context.folder`."""
+
+    record: Mapping[str, Any]
+    artifacts: Mapping[str, Artifact] = field(default_factory=dict)
+
+
+class Choices(Protocol):
+    """Decisions made by timing: stored before they are used, so that a resumed run repeats them bit for bit."""
+
+    def get_or_make(self, name: str, make: Callable[[], T]) -> T:
+        """The stored choice, else `make()` (a JSON value), stored."""
+
+
+@dataclass(frozen=True)
+class Planning:
+    """What `expand` may know: everything here exists before anything runs.
+
+    Attributes:
+        points: all that earlier stages will make, in order.
+        name: of this stage instance (`as:` or the stage's name); a trunk stage names its variant so.
+        next_stage: name of the stage after this one, None for the last.
+    """
+
+    points: Sequence[Point]
+    name: str
+    next_stage: str | None = None
+
+    @property
+    def trunk(self) -> Point:
+        """The latest variant."""
+        return [p for p in self.points if p.kind == "torch"][-1]
+
+    @property
+    def variants(self) -> list[Point]:
+        """All variants that fan out, in trunk order."""
+        return [p for p in self.points if p.kind == "torch" and p.fans_out]
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What `run` is given beside its config.
+
+    Attributes:
+        folder: write everything here; it becomes the step's folder only when `run` returns.
+        name: of the stage instance.
+        base: the recipe's `model` section as JSON values (arch, weights, stem, checkpoint …).
+        seed: of the recipe. device: "cpu" or "cuda:N". threads: CPU threads to compute with.
+        task: scores outputs. dataset: loads on first call, then kept.
+        choices: remembers what was decided by timing.
+        run_folder: of the whole run; only uncached stages (benchmark) may write there.
+    """
+
+    folder: Path
+    name: str
+    base: Mapping[str, Any]
+    seed: int
+    device: str
+    threads: int
+    task: Task
+    dataset: Callable[[], Dataset]
+    progress: Progress
+    choices: Choices
+    run_folder: Path
+
+
+class Stage(Protocol):
+    """The attributes of a stage module.
+
+    Attributes:
+        Config: its options; strict; every default documented by a docstring under the field.
+        version: raise it when the same config makes another result.
+        not_after: stages that may not stand before it.
+        after: at least one of these must stand before it (empty: none needed).
+        cacheable: False if it must run every time (anything that reports latency).
+        timed: True if its result depends on timing, and so on this CPU or GPU; its key then names them.
+        distributions: packages whose versions matter to its result.
+    """
+
+    Config: type[StageConfig]
+    version: int
+    not_after: frozenset[str]
+    after: frozenset[str]
+    cacheable: bool
+    timed: bool
+    distributions: tuple[str, ...]
+
+    def expand(self, config: Any, planning: Planning) -> list[Expansion]:
+        """The steps this stage asks for. No torch, no data, no side effects."""
+
+    def run(self, context: StageContext, config: Any, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
+        """Do one step. `inputs` are the outputs of the steps of `expansion.inputs`, in that order."""

@@ -1,0 +1,279 @@
+"""Run folders and the content-addressed cache of steps.
+
+A step is written into `*.partial`, fsynced and renamed; its `DONE`, with the sha256 of every file, comes last. A reader trusts only
+what `DONE` vouches for. Steps live in the cache under their key and are hard-linked into the run folder, so that pruning the
+cache leaves finished runs whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+
+from deployopt.errors import ArtifactCorrupt, RunLocked
+from deployopt.runtime.files import atomic_write_json, fsync_directory
+from deployopt.runtime.hashing import sha256_file, sha256_json
+
+T = TypeVar("T")
+DONE = "DONE"
+FORMAT = 1  # of DONE; another one is a miss
+
+
+def cache_home() -> Path:
+    """`$XDG_CACHE_HOME/deployopt`, by default `~/.cache/deployopt` (XDG Base Directory Specification)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deployopt"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished step in the cache.
+
+    Attributes:
+        key: sha256 of `parts`.
+        parts: everything the result depends on, as JSON.
+        files: relative path → sha256.
+        inputs: digests of the steps it really read.
+        digest: of its own files.
+        seconds: its run took.
+    """
+
+    folder: Path
+    key: str
+    parts: Mapping[str, Any]
+    files: Mapping[str, str]
+    inputs: tuple[str, ...]
+    digest: str
+    seconds: float
+
+    def verify(self) -> None:
+        """Hash every file again.
+
+        Raises:
+            ArtifactCorrupt: a file is gone or its bytes differ.
+        """
+        for name, wanted in self.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise ArtifactCorrupt(f"{name} is missing from the cached step {self.key[:12]}")
+            if sha256_file(path) != wanted:
+                raise ArtifactCorrupt(f"{name} in the cached step {self.key[:12]} is not what was written (sha256 differs)")
+
+
+@dataclass(frozen=True)
+class Miss:
+    """Why a step is not in the cache, and how long its nearest relative took (None: unknown)."""
+
+    why: str
+    seconds: float | None = None
+
+
+class StoredChoices:
+    """Decisions made by timing, kept beside the cache so that they outlive a kill (`stages.Choices`)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def get_or_make(self, name: str, make: Callable[[], T]) -> T:
+        """The stored choice, else `make()` (a JSON value), stored before it is returned."""
+        stored: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        if name not in stored:
+            stored[name] = make()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_json(self._path, stored)
+        return stored[name]  # type: ignore[no-any-return]
+
+
+class Cache:
+    """Finished steps by key. Safe to share between processes: one step is computed by one process at a time."""
+
+    def __init__(self, home: Path | None = None) -> None:
+        self.home = home or cache_home()
+        self._steps = self.home / "steps"
+
+    def find(self, key: str, inputs: tuple[str, ...] | None = None) -> Entry | Miss:
+        """The verified entry of a key, or why there is none.
+
+        Args:
+            key: of the step.
+            inputs: digests of the steps it would read; None skips that check.
+        """
+        folder = self._steps / key
+        if not (folder / DONE).exists():
+            return Miss("not run before")
+        try:
+            entry = self._read(folder)
+            entry.verify()
+        except (ArtifactCorrupt, ValueError, KeyError, OSError) as error:
+            return Miss(f"cached copy is damaged: {error}")
+        if inputs is not None and entry.inputs != inputs:
+            return Miss("an input was made anew and differs", entry.seconds)
+        return entry
+
+    def explain(self, parts: Mapping[str, Any], label: str) -> Miss:
+        """Name what changed since the most similar step of this stage and label."""
+        relatives = [e for e in self.entries() if e.parts.get("stage") == parts["stage"] and e.parts.get("label") == label]
+        if not relatives:
+            return Miss("not run before")
+        changes = {e.key: changed(e.parts, parts) for e in relatives}
+        nearest = min(relatives, key=lambda e: (len(changes[e.key]), -(e.folder / DONE).stat().st_mtime))
+        return Miss("; ".join(changes[nearest.key]) or "not finished before", nearest.seconds)
+
+    @contextmanager
+    def writing(self, key: str) -> Iterator[Path]:
+        """Hold the key's lock and give a fresh folder to write into; the caller ends with `commit`. Removed if it does not."""
+        locks = self.home / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        self._steps.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / f"{key}.lock"):
+            partial = self._steps / f"{key}.partial"
+            shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
+            partial.mkdir()
+            try:
+                yield partial
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def commit(self, partial: Path, key: str, parts: Mapping[str, Any], inputs: tuple[str, ...], seconds: float) -> Entry:
+        """Make the partial folder the entry of `key`."""
+        files = {p.relative_to(partial).as_posix(): sha256_file(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+        for name in files:
+            with open(partial / name, "rb") as stream:
+                os.fsync(stream.fileno())
+        for folder in {(partial / name).parent for name in files} | {partial}:
+            fsync_directory(folder)
+        final = self._steps / key
+        shutil.rmtree(final, ignore_errors=True)  # damaged or outdated
+        partial.rename(final)
+        fsync_directory(self._steps)
+        done = {
+            "format": FORMAT,
+            "key": key,
+            "parts": dict(parts),
+            "files": files,
+            "inputs": list(inputs),
+            "seconds": round(seconds, 3),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        atomic_write_json(final / DONE, done)
+        return self._read(final)
+
+    def choices(self, key: str) -> StoredChoices:
+        return StoredChoices(self.home / "choices" / f"{key}.json")
+
+    def entries(self) -> list[Entry]:
+        """All readable entries, unverified; damaged ones are left out."""
+        found = []
+        for folder in sorted(self._steps.glob("*")) if self._steps.exists() else []:
+            if (folder / DONE).exists():
+                try:
+                    found.append(self._read(folder))
+                except (ValueError, KeyError, OSError):
+                    continue  # `find` tells the one who asks for it; here it is just not a relative
+        return found
+
+    def prune(self, max_bytes: int) -> tuple[int, int]:
+        """Remove the longest unused entries until at most `max_bytes` are left. Returns (entries removed, bytes left)."""
+        sized = [(e, sum((e.folder / f).stat().st_size for f in e.files if (e.folder / f).exists())) for e in self.entries()]
+        sized.sort(key=lambda pair: (pair[0].folder / DONE).stat().st_mtime)
+        left, removed = sum(size for _, size in sized), 0
+        for entry, size in sized:
+            if left <= max_bytes:
+                break
+            (entry.folder / DONE).unlink()  # first, so that a reader never sees a half-removed entry
+            shutil.rmtree(entry.folder)
+            left, removed = left - size, removed + 1
+        return removed, left
+
+    @staticmethod
+    def _read(folder: Path) -> Entry:
+        done = json.loads((folder / DONE).read_text())
+        if done["format"] != FORMAT:
+            raise ValueError(f"cache format {done['format']}, wanted {FORMAT}")
+        return Entry(folder, done["key"], done["parts"], done["files"], tuple(done["inputs"]), sha256_json(done["files"]), done["seconds"])
+
+
+def touch(entry: Entry) -> None:
+    """Mark an entry as used now, for `Cache.prune`."""
+    os.utime(entry.folder / DONE)
+
+
+def link(entry: Entry, into: Path) -> None:
+    """Hard-link an entry into a run folder; copies where the file system differs. Replaces what an earlier run left there."""
+    shutil.rmtree(into, ignore_errors=True)
+    for name in (*entry.files, DONE):
+        target = into / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(entry.folder / name, target)
+        except OSError:
+            shutil.copy2(entry.folder / name, target)
+
+
+def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Differences of two key parts, one phrase each ("config.lr: 0.01 → 0.001")."""
+    before, after = _flat(old), _flat(new)
+    phrases = []
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            if name.startswith("inputs."):
+                phrases.append("an input changed")
+            else:
+                phrases.append(f"{name}: {before.get(name, 'unset')} → {after.get(name, 'unset')}")
+    return sorted(set(phrases))
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return {k: v for name, item in value.items() for k, v in _flat(item, f"{prefix}{name}.").items()}
+    if isinstance(value, list | tuple) and any(isinstance(v, Mapping | list | tuple) for v in value):
+        return {k: v for i, item in enumerate(value) for k, v in _flat(item, f"{prefix}{i}.").items()}
+    if isinstance(value, list | tuple) and prefix == "inputs.":
+        return {f"{prefix}{i}": item for i, item in enumerate(value)}
+    return {prefix.rstrip("."): value}
+
+
+def new_run_folder(parent: Path, recipe_name: str, recipe_sha256: str) -> Path:
+    """`parent/<recipe>-<utc>-<hash8>`, created."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    folder = parent / f"{recipe_name}-{stamp}-{recipe_sha256[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def locked(run_folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder; the lock dies with the process.
+
+    Raises:
+        RunLocked: names the process that works there.
+    """
+    run_folder.mkdir(parents=True, exist_ok=True)
+    owner = run_folder / ".owner.json"
+    lock = FileLock(run_folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        try:
+            holder = json.loads(owner.read_text())
+            who = f"process {holder['pid']}, since {holder['since']}"
+        except (OSError, ValueError, KeyError):
+            who = "another process"
+        raise RunLocked(
+            f"the run folder {run_folder.name} is being worked in by {who}", "wait for it, stop it, or choose another folder with --run-dir"
+        ) from error
+    try:
+        atomic_write_json(owner, {"pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
