@@ -1,0 +1,428 @@
+"""The command line: parse, call, print, exit code. No logic; everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from deployopt import __version__
+from deployopt.errors import DeployoptError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from deployopt.pipeline import Plan
+
+app = typer.Typer(
+    name="deployopt",
+    help="Fine-tune, prune, quantise, export and build a network from one recipe, and measure what each stage bought.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+cache_app = typer.Typer(help="The cache of finished steps.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (.yaml).", show_default=False)]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. stages.qat.lr=0.001. Repeatable.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default the cores this process may use.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
+
+
+def main() -> None:
+    """Entry point: every error of ours becomes a message and its exit code."""
+    try:
+        result = app(standalone_mode=False)
+        sys.exit(result if isinstance(result, int) else 0)
+    except DeployoptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except Exception as error:
+        code = _click_exit_code(error)
+        if code is None:
+            traceback.print_exc()
+            print("error: this is a bug of deployopt; please report it with the lines above", file=sys.stderr)
+            code = 4
+        sys.exit(code)
+
+
+def _click_exit_code(error: Exception) -> int | None:
+    """Exit code of an error of the option parser, after showing it; None for any other exception."""
+    show = getattr(error, "show", None)
+    code = getattr(error, "exit_code", None)
+    if not isinstance(code, int):
+        return 130 if type(error).__name__ == "Abort" else None
+    if show is not None:
+        show()
+    return code
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"deployopt {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    run_dir: Annotated[Path | None, typer.Option(help="The run folder itself; one that exists is continued. [default: runs/RECIPE-TIME-HASH]")] = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Take nothing from the cache.")] = False,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress; errors and the report only.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Run a recipe to its report."""
+    from deployopt import load_recipe, pipeline, store
+    from deployopt.report import terminal
+    from deployopt.report.live import LiveProgress
+    from deployopt.runtime.hashing import sha256_json
+
+    planned = pipeline.plan(load_recipe(recipe, set_ or ()), device=device, threads=threads, until=until, fresh=fresh)
+    if planned.data_problem is not None:
+        raise planned.data_problem
+    folder = run_dir or store.new_run_folder(Path("runs"), planned.recipe.name, sha256_json(planned.resolved))
+    steps = [(s.id, s.title) for s in planned.steps]
+    with _resume_hint(recipe, set_ or [], folder), LiveProgress(_console(stderr=True), steps, quiet=quiet) as live:
+        document = pipeline.execute(planned, folder, live, fresh=fresh)
+    if json_:
+        _print_json(document)
+    else:
+        terminal.render(document, _console(), run_dir=folder)
+    if not document["budget"]["met"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """What would run, what is cached, and why."""
+    from deployopt import load_recipe, pipeline
+    from deployopt.report import plan as plan_report
+
+    planned = pipeline.plan(load_recipe(recipe, set_ or ()), device=device, threads=threads, until=until)
+    facts = _plan_facts(planned)
+    if json_:
+        _print_json(facts)
+    else:
+        plan_report.render(facts, _console())
+
+
+@app.command()
+def validate(
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipe files.", show_default=False)],
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Check recipes: every error, with line and column."""
+    from deployopt import load_recipe, pipeline
+    from deployopt.errors import RecipeError
+
+    problems = []
+    for path in recipes:
+        try:
+            pipeline.check(load_recipe(path, set_ or ()))
+        except RecipeError as error:
+            problems += error.problems
+    if json_:
+        _print_json([p._asdict() for p in problems])
+    elif not problems:
+        print("\n".join(f"{path}: ok" for path in recipes))
+    if problems:
+        raise RecipeError(problems)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe."""
+    from deployopt import pipeline
+
+    _print_json(pipeline.schema())
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[Literal["stages", "backends", "datasets", "models", "tasks"] | None, typer.Argument(help="All kinds if left out.")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Names that a recipe can use."""
+    from deployopt import pipeline
+
+    found = pipeline.available()
+    shown = {kind: found[kind]} if kind else found
+    if json_:
+        _print_json(shown)
+        return
+    for name, entries in shown.items():
+        print(f"{name}: {', '.join(entries)}")
+
+
+@app.command()
+def doctor(json_: JsonOption = False) -> None:
+    """Versions, devices, and each backend: available, or why not."""
+    from deployopt import pipeline
+    from deployopt.report import doctor as doctor_report
+
+    facts = pipeline.diagnose()
+    if json_:
+        _print_json(facts)
+    else:
+        doctor_report.render(facts, _console())
+
+
+@app.command()
+def bench(
+    artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT...", help=".onnx, engine, or RUN:variant/backend/precision/b1.", show_default=False)],
+    backend: Annotated[str | None, typer.Option(help="Runtime; by default from the file's kind.")] = None,
+    batch: Annotated[str, typer.Option(metavar="N[,N...]", help="Batch sizes.")] = "1",
+    seconds: Annotated[float, typer.Option(min=0.1, help="At least so long for each artifact and batch size.")] = 3.0,
+    threads: ThreadsOption = None,
+    json_: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Time artifacts, interleaved, and compare them."""
+    from deployopt.bench.artifacts import bench_artifacts
+    from deployopt.report import terminal
+    from deployopt.report.live import LiveProgress
+    from deployopt.runtime import host
+
+    sizes = _integers("--batch", batch)
+    with LiveProgress(_console(stderr=True), [], quiet=quiet) as live:
+        rows = bench_artifacts(artifacts, backend=backend, batch_sizes=sizes, seconds=seconds, threads=threads or host.usable_cores(), progress=live)
+    document = [row.to_json() for row in rows]
+    if json_:
+        _print_json(document)
+    else:
+        terminal.render_bench(document, _console())
+
+
+@app.command("eval")
+def eval_(
+    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help=".onnx, engine, model.safetensors, or RUN:variant/backend/precision/b1.")],
+    data: Annotated[str, typer.Option(metavar="SPEC", help="digits, or imagefolder:folder=./images,image_size=224.")],
+    task: Annotated[str, typer.Option(help="Task that scores it.")] = "classification",
+    backend: Annotated[str | None, typer.Option(help="Runtime; by default from the file's kind.")] = None,
+    threads: ThreadsOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Score an artifact on the test split of a data set."""
+    from deployopt import pipeline
+    from deployopt.report.live import LiveProgress
+
+    with LiveProgress(_console(stderr=True), [], quiet=json_) as live:
+        score = pipeline.evaluate(artifact, data, task=task, backend=backend, threads=threads, progress=live)
+    if json_:
+        _print_json(score)
+    else:
+        print("  ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in score.items()))
+
+
+@app.command()
+def predict(
+    artifact: Annotated[str, typer.Argument(metavar="RUN|ARTIFACT", help="A run folder (its recommended artifact), or an artifact.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)],
+    backend: Annotated[str | None, typer.Option(help="Runtime; by default from the file's kind.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Classes shown for each image.")] = 3,
+    json_: JsonOption = False,
+) -> None:
+    """Predict images with the same preprocessing that evaluation uses."""
+    from deployopt.bench.artifacts import predict as run_predict
+
+    found = run_predict(artifact, images, backend=backend, top=top)
+    if json_:
+        _print_json(found)
+        return
+    for item in found:
+        values = item.get("classes")
+        shown = ", ".join(f"{c['name']} {c['probability']:.3f}" for c in values) if values else str(item["outputs"])
+        print(f"{item['image']}: {shown}")
+
+
+@app.command()
+def report(
+    run_: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or its report.json.")],
+    format_: Annotated[Literal["terminal", "markdown", "html", "json", "junit"], typer.Option("--format", help="How to print it.")] = "terminal",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write to this file instead of stdout.")] = None,
+) -> None:
+    """Print a run's report again, in any format."""
+    from deployopt import report as reports
+    from deployopt.report import terminal
+    from deployopt.runtime.files import atomic_write
+
+    document = reports.load(run_)
+    if format_ == "terminal" and output is None:
+        terminal.render(document, _console(), run_dir=run_ if run_.is_dir() else run_.parent)
+        return
+    text = reports.render(document, format_)
+    if output is None:
+        print(text, end="")
+    else:
+        atomic_write(output, text)
+
+
+@app.command()
+def compare(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="A run folder or report.json.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="A run folder or report.json.")],
+    max_latency_regression: Annotated[str | None, typer.Option(metavar="PERCENT", help="Gate, as 5%.")] = None,
+    max_accuracy_drop: Annotated[str | None, typer.Option(metavar="POINTS", help="Gate, as 0.5pp.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write Markdown here.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit here.")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Compare two reports, row by row; exit code 1 on a regression beyond a gate."""
+    from deployopt import report as reports
+    from deployopt.bench.comparison import compare as compare_reports
+    from deployopt.report import comparison as rendered
+    from deployopt.runtime.files import atomic_write
+
+    result = compare_reports(
+        reports.load(base),
+        reports.load(new),
+        base if base.is_dir() else base.parent,
+        new if new.is_dir() else new.parent,
+        max_latency_regression=_quantity("--max-latency-regression", max_latency_regression, "%", 0.01),
+        max_accuracy_drop=_quantity("--max-accuracy-drop", max_accuracy_drop, "pp", 1.0),
+    ).to_json()
+    if markdown is not None:
+        atomic_write(markdown, rendered.render_markdown(result))
+    if junit is not None:
+        atomic_write(junit, rendered.render_junit(result))
+    if json_:
+        _print_json(result)
+    else:
+        rendered.render_terminal(result, _console())
+    if not result["met"]:
+        raise typer.Exit(1)
+
+
+@cache_app.command("dir")
+def cache_dir() -> None:
+    """Print where the cache lies."""
+    from deployopt import store
+
+    print(store.cache_home())
+
+
+@cache_app.command("ls")
+def cache_ls(json_: JsonOption = False) -> None:
+    """List finished steps."""
+    from deployopt import store
+    from deployopt.report import cache as cache_report
+
+    rows = store.Cache().listing()
+    if json_:
+        _print_json(rows)
+    else:
+        cache_report.render(rows, _console())
+
+
+@cache_app.command("prune")
+def cache_prune(max_size: Annotated[str, typer.Option(metavar="SIZE", help="Keep at most so much, as 20GB, 500MB or 0.")] = "20GB") -> None:
+    """Remove the longest unused steps until the rest fits."""
+    from deployopt import store
+
+    removed, left = store.Cache().prune(_bytes("--max-size", max_size))
+    print(f"removed {removed} steps, {left / 1e6:.1f} MB left")
+
+
+@contextmanager
+def _resume_hint(recipe: Path, overrides: list[str], folder: Path) -> Iterator[None]:
+    """After a failure, print the command that goes on from the last finished step."""
+    import shlex
+
+    try:
+        yield
+    except (DeployoptError, KeyboardInterrupt) as error:
+        if not isinstance(error, UsageError):
+            sets = "".join(f" --set {shlex.quote(o)}" for o in overrides)
+            print(f"to go on from the last finished step: deployopt run {shlex.quote(str(recipe))}{sets} --run-dir {shlex.quote(str(folder))}", file=sys.stderr)
+        raise
+
+
+def _plan_facts(planned: Plan) -> dict[str, Any]:
+    return {
+        "recipe": planned.recipe.name,
+        "device": planned.device,
+        "threads": planned.threads,
+        "data_problem": str(planned.data_problem) if planned.data_problem else None,
+        "seconds": planned.seconds,
+        "steps": [
+            {"id": s.id, "stage": s.stage_name, "title": s.title, "cached": s.cached, "runs": s.runnable and not s.cached, "why": s.why, "seconds": s.seconds}
+            for s in planned.steps
+        ],
+    }
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False))
+
+
+def _integers(option: str, text: str) -> tuple[int, ...]:
+    parts = [p.strip() for p in text.split(",")]
+    if not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise UsageError(f"{option}: wanted positive whole numbers such as 1,8; found '{text}'")
+    return tuple(int(p) for p in parts)
+
+
+def _quantity(option: str, text: str | None, unit: str, scale: float) -> float | None:
+    if text is None:
+        return None
+    try:
+        value = float(text.removesuffix(unit))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise UsageError(f"{option}: wanted a number such as 5{unit}; found '{text}'")
+    return value * scale
+
+
+def _bytes(option: str, text: str) -> int:
+    for suffix, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3), ("B", 1), ("", 1)):
+        if text.upper().endswith(suffix):
+            number = text[: len(text) - len(suffix)].strip()
+            try:
+                value = float(number)
+            except ValueError:
+                break
+            if 0 <= value < float("inf"):
+                return int(value * factor)
+            break
+    raise UsageError(f"{option}: wanted a size such as 20GB or 500MB; found '{text}'")
+
+
+if __name__ == "__main__":
+    main()

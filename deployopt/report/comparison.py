@@ -1,0 +1,111 @@
+"""Renderers of a comparison (the JSON of `bench.comparison.Comparison`): terminal, Markdown, JUnit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from deployopt.report import junit, markdown, terminal, units
+
+JsonComparison = Mapping[str, Any]
+STYLE = {"faster": "green", "slower": "red", "not comparable": "yellow", "added": "cyan", "removed": "cyan"}
+CHANGED = ("faster", "slower", "same within noise")
+
+
+def headline(comparison: JsonComparison) -> str:
+    """How many rows went which way: "2 faster, 1 slower, 9 same within noise"."""
+    verdicts = [r["verdict"] for r in comparison["rows"]]
+    counts = [f"{verdicts.count(v)} {v}" for v in (*CHANGED, "not comparable", "added", "removed") if v in verdicts]
+    return f"{comparison['base']} → {comparison['new']}: {', '.join(counts) or 'no rows'}"
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    if row["ratio"] is None:
+        return ""
+    bounds = units.interval(row["ratio_ci95"], decimals=3)
+    return f"{row['ratio']:.3f}" + (f" [{bounds}]" if bounds else "")
+
+
+def _accuracy(row: Mapping[str, Any], task: Mapping[str, Any]) -> str:
+    return "" if row["accuracy_change_pp"] is None else units.change(row["accuracy_change_pp"], task)
+
+
+def _p50(value: float | None) -> str:
+    return "" if value is None else units.significant(value)
+
+
+def gate_sentence(comparison: JsonComparison) -> str:
+    """Whether the gate holds; "" if none was asked for."""
+    gate = comparison["gate"]
+    asked = []
+    if gate["max_latency_regression"] is not None:
+        asked.append(f"at most {100 * gate['max_latency_regression']:g} % slower")
+    if gate["max_accuracy_drop"] is not None:
+        unit = comparison["task"]["unit"] or "pp"
+        asked.append(f"at most {gate['max_accuracy_drop']:g} {unit} less accurate")
+    return f"gate {'met' if gate['met'] else 'MISSED'} ({', '.join(asked)})" if asked else ""
+
+
+def render_terminal(comparison: JsonComparison, console: Console) -> None:
+    """Misses first, then one line a row, then why some rows are not compared."""
+    gate = comparison["gate"]
+    for miss in gate["misses"]:
+        console.print(Text.assemble(("REGRESSION ", "bold red"), miss))
+    console.print(Text(headline(comparison), style="bold"))
+    if gate_sentence(comparison):
+        console.print(Text(gate_sentence(comparison), style="green" if gate["met"] else "bold red"))
+    console.print()
+    rows = comparison["rows"]
+    if rows:
+        columns = [
+            terminal.Column("row", [r["key"] for r in rows], right=False),
+            terminal.Column("base ms", [_p50(r["base_p50_ms"]) for r in rows], 2),
+            terminal.Column("new ms", [_p50(r["new_p50_ms"]) for r in rows], 3),
+            terminal.Column("new/base [95 %]", [_ratio(r) for r in rows], 1),
+            terminal.Column("accuracy", [_accuracy(r, comparison["task"]) for r in rows]),
+            terminal.Column("verdict", [r["verdict"] for r in rows], right=False),
+        ]
+        console.print(terminal.table(terminal.spaced(columns), console, [STYLE.get(r["verdict"], "") for r in rows]))
+        console.print()
+    for reason, keys in _remarks(comparison).items():
+        console.print(Text.assemble((f"{units.plural(len(keys), 'row')}: ", "yellow"), f"{reason} ({keys[0]}{', …' if len(keys) > 1 else ''})"))
+
+
+def _remarks(comparison: JsonComparison) -> dict[str, list[str]]:
+    """Rows by what is said about them."""
+    found: dict[str, list[str]] = {}
+    for row in comparison["rows"]:
+        if row["why"]:
+            found.setdefault(f"{row['verdict']}: {row['why']}", []).append(row["key"])
+    return found
+
+
+def render_markdown(comparison: JsonComparison) -> str:
+    """For a pull-request comment; ends with a newline."""
+    gate = comparison["gate"]
+    parts = [f"## deployopt compare\n\n**{markdown.cell(headline(comparison))}**"]
+    if gate_sentence(comparison):
+        parts.append(f"{'✅' if gate['met'] else '❌'} {markdown.cell(gate_sentence(comparison))}")
+    parts.append("\n".join(f"- ❌ {markdown.cell(miss)}" for miss in gate["misses"]))
+    body = [[r["key"], r["verdict"], _p50(r["base_p50_ms"]), _p50(r["new_p50_ms"]), _ratio(r), _accuracy(r, comparison["task"])] for r in comparison["rows"]]
+    parts.append(markdown.table(["row", "verdict", "base ms", "new ms", "new/base [95 %]", "accuracy"], body, left=2) if body else "")
+    remarks = [f"- {markdown.cell(reason)}: {markdown.cell(', '.join(keys))}" for reason, keys in _remarks(comparison).items()]
+    parts.append(markdown.folded("Remarks", "\n".join(remarks)) if remarks else "")
+    return "\n\n".join(p for p in parts if p) + "\n"
+
+
+def render_junit(comparison: JsonComparison) -> str:
+    """Each row a test case: regressions fail, rows that cannot be compared are skipped; gate misses of no row are cases of their own."""
+    cases = []
+    misses: list[str] = list(comparison["gate"]["misses"])
+    for row in comparison["rows"]:
+        own = [m for m in misses if m.startswith(f"{row['key']}: ")]
+        outcome = "failure" if row["regressions"] else "skipped" if row["verdict"] not in CHANGED else "passed"
+        message = "; ".join(own) if row["regressions"] else f"{row['verdict']}: {row['why']}" if outcome == "skipped" else ""
+        cases.append(junit.Case("deployopt.compare", row["key"], outcome=outcome, message=message, output=f"{row['verdict']} {_ratio(row)}".strip()))
+    claimed = {m for r in comparison["rows"] for m in misses if m.startswith(f"{r['key']}: ")}
+    cases += [junit.Case("deployopt.compare", "gate", outcome="failure", message=m) for m in misses if m not in claimed]
+    return junit.document(f"deployopt compare {comparison['base']} {comparison['new']}", {"compare": cases})

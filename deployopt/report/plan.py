@@ -1,0 +1,37 @@
+"""`deployopt plan` on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def render(facts: Mapping[str, Any], console: Console) -> None:
+    """One line a step that runs or is cached; unavailable ones by reason."""
+    if facts["data_problem"]:
+        console.print(f"[red]data missing:[/] {facts['data_problem']}", soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, justify in (("step", "left"), ("", "left"), ("time", "right"), ("why", "left")):
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name in ("", "time"))  # type: ignore[arg-type]
+    for step in facts["steps"]:
+        if step["cached"] or step["runs"]:
+            state = "[green]cached[/]" if step["cached"] else "[yellow]run[/]"
+            table.add_row(step["id"], state, _duration(step["seconds"]), step["why"] or "")
+    console.print(table)
+    reasons: dict[str, list[str]] = {}
+    for step in facts["steps"]:
+        if not step["cached"] and not step["runs"]:
+            reasons.setdefault(step["why"], []).append(step["id"])
+    for reason, steps in reasons.items():
+        console.print(f"[dim]not here ({len(steps)} step{'s' if len(steps) > 1 else ''}):[/] {reason}", soft_wrap=True)
+    total = _duration(facts["seconds"]) or "unknown (some steps never ran here)"
+    console.print(f"on {facts['device']}, {facts['threads']} threads; time for what would run: {total}")
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} min"

@@ -1,0 +1,231 @@
+import copy
+import io
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from deployopt.bench.comparison import Comparison, RowComparison, compare
+from deployopt.errors import ArtifactError
+from deployopt.report import comparison as renderers
+
+BLOCKS = 40
+
+
+def blocks(p50_ms: float, seed: int, noise: float = 0.01) -> list[float]:
+    """Block medians of a made-up row."""
+    return [float(v) for v in p50_ms * (1 + noise * np.random.default_rng(seed).standard_normal(BLOCKS))]
+
+
+class Run:
+    """A run folder with one row a given latency, written as a real run writes it."""
+
+    def __init__(self, folder: Path, latencies: dict[str, float], seed: int, top1: float = 0.98) -> None:
+        self.folder = folder
+        (folder / "samples").mkdir(parents=True)
+        self.report: dict[str, Any] = {
+            "schema": 1,
+            "run": folder.name,
+            "task": {"name": "classification", "primary": "top1", "unit": "", "higher_is_better": True},
+            "environment": {
+                "cpu": {"model": "CPU A", "cores": 2},
+                "gpus": [{"name": "GPU A", "driver": "550"}],
+                "versions": {"onnxruntime": "1.24", "tensorrt-rtx-cu13": "1.5"},
+            },
+            "variants": [],
+            "rows": [self._row(variant, p50, seed + i, top1) for i, (variant, p50) in enumerate(latencies.items())],
+        }
+
+    def _row(self, variant: str, p50: float, seed: int, top1: float) -> dict[str, Any]:
+        medians = blocks(p50, seed)
+        name = f"samples/{variant}-onnxruntime-int8-b1.json"
+        (self.folder / name).write_text(json.dumps({"row": f"{variant}/onnxruntime/int8/b1", "unit": "ms", "block_medians": medians}))
+        median = float(np.median(medians))
+        return {
+            "variant": variant,
+            "backend": "onnxruntime",
+            "precision": "int8",
+            "batch": 1,
+            "status": "ok",
+            "reason": None,
+            "provider": "CPU",
+            "threads": 2,
+            "options": {},
+            "target": "local",
+            "scenario": "single_stream",
+            "samples": name,
+            "accuracy": {"primary": "top1", "top1": top1, "n": 540},
+            "latency_ms": {"host": {"p50": median, "p50_ci95": [median * 0.99, median * 1.01]}},
+            "contract": {"clock": "perf_counter", "copies": True, "inputs": {"shape": [1, 3, 32, 32]}},
+        }
+
+
+def only(result: Comparison) -> RowComparison:
+    assert len(result.rows) == 1
+    return result.rows[0]
+
+
+def compared(tmp_path: Path, base_ms: float, new_ms: float, **gates: float | None) -> Comparison:
+    base, new = Run(tmp_path / "base", {"qat": base_ms}, 1), Run(tmp_path / "new", {"qat": new_ms}, 1000)
+    return compare(base.report, new.report, base.folder, new.folder, **gates)
+
+
+@pytest.mark.parametrize(("new_ms", "verdict"), [(1.0, "same within noise"), (1.2, "slower"), (0.8, "faster")])
+def test_verdicts(tmp_path: Path, new_ms: float, verdict: str) -> None:
+    row = only(compared(tmp_path, 1.0, new_ms))
+    assert row.verdict == verdict
+    assert row.interval_from == "block medians"
+    assert row.ratio == pytest.approx(new_ms, rel=0.02)
+    assert row.ratio_ci95 is not None
+    assert row.ratio_ci95[0] <= row.ratio <= row.ratio_ci95[1]
+
+
+def test_the_gate_is_missed_only_beyond_noise(tmp_path: Path) -> None:
+    clear = compared(tmp_path / "clear", 1.0, 1.1, max_latency_regression=0.05)
+    assert not clear.met
+    assert only(clear).regressions == ("latency",)
+    borderline = compared(tmp_path / "borderline", 1.0, 1.053, max_latency_regression=0.05)
+    assert only(borderline).verdict == "slower"
+    assert borderline.met
+    assert compared(tmp_path / "no_gate", 1.0, 3.0).met
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        (("environment", "cpu", "model"), "CPU B", "CPU model: CPU A → CPU B"),
+        (("environment", "versions", "onnxruntime"), "1.25", "runtime version: onnxruntime 1.24 → onnxruntime 1.25"),
+        (("rows", 0, "threads"), 4, "threads: 2 → 4"),
+        (("rows", 0, "contract", "clock"), "cuda_event", "clock: perf_counter → cuda_event"),
+        (("rows", 0, "contract", "inputs", "shape"), [1, 3, 64, 64], "input shape"),
+        (("rows", 0, "status"), "invalid", "new: invalid"),
+    ],
+)
+def test_what_differs_is_named_and_not_compared(tmp_path: Path, path: tuple[Any, ...], value: Any, named: str) -> None:
+    base, new = Run(tmp_path / "base", {"qat": 1.0}, 1), Run(tmp_path / "new", {"qat": 2.0}, 2)
+    target: Any = new.report
+    for part in path[:-1]:
+        target = target[part]
+    target[path[-1]] = value
+    result = compare(base.report, new.report, base.folder, new.folder, max_latency_regression=0.05)
+    assert only(result).verdict == "not comparable"
+    assert named in only(result).why
+    assert only(result).ratio is None
+    assert "no row's latency could be compared" in result.misses[0]  # silence is no pass
+
+
+def test_a_gpu_and_other_runtimes_do_not_matter_to_a_row_on_the_cpu(tmp_path: Path) -> None:
+    base, new = Run(tmp_path / "base", {"qat": 1.0}, 1), Run(tmp_path / "new", {"qat": 1.0}, 2)
+    new.report["environment"]["gpus"] = []
+    new.report["environment"]["versions"]["tensorrt-rtx-cu13"] = "1.6"
+    assert only(compare(base.report, new.report, base.folder, new.folder)).verdict == "same within noise"
+    for run in (base, new):
+        run.report["rows"][0]["provider"] = "CUDAExecutionProvider"
+    assert "GPU model" in only(compare(base.report, new.report, base.folder, new.folder)).why
+
+
+def test_added_and_removed_rows(tmp_path: Path) -> None:
+    base, new = Run(tmp_path / "base", {"a": 1.0, "b": 1.0}, 1), Run(tmp_path / "new", {"b": 1.0, "c": 1.0}, 5)
+    result = compare(base.report, new.report, base.folder, new.folder, max_latency_regression=0.05)
+    assert [(r.key.split("/")[0], r.verdict) for r in result.rows] == [("a", "removed"), ("b", "same within noise"), ("c", "added")]
+    assert result.met
+
+
+def test_missing_samples_fall_back_to_the_wider_interval_and_say_so(tmp_path: Path) -> None:
+    base, new = Run(tmp_path / "base", {"qat": 1.0}, 1), Run(tmp_path / "new", {"qat": 1.2}, 2)
+    (new.folder / "samples/qat-onnxruntime-int8-b1.json").unlink()
+    row = only(compare(base.report, new.report, base.folder, new.folder))
+    assert (row.verdict, row.interval_from) == ("slower", "p50_ci95")
+    assert "block medians are missing" in row.why
+    new.report["rows"][0]["latency_ms"]["host"]["p50_ci95"] = None
+    assert only(compare(base.report, new.report, base.folder, new.folder)).verdict == "not comparable"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"row": "x"}', '{"row": "other/onnxruntime/int8/b1", "block_medians": [1]}', '{"row": "qat/onnxruntime/int8/b1", "block_medians": [0]}']
+)
+def test_damaged_samples_are_errors(tmp_path: Path, text: str) -> None:
+    base, new = Run(tmp_path / "base", {"qat": 1.0}, 1), Run(tmp_path / "new", {"qat": 1.2}, 2)
+    (new.folder / "samples/qat-onnxruntime-int8-b1.json").write_text(text)
+    with pytest.raises(ArtifactError):
+        compare(base.report, new.report, base.folder, new.folder)
+
+
+def test_samples_outside_the_run_folder_are_not_read(tmp_path: Path) -> None:
+    base, new = Run(tmp_path / "base", {"qat": 1.0}, 1), Run(tmp_path / "new", {"qat": 1.2}, 2)
+    new.report["rows"][0]["samples"] = "../base/samples/qat-onnxruntime-int8-b1.json"
+    with pytest.raises(ArtifactError, match="outside the run folder"):
+        compare(base.report, new.report, base.folder, new.folder)
+
+
+def test_accuracy_is_gated_even_where_latency_is_not_comparable(tmp_path: Path) -> None:
+    base, new = Run(tmp_path / "base", {"qat": 1.0}, 1), Run(tmp_path / "new", {"qat": 1.0}, 2, top1=0.97)
+    new.report["environment"]["cpu"]["model"] = "CPU B"
+    result = compare(base.report, new.report, base.folder, new.folder, max_accuracy_drop=0.5)
+    assert only(result).accuracy_change_pp == pytest.approx(-1.0)
+    assert only(result).regressions == ("accuracy",)
+    assert compare(base.report, new.report, base.folder, new.folder, max_accuracy_drop=1.5).met
+
+
+def test_a_row_that_failed_now_misses_the_gate(tmp_path: Path) -> None:
+    base, new = Run(tmp_path / "base", {"qat": 1.0, "b": 1.0}, 1), Run(tmp_path / "new", {"qat": 1.0, "b": 1.0}, 2)
+    new.report["rows"][0].update(status="failed", reason="SIGSEGV\n  → doctor")
+    result = compare(base.report, new.report, base.folder, new.folder, max_latency_regression=0.05)
+    assert result.rows[0].regressions == ("status",)
+    assert "SIGSEGV" in result.misses[0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(base_ms=st.floats(0.01, 100), factor=st.floats(0.2, 5))
+def test_swapping_the_runs_swaps_the_verdict(tmp_path_factory: pytest.TempPathFactory, base_ms: float, factor: float) -> None:
+    folder = tmp_path_factory.mktemp("swap")
+    a, b = Run(folder / "a", {"qat": base_ms}, 1), Run(folder / "b", {"qat": base_ms * factor}, 2)
+    there, back = only(compare(a.report, b.report, a.folder, b.folder)), only(compare(b.report, a.report, b.folder, a.folder))
+    assert there.ratio is not None
+    assert back.ratio == pytest.approx(1 / there.ratio)
+    opposite = {"faster": "slower", "slower": "faster", "same within noise": "same within noise"}
+    if there.ratio_ci95 is not None and min(abs(end - 1) for end in there.ratio_ci95) > 0.003:  # resampling noise may tip an end that touches 1
+        assert back.verdict == opposite[there.verdict]
+
+
+@settings(max_examples=15, deadline=None)
+@given(p50=st.floats(0.001, 1000), seed=st.integers(0, 10_000))
+def test_a_run_against_itself_is_the_same(tmp_path_factory: pytest.TempPathFactory, p50: float, seed: int) -> None:
+    run = Run(tmp_path_factory.mktemp("self") / "run", {"qat": p50}, seed)
+    result = compare(run.report, copy.deepcopy(run.report), run.folder, run.folder, max_latency_regression=0.0, max_accuracy_drop=0.0)
+    assert result.met
+    assert only(result).verdict == "same within noise"
+    assert only(result).ratio == 1.0
+
+
+def test_json_and_renderers_tell_the_same(tmp_path: Path) -> None:
+    base = Run(tmp_path / "base", {"a": 1.0, "b": 1.0, "gone": 1.0, "other": 1.0}, 1)
+    new = Run(tmp_path / "new", {"a": 1.3, "b": 0.7, "other": 1.0, "<new>": 1.0}, 50)
+    new.report["rows"][2]["threads"] = 8
+    result = compare(base.report, new.report, base.folder, new.folder, max_latency_regression=0.05, max_accuracy_drop=0.5)
+    data = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert (data["gate"]["met"], len(data["gate"]["misses"])) == (False, 1)
+
+    for width in (100, 80):
+        console = Console(file=io.StringIO(), width=width)
+        renderers.render_terminal(data, console)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert max(map(len, text.splitlines())) <= width
+        assert text.startswith("REGRESSION a/onnxruntime/int8/b1")
+        assert "threads: 2 → 8" in text
+        for verdict in ("slower", "faster", "removed", "added", "not comparable"):
+            assert verdict in text
+
+    markdown = renderers.render_markdown(data)
+    assert "❌" in markdown
+    assert "<new>" not in markdown
+
+    suite = ElementTree.fromstring(renderers.render_junit(data)).find("testsuite")
+    assert suite is not None
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("5", "1", "3")

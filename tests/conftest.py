@@ -1,0 +1,23 @@
+"""Shared fixtures. Every test gets a cache of its own, so none sees another's (or the user's) finished steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    home = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    yield home / "deployopt"
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout: recipes, README and packaging are tested too."""
+    return REPOSITORY

@@ -1,0 +1,68 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployopt import report as reports
+from deployopt.errors import ArtifactError, UsageError
+
+
+def test_written_reports_read_back(report: dict[str, Any], tmp_path: Path) -> None:
+    paths = reports.write_all(report, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
+    assert reports.load(tmp_path) == reports.load(paths["json"]) == report
+
+
+@pytest.mark.parametrize("format", reports.FORMATS)
+def test_every_format_renders_the_recommended_row(report: dict[str, Any], format: str) -> None:
+    text = reports.render(report, format)
+    assert "openvino" in text
+    assert text.endswith("\n")
+
+
+def test_unknown_format_lists_the_known(report: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"unknown report format 'pdf' .*terminal, markdown, html, json, junit"):
+        reports.render(report, "pdf")
+
+
+def test_figures_that_are_not_finite_are_refused_and_located(report: dict[str, Any], tmp_path: Path) -> None:
+    report["rows"][3]["speedup"] = float("nan")
+    with pytest.raises(ArtifactError, match=r"report\.rows\[3\]\.speedup"):
+        reports.write_all(report, tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ArtifactError, match=r"rows\[3\]"):
+        reports.render(report, "json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ('{"schema": 1, "rows": [', "not whole JSON"),
+        ("[1]", "not a report"),
+        ('{"schema": 2, "deployopt": "9.0"}', r"wanted report schema 1, found schema 2 \(written by deployopt 9.0\)"),
+        ('{"schema": 1, "rows": []}', "no list 'variants'"),
+    ],
+)
+def test_damaged_reports_are_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(ArtifactError, match=message) as caught:
+        reports.load(tmp_path)
+    assert caught.value.remedy
+
+
+def test_missing_reports_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such file or folder"):
+        reports.load(tmp_path / "nowhere")
+    (tmp_path / "log.txt").write_text("x")
+    with pytest.raises(UsageError, match=r"holds log\.txt"):
+        reports.load(tmp_path)
+
+
+def test_truncation_at_any_byte_is_an_error_of_ours(report: dict[str, Any], tmp_path: Path) -> None:
+    text = json.dumps(report)
+    for cut in range(0, len(text) - 1, len(text) // 25):
+        (tmp_path / "report.json").write_text(text[:cut])
+        with pytest.raises(ArtifactError):
+            reports.load(tmp_path)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deployopt import store
+from deployopt.errors import RunLocked
+
+
+def put(cache: store.Cache, key: str, parts: dict | None = None, inputs: tuple[str, ...] = (), content: bytes = b"weights") -> store.Entry:
+    with cache.writing(key) as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "model.bin").write_bytes(content)
+        return cache.commit(folder, key, parts or {"stage": "finetune", "label": ""}, inputs, 1.5)
+
+
+def test_a_committed_step_is_found_with_what_was_written(tmp_path: Path) -> None:
+    cache = store.Cache(tmp_path)
+    made = put(cache, "k1", inputs=("d0",))
+    found = cache.find("k1", ("d0",))
+    assert isinstance(found, store.Entry)
+    assert found == made
+    assert (found.folder / "deep" / "model.bin").read_bytes() == b"weights"
+    assert found.seconds == 1.5
+
+
+def test_an_unfinished_step_leaves_nothing(tmp_path: Path) -> None:
+    cache = store.Cache(tmp_path)
+    with pytest.raises(RuntimeError, match="midway"), cache.writing("k1") as folder:
+        (folder / "half").write_text("x")
+        raise RuntimeError("midway")
+    assert isinstance(cache.find("k1"), store.Miss)
+    assert list((tmp_path / "steps").iterdir()) == []
+
+
+def test_what_a_killed_writer_left_is_replaced(tmp_path: Path) -> None:
+    cache = store.Cache(tmp_path)
+    left = tmp_path / "steps" / "k1.partial"
+    left.mkdir(parents=True)
+    (left / "half").write_text("x")
+    renamed_without_done = tmp_path / "steps" / "k2"
+    renamed_without_done.mkdir()
+    (renamed_without_done / "half").write_text("x")
+    assert isinstance(cache.find("k2"), store.Miss)
+    for key in ("k1", "k2"):
+        assert set(put(cache, key).files) == {"deep/model.bin"}
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove", "truncate", "done"])
+def test_damage_is_a_miss_that_says_so(tmp_path: Path, damage: str) -> None:
+    cache = store.Cache(tmp_path)
+    entry = put(cache, "k1")
+    file = entry.folder / "deep" / "model.bin"
+    if damage == "flip":
+        file.write_bytes(b"Weights")
+    elif damage == "remove":
+        file.unlink()
+    elif damage == "truncate":
+        file.write_bytes(b"weig")
+    else:
+        (entry.folder / "DONE").write_text('{"format": 1, "key"')
+    found = cache.find("k1")
+    assert isinstance(found, store.Miss)
+    assert "damaged" in found.why
+    assert isinstance(put(cache, "k1"), store.Entry)
+    assert isinstance(cache.find("k1"), store.Entry)
+
+
+def test_another_input_digest_is_a_miss(tmp_path: Path) -> None:
+    cache = store.Cache(tmp_path)
+    put(cache, "k1", inputs=("d0",))
+    found = cache.find("k1", ("d1",))
+    assert isinstance(found, store.Miss)
+    assert "input" in found.why
+
+
+def test_explain_names_the_part_that_changed(tmp_path: Path) -> None:
+    cache = store.Cache(tmp_path)
+    old = {"stage": "qat", "label": "", "config": {"lr": 0.01, "epochs": 2}, "inputs": ["a"], "seed": 0}
+    put(cache, "k1", parts=old)
+    miss = cache.explain({**old, "config": {"lr": 0.001, "epochs": 2}}, "")
+    assert miss.why == "config.lr: 0.01 → 0.001"
+    assert miss.seconds == 1.5
+    assert cache.explain({**old, "inputs": ["b"]}, "").why == "an input changed"
+    assert cache.explain({**old, "stage": "prune"}, "").why == "not run before"
+
+
+def test_prune_removes_the_longest_unused_first(tmp_path: Path) -> None:
+    cache = store.Cache(tmp_path)
+    for number, key in enumerate(("old", "middle", "new")):
+        entry = put(cache, key, content=bytes(1000))
+        os.utime(entry.folder / "DONE", (number, number))
+    store.touch(next(e for e in cache.entries() if e.key == "old"))
+    removed, left = cache.prune(2500)
+    assert (removed, left) == (1, 2000)
+    assert {e.key for e in cache.entries()} == {"old", "new"}
+    assert cache.prune(0) == (2, 0)
+
+
+def test_a_linked_run_survives_pruning(tmp_path: Path) -> None:
+    cache = store.Cache(tmp_path / "cache")
+    entry = put(cache, "k1")
+    store.link(entry, tmp_path / "run" / "00-finetune")
+    cache.prune(0)
+    assert (tmp_path / "run" / "00-finetune" / "deep" / "model.bin").read_bytes() == b"weights"
+    assert json.loads((tmp_path / "run" / "00-finetune" / "DONE").read_text())["key"] == "k1"
+
+
+def test_choices_outlive_the_process_that_made_them(tmp_path: Path) -> None:
+    made = []
+
+    def measure() -> list[int]:
+        made.append(1)
+        return [8, 16]
+
+    assert store.Cache(tmp_path).choices("k").get_or_make("round_to", measure) == [8, 16]
+    assert store.Cache(tmp_path).choices("k").get_or_make("round_to", measure) == [8, 16]
+    assert len(made) == 1
+
+
+def test_the_second_process_in_a_run_folder_is_refused_by_name(tmp_path: Path) -> None:
+    code = "import sys, pathlib; from deployopt import store\nwith store.locked(pathlib.Path(sys.argv[1])):\n    print('in', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "in\n"
+        with pytest.raises(RunLocked, match=f"process {first.pid}"), store.locked(tmp_path):
+            raise AssertionError("both are in")
+        first.kill()
+    with store.locked(tmp_path):  # a killed process leaves no lock behind
+        assert (tmp_path / ".owner.json").exists()
+    assert not (tmp_path / ".owner.json").exists()
