@@ -142,15 +142,10 @@ def validate(
     json_: JsonOption = False,
 ) -> None:
     """Check recipes: every error, with line and column."""
-    from deployopt import load_recipe, pipeline
+    from deployopt import pipeline
     from deployopt.errors import RecipeError
 
-    problems = []
-    for path in recipes:
-        try:
-            pipeline.check(load_recipe(path, set_ or ()))
-        except RecipeError as error:
-            problems += error.problems
+    problems = [problem for path in recipes for problem in pipeline.validate(path, set_ or ())]
     if json_:
         _print_json([p._asdict() for p in problems])
     elif not problems:

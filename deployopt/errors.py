@@ -1,23 +1,24 @@
 """The one exception tree. Each leaf knows the process exit code it ends in.
 
-    DeployoptError                  4   anything of ours
-    ├── UsageError                  2   a command line that cannot be meant
-    │   ├── RecipeError             2   a recipe: every problem at once, with positions
-    │   └── RunLocked               2   another process works in this run folder
-    ├── LackingEnvironment           3   something this machine lacks
-    │   ├── MissingDependency       3   a package; names the extra that brings it
-    │   ├── DataNotFound            3   files of a data set
-    │   ├── BackendUnavailable      3   a runtime that cannot work here, and why
-    │   └── DeviceUnavailable       3   a CUDA device that is not there
-    ├── GateMissed                  1   a budget or a regression gate
-    ├── StageFailed                 4   a stage ended without its result
-    │   ├── TrainingDiverged        4
-    │   ├── PruningImpossible       4
-    │   ├── ExportFailed            4
-    │   └── BuildFailed             4
-    └── ArtifactError               4   a file that is not what it should be
-        ├── ArtifactCorrupt         4   bytes differ from the recorded sha256
-        └── ArtifactMismatch        4   made for another version, device or input
+DeployoptError                  4   anything of ours
+├── UsageError                  2   a command line that cannot be meant
+│   ├── RecipeError             2   a recipe: every problem at once, with positions
+│   └── RunLocked               2   another process works in this run folder
+├── LackingEnvironment           3   something this machine lacks
+│   ├── MissingDependency       3   a package; names the extra that brings it
+│   ├── DataNotFound            3   files of a data set
+│   ├── BackendUnavailable      3   a runtime that cannot work here, and why
+│   └── DeviceUnavailable       3   a CUDA device that is not there
+├── GateMissed                  1   a budget or a regression gate
+├── StageFailed                 4   a stage ended without its result
+│   ├── TrainingDiverged        4
+│   ├── PruningImpossible       4
+│   ├── ExportFailed            4
+│   ├── BuildFailed             4
+│   └── WorkerDied              4   the process of a session crashed, was killed or hung
+└── ArtifactError               4   a file that is not what it should be
+    ├── ArtifactCorrupt         4   bytes differ from the recorded sha256
+    └── ArtifactMismatch        4   made for another version, device or input
 """
 
 from typing import NamedTuple, Optional, Sequence
@@ -130,6 +131,10 @@ class ExportFailed(StageFailed):
 
 class BuildFailed(StageFailed):
     """A backend could not build an artifact."""
+
+
+class WorkerDied(StageFailed):
+    """The child process that held a session crashed, was killed or did not answer; the message names the signal."""
 
 
 class ArtifactError(DeployoptError):

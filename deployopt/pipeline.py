@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ContextManager, Protocol
+from typing import Any, Protocol
 
 from pydantic import BaseModel
 
@@ -20,19 +19,20 @@ from deployopt import __version__, plugins, report, store
 from deployopt.artifact import Artifact
 from deployopt.bench.environment import environment
 from deployopt.data import Dataset, DataSource
-from deployopt.errors import DataNotFound, DeployoptError, DeviceUnavailable, LackingEnvironment, Problem, RecipeError, UsageError
-from deployopt.recipe import Recipe, StageEntry, bind, json_schema
+from deployopt.errors import DataNotFound, DeviceUnavailable, Problem, RecipeError, UsageError
+from deployopt.nn import ARCHITECTURES
+from deployopt.recipe import DataSection, Document, Recipe, StageEntry, bind, json_schema, outline, parse, read_document
 from deployopt.report import verdict
 from deployopt.runtime import host
 from deployopt.runtime.files import atomic_write, atomic_write_json
 from deployopt.runtime.hashing import sha256_file, sha256_json
 from deployopt.runtime.progress import Progress, SilentProgress
 from deployopt.stages import Expansion, Planning, Point, Stage, StageConfig, StageContext, StepOutput, StepResult
-from deployopt.stages.init import ARCHITECTURES
 from deployopt.tasks import Task
 
 log = logging.getLogger(__name__)
 RESULT = "result.json"
+_REPORTED = ("torch", "torchvision", "torch-pruning", "torchao", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13", "numpy")
 
 
 @dataclass(frozen=True)
@@ -164,16 +164,50 @@ def plan(
     )
 
 
-def check(recipe: Recipe) -> Mapping[str, Any]:
-    """Bind every section of a recipe; returns it with all defaults filled in. Raises RecipeError with every problem."""
-    return _bind(recipe).resolved
+def validate(path: Path, overrides: Sequence[str] = ()) -> list[Problem]:
+    """Every problem of a recipe: its YAML, its top level, and the options of each stage and of the data source."""
+    try:
+        document = read_document(path, overrides)
+    except RecipeError as error:
+        return list(error.problems)
+    _, problems = parse(document)
+    sections = outline(document)
+    return problems + _Binder(document).everything(sections.data, sections.stages, document.data.get("task"), document.data.get("model"))
 
 
 def schema() -> dict[str, Any]:
     """JSON Schema of a recipe, with the options of every stage, data source and task that is installed."""
     stages = {n: plugins.find("stages", n).Config for n in plugins.names("stages") if n != "init"}
     data = {n: plugins.find("data", n).Config for n in plugins.names("data")}
-    return json_schema(stages=stages, data=data, tasks=plugins.names("tasks"), architectures=[*ARCHITECTURES, *plugins.names("models")])
+    return json_schema(stages=stages, data=data, tasks=plugins.names("tasks"))
+
+
+def available() -> dict[str, list[str]]:
+    """Every name a recipe can use, by kind, ours and installed third parties'."""
+    return {
+        "stages": [n for n in plugins.names("stages") if n != "init"],
+        "backends": plugins.names("backends"),
+        "datasets": plugins.names("data"),
+        "models": [*ARCHITECTURES, *plugins.names("models")],
+        "tasks": plugins.names("tasks"),
+    }
+
+
+def diagnose() -> dict[str, Any]:
+    """What this machine can train, build and run, and what to install for the rest."""
+    return {
+        "deployopt": __version__,
+        "environment": environment(_REPORTED),
+        "backends": {name: asdict(plugins.find("backends", name).probe()) for name in plugins.names("backends")},
+        "missing": {extra: gone for extra, needs in _EXTRAS.items() if (gone := [d for d in needs if _version(d) is None])},
+    }
+
+
+# What each extra brings, for `diagnose`; a test compares it with pyproject.toml.
+_EXTRAS = {
+    "train": ("torch", "torchvision", "torch-pruning", "torchao", "onnx", "onnxscript", "safetensors", "scikit-learn", "pillow"),
+    "runtimes": ("onnx", "openvino", "pillow"),
+}
 
 
 @dataclass(frozen=True)
@@ -193,64 +227,90 @@ class _Bound:
     resolved: Mapping[str, Any]
 
 
-def _bind(recipe: Recipe) -> _Bound:
-    problems: list[Problem] = []
-    document = recipe.document
+class _Binder:
+    """Checks a recipe's sections against the modules that they name, gathering problems instead of stopping at the first."""
 
-    def fault(at: tuple[str | int, ...], message: str) -> None:
-        line, column = document.position(at)
-        problems.append(Problem(document.source, line, column, message))
+    def __init__(self, document: Document) -> None:
+        self._document = document
+        self.problems: list[Problem] = []
 
-    def found(kind: plugins.Kind, name: str, at: tuple[str | int, ...]) -> Any:
+    def everything(self, data: DataSection | None, stages: Sequence[StageEntry], task: Any, model: Any) -> list[Problem]:
+        """Problems of all sections that could be made out."""
+        self.stages(stages)
+        if data is not None:
+            self.data(data)
+        if isinstance(task, str):
+            self.find("tasks", task, ("task",))
+        if isinstance(model, Mapping) and isinstance(model.get("arch"), str):
+            self.architecture(model["arch"])
+        return self.problems
+
+    def find(self, kind: plugins.Kind, name: str, at: tuple[str | int, ...]) -> Any:
+        """The module of that name, or None and a problem."""
         try:
             return plugins.find(kind, name)
         except UsageError as error:
-            fault(at, error.message)
+            self.problems.append(self._document.problem(at, error.message))
             return None
 
-    entries = []
-    for item in recipe.stages:
-        stage = found("stages", item.stage, item.at) if item.stage != "init" else fault(item.at, "'init' is planned by itself: leave it out")
-        if stage is None:
-            continue
-        config, wrong = bind(stage.Config, item.options, item.at, document)
-        problems += wrong
-        entries.append((item, stage, config))
-    _check_order([(item, stage) for item, stage, _ in entries], fault)
-    architectures = [*ARCHITECTURES, *plugins.names("models")]
-    if recipe.model.arch not in architectures:
-        fault(("model", "arch"), plugins.unknown("architecture", recipe.model.arch, architectures))
-    task = found("tasks", recipe.task, ("task",))
-    data = found("data", recipe.data.name, ("data", "name"))
-    data_config = None
-    if data is not None:
-        data_config, wrong = bind(data.Config, recipe.data.options, ("data",), document)
-        problems += wrong
-    if problems:
-        raise RecipeError(problems)
-    starts_with_training = bool(entries) and entries[0][0].stage == "finetune"
-    init: Stage = plugins.find("stages", "init")
-    bound = [_Entry("init", "init", init, init.Config(fan_out=not starts_with_training))]
-    bound += [_Entry(item.stage, item.name, stage, config) for item, stage, config in entries]
-    return _Bound(tuple(bound), task, data, data_config, _resolved(recipe, entries, data_config))
+    def architecture(self, name: str) -> None:
+        known = [*ARCHITECTURES, *plugins.names("models")]
+        if name not in known:
+            self.problems.append(self._document.problem(("model", "arch"), plugins.unknown("architecture", name, known)))
 
+    def data(self, section: DataSection) -> tuple[DataSource, Any] | None:
+        source = self.find("data", section.name, ("data", "name"))
+        return None if source is None else (source, self._bind(source.Config, section.options, ("data",)))
 
-def _check_order(entries: Sequence[tuple[StageEntry, Stage]], fault: Callable[[tuple[str | int, ...], str], None]) -> None:
-    seen: list[str] = []
-    for item, stage in entries:
-        blocking = [s for s in seen if s in stage.not_after]
+    def stages(self, entries: Sequence[StageEntry]) -> list[_Entry]:
+        """Stages with their configs; those with problems are left out."""
+        bound, seen = [], list[str]()
+        for item in entries:
+            if item.stage == "init":
+                self.problems.append(self._document.problem(item.at, "'init' is planned by itself: leave it out", key=True))
+                continue
+            stage: Stage | None = self.find("stages", item.stage, item.at)
+            if stage is None:
+                continue
+            config = self._bind(stage.Config, item.options, item.at)
+            self._check_order(item, stage, seen)
+            seen.append(item.stage)
+            if config is not None:
+                bound.append(_Entry(item.stage, item.name, stage, config))
+        return bound
+
+    def _check_order(self, item: StageEntry, stage: Stage, seen: Sequence[str]) -> None:
+        blocking = [name for name in seen if name in stage.not_after]
         if blocking:
-            fault(item.at, f"'{item.stage}' cannot come after '{blocking[0]}'; move it before")
+            self.problems.append(self._document.problem(item.at, f"'{item.stage}' cannot come after '{blocking[0]}'; move it before", key=True))
         if stage.after and not stage.after & set(seen):
-            fault(item.at, f"'{item.stage}' needs '{' or '.join(sorted(stage.after))}' before it")
-        seen.append(item.stage)
+            wanted = "' or '".join(sorted(stage.after))
+            self.problems.append(self._document.problem(item.at, f"'{item.stage}' needs '{wanted}' before it", key=True))
+
+    def _bind(self, model: type[BaseModel], options: Mapping[str, Any], at: tuple[str | int, ...]) -> Any:
+        config, problems = bind(model, options, at, self._document)
+        self.problems += problems
+        return config
 
 
-def _resolved(recipe: Recipe, entries: Sequence[tuple[StageEntry, Stage, Any]], data_config: BaseModel) -> dict[str, Any]:
+def _bind(recipe: Recipe) -> _Bound:
+    binder = _Binder(recipe.document)
+    entries = binder.stages(recipe.stages)
+    task = binder.find("tasks", recipe.task, ("task",))
+    binder.architecture(recipe.model.arch)
+    data = binder.data(recipe.data)
+    if binder.problems or data is None:
+        raise RecipeError(binder.problems)
+    init: Stage = plugins.find("stages", "init")
+    start = _Entry("init", "init", init, init.Config.model_validate({"fan_out": entries[0].stage_name != "finetune"}))
+    return _Bound((start, *entries), task, *data, _resolved(recipe, entries, data[1]))
+
+
+def _resolved(recipe: Recipe, entries: Sequence[_Entry], data_config: BaseModel) -> dict[str, Any]:
     return {
         **recipe.model_dump(mode="json", include={"name", "seed", "task", "model", "budget"}),
         "data": {"name": recipe.data.name, **data_config.model_dump(mode="json")},
-        "stages": [{item.stage: config.model_dump(mode="json"), "as": item.name} for item, _, config in entries],
+        "stages": [{e.stage_name: e.config.model_dump(mode="json"), "as": e.name} for e in entries],
     }
 
 
@@ -297,7 +357,8 @@ def _version(distribution: str) -> str | None:
 @cache
 def _machine() -> dict[str, Any]:
     """What timing depends on."""
-    return {"cpu": host.cpu_model(), "isa": list(host.isa()), "gpus": [{k: g.get(k) for k in ("name", "driver")} for g in host.gpus()]}
+    cpu = host.cpu()
+    return {"cpu": cpu["model"], "isa": list(cpu["isa"]), "gpus": [{k: g.get(k) for k in ("name", "driver")} for g in host.gpus()]}
 
 
 def _expand(entries: Sequence[_Entry], common: Mapping[str, Any], recipe: Recipe) -> list[Step]:
@@ -344,7 +405,6 @@ def _expand(entries: Sequence[_Entry], common: Mapping[str, Any], recipe: Recipe
 def _consult(steps: Iterable[Step], cache: store.Cache, fresh: bool) -> Iterable[Step]:
     """Ask the cache about each step, following the digests of its inputs."""
     digests: dict[str, str | None] = {}
-    relatives = {}
     for step in steps:
         digests[step.id] = None
         if not step.runnable:
@@ -360,7 +420,7 @@ def _consult(steps: Iterable[Step], cache: store.Cache, fresh: bool) -> Iterable
             if isinstance(found, store.Entry) and inputs is None:
                 found = store.Miss("an input must be made anew", found.seconds)
             elif isinstance(found, store.Miss) and found.why == "not run before":
-                found = relatives.setdefault(step.id, cache.explain(step.parts, step.expansion.label))
+                found = cache.explain(step.parts, step.expansion.label)
             if isinstance(found, store.Entry):
                 digests[step.id] = found.digest
                 yield replace(step, cached=True, seconds=found.seconds)
@@ -388,17 +448,14 @@ def execute(planned: Plan, run_dir: Path | None = None, observer: Observer | Non
     folder = run_dir or store.new_run_folder(Path("runs"), planned.recipe.name, sha)
     with store.locked(folder), _log_file(folder / "log.txt"):
         started = _now()
-        atomic_write(folder / "recipe.yaml", planned.recipe.document.text)
-        where = environment(sorted({d for s in planned.steps for d in s.stage.distributions} | set(_RUNTIMES)))
+        atomic_write(folder / "recipe.yaml", planned.recipe.document.to_yaml())
+        where = environment(sorted({d for s in planned.steps for d in s.stage.distributions} | set(_REPORTED)))
         atomic_write_json(folder / "environment.json", where)
         runner = _Runner(planned, folder, watcher, fresh)
         outputs = [runner.run(step) for step in planned.steps]
         document = _assemble(planned, outputs, runner.dataset_facts(), where, started, folder.name, sha)
         report.write_all(document, folder)
         return document
-
-
-_RUNTIMES = ("torch", "torchvision", "torch-pruning", "torchao", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13", "numpy")
 
 
 class _Runner:

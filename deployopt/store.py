@@ -55,6 +55,10 @@ class Entry:
     digest: str
     seconds: float
 
+    @property
+    def size_bytes(self) -> int:
+        return sum((self.folder / name).stat().st_size for name in self.files if (self.folder / name).exists())
+
     def verify(self) -> None:
         """Hash every file again.
 
@@ -181,9 +185,24 @@ class Cache:
                     continue  # `find` tells the one who asks for it; here it is just not a relative
         return found
 
+    def listing(self) -> list[dict[str, Any]]:
+        """What lies here, newest first: key, stage, label, bytes, seconds its run took, time of last use."""
+        rows = [
+            {
+                "key": e.key,
+                "stage": e.parts.get("stage"),
+                "label": e.parts.get("label"),
+                "bytes": e.size_bytes,
+                "seconds": e.seconds,
+                "used": datetime.fromtimestamp((e.folder / DONE).stat().st_mtime, UTC).isoformat(timespec="seconds"),
+            }
+            for e in self.entries()
+        ]
+        return sorted(rows, key=lambda row: str(row["used"]), reverse=True)
+
     def prune(self, max_bytes: int) -> tuple[int, int]:
         """Remove the longest unused entries until at most `max_bytes` are left. Returns (entries removed, bytes left)."""
-        sized = [(e, sum((e.folder / f).stat().st_size for f in e.files if (e.folder / f).exists())) for e in self.entries()]
+        sized = [(e, e.size_bytes) for e in self.entries()]
         sized.sort(key=lambda pair: (pair[0].folder / DONE).stat().st_mtime)
         left, removed = sum(size for _, size in sized), 0
         for entry, size in sized:

@@ -30,9 +30,9 @@ class Config(DataConfig):
     """Share of every class of the rest that is the validation split."""
     split_seed: int = Field(default=0, ge=0)
     """Seed of the splits; independent of the recipe's seed, so runs with several seeds share a test split."""
-    mean: list[float] = Field(default=[0.305] * 3, min_length=3, max_length=3)
+    mean: list[float] = Field(default=[0.306] * 3, min_length=3, max_length=3)
     """Mean of 0–1 values per channel, subtracted inside the network."""
-    std: list[float] = Field(default=[0.376] * 3, min_length=3, max_length=3)
+    std: list[float] = Field(default=[0.324] * 3, min_length=3, max_length=3)
     """Standard deviation of 0–1 values per channel, divided by inside the network."""
 
 

@@ -144,4 +144,3 @@ def _download(config: Config) -> None:
     folder = _folders(config)[-1]
     for name in sorted(set(MD5) - set(_found(folder))):
         fetch(f"{MIRROR}{name}.gz", folder / f"{name}.gz", MD5[name])
-

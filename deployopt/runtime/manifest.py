@@ -122,7 +122,7 @@ def read_engine(engine: Path) -> Tuple[Manifest, bytes]:
     found = sha256_bytes(plan)
     if found != manifest.sha256:
         raise ArtifactCorrupt(
-            f"{engine.name}: wanted sha256 {manifest.sha256[:12]}… ({manifest.size_bytes} bytes) as its manifest says, found {found[:12]}… ({len(plan)} bytes): "
+            f"{engine.name}: its manifest wants sha256 {manifest.sha256[:12]}… ({manifest.size_bytes} bytes), found {found[:12]}… ({len(plan)} bytes): "
             "the file changed, or the manifest belongs to another engine",
             REBUILD,
         )

@@ -80,7 +80,7 @@ def apply(image: Image, preprocessing: Preprocessing) -> Image:
     if preprocessing.resize is not None and preprocessing.resize < size:
         raise UsageError("resize {} is smaller than image_size {}: nothing to crop from".format(preprocessing.resize, size), "raise data.resize")
     image = with_channels(_resize(image, *_resized_shape(image.shape[0], image.shape[1], preprocessing)), preprocessing.channels)
-    top, left = int(round((image.shape[0] - size) / 2.0)), int(round((image.shape[1] - size) / 2.0))
+    top, left = round((image.shape[0] - size) / 2.0), round((image.shape[1] - size) / 2.0)
     return np.ascontiguousarray(image[top : top + size, left : left + size])
 
 
@@ -98,7 +98,8 @@ def with_channels(images: Image, channels: int) -> Image:
         return np.repeat(images, 3, axis=-1)
     if found == 3 and channels == 1:
         luma = images @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-        return np.rint(luma).astype(np.uint8)[..., None]
+        grey: Image = np.rint(luma).astype(np.uint8)[..., None]
+        return grey
     raise UsageError("images have {} channels, wanted {}; only 1 and 3 convert into each other".format(found, channels), "set data.channels to 1 or 3")
 
 

@@ -1,7 +1,7 @@
 """How long work tells how far it is. Whoever runs it decides how that looks; work itself only counts."""
 
 from contextlib import contextmanager
-from typing import Iterator, Protocol
+from typing import ContextManager, Iterator, Protocol
 
 
 class Bar(Protocol):
@@ -21,10 +21,7 @@ class Progress(Protocol):
         """One line worth keeping."""
 
 
-class ContextManagerOfBar(Protocol):
-    def __enter__(self) -> Bar: ...
-
-    def __exit__(self, *exc: object) -> None: ...
+ContextManagerOfBar = ContextManager[Bar]
 
 
 class _SilentBar:

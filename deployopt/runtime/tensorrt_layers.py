@@ -12,6 +12,7 @@ _TYPES = (  # of TensorRT's format strings, the first that occurs: "Row major In
     ("fp16", ("half", "fp16")),
     ("fp32", ("float", "fp32")),
 )
+_KNOWN = {(precision,) for precision, _ in _TYPES}
 _PRODUCT_KINDS = ("convolution", "correlation", "gemm", "matrixmultiply", "matmul")  # RTX calls a convolution "correlation"
 
 
@@ -81,8 +82,10 @@ def network_of(trt: Any, network: Any) -> Network:
     adds = []
     for layer in layers:
         node = (nodes_of(layer.metadata) or (layer.name,))[0]
-        is_sum = layer.type == trt.LayerType.ELEMENTWISE and layer.op == trt.ElementWiseOperation.SUM
-        if is_sum and node not in products:  # a Gemm's bias is an Add of that Gemm's node
+        if layer.type != trt.LayerType.ELEMENTWISE or node in products:  # a Gemm's bias is an Add of that Gemm's node
+            continue
+        layer.__class__ = trt.IElementWiseLayer  # get_layer returns the base class; this is the vendor's way to the derived one
+        if layer.op == trt.ElementWiseOperation.SUM:
             adds.append(node)
     return Network(tuple(products), tuple(adds))
 
@@ -130,12 +133,12 @@ def execution(network: Network, layers: Sequence[Layer]) -> Execution:
     """What the built layers make of the network.
 
     Raises:
-        ValueError: a convolution or matrix product is in no listed layer, so that its precision cannot be told.
+        ValueError: no listed layer tells the precision of some convolution or matrix product.
     """
     runners = [(node, _runner(node, layers)) for node in network.products]
-    missing = [node for node, layer in runners if layer is None or not layer.inputs]
+    missing = [node for node, layer in runners if layer is None or layer.inputs[:1] not in _KNOWN]
     if missing:
-        raise ValueError(f"no built layer names {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} ({len(layers)} layers listed)")
+        raise ValueError(f"no built layer tells the precision of {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''} ({len(layers)} layers listed)")
     found = [layer for _, layer in runners if layer is not None]
     executed = dict(Counter(layer.inputs[0] for layer in found))
     fused = {node for layer in layers if layer.is_product for node in layer.nodes}

@@ -29,7 +29,7 @@ class Task(Protocol):
         """Metrics by name, with "n". `outputs` float32 [N, K]. Raises ValueError for non-finite outputs."""
 
     def agree(self, outputs: NDArray[Any], reference: NDArray[Any]) -> dict[str, float]:
-        """"agreement" in 0–1 with another model's outputs on the same images, and "max_abs_diff"."""
+        """ "agreement" in 0–1 with another model's outputs on the same images, and "max_abs_diff"."""
 
     def details(self, outputs: NDArray[Any], targets: NDArray[Any], classes: tuple[str, ...]) -> dict[str, Any]:
         """What a report may plot: for classification {"confusion": [[int]], "classes": [...]}."""

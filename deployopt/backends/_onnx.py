@@ -1,0 +1,101 @@
+"""What the backends share whose artifact is an ONNX file: ONNX Runtime and OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deployopt.artifact import Artifact, Verified
+from deployopt.backends import BuildRequest
+from deployopt.errors import BuildFailed, DeployoptError, ExportFailed, MissingDependency
+from deployopt.runtime.child import run_in_child
+from deployopt.runtime.clock import now_ns, seconds_since
+from deployopt.runtime.files import atomic_write
+from deployopt.runtime.progress import Progress
+from deployopt.runtime.session import TensorSpec
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, ValueInfoProto
+
+
+def sentence(error: DeployoptError) -> str:
+    """An error as a reason: on one line, with its remedy."""
+    return error.message if error.remedy is None else f"{error.message}: {error.remedy}"
+
+
+def load(path: Path) -> ModelProto:
+    """Parse an ONNX file.
+
+    Raises:
+        ExportFailed: the file holds no ONNX graph.
+        MissingDependency: onnx is not installed.
+    """
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    except ImportError as exc:
+        raise MissingDependency("onnx", "runtimes", "to prepare models for a runtime") from exc
+    remedy = "deployopt run RECIPE --fresh --until export"
+    try:
+        model = onnx.load_from_string(path.read_bytes())
+    except DecodeError as exc:
+        raise ExportFailed(f"{path.name} is not an ONNX model", remedy) from exc
+    if not model.graph.output:
+        raise ExportFailed(f"{path.name} holds no graph", remedy)
+    return model
+
+
+def prepare(canonical: Path, precision: str, out: Path) -> Path:
+    """INT8 in the unsigned dialect of x86 CPUs, float precisions as they are.
+
+    Raises:
+        ExportFailed: a scale that only this dialect needs is missing; names the layer.
+    """
+    model = load(canonical)
+    if precision == "int8":
+        from deployopt.graph.dialects import to_unsigned
+
+        model = to_unsigned(model)
+    atomic_write(out, model.SerializeToString(deterministic=True))
+    return out
+
+
+def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, *, counter: str, provider: str) -> Artifact:
+    """Store the ONNX and count in a child process, where a crash ends nothing else, what the runtime compiles it to.
+
+    Args:
+        counter: "module:function" that takes `path` and `precision` and returns layers by executed precision.
+
+    Raises:
+        BuildFailed, BackendUnavailable, ArtifactMismatch: the runtime does not take the model.
+    """
+    if request.options:
+        raise BuildFailed(f"{provider} builds take no options, found {', '.join(request.options)}", "remove them from the recipe's build.options")
+    start = now_ns()
+    path = out / "model.onnx"
+    model = load(prepared)
+    atomic_write(path, prepared.read_bytes())
+    executed = run_in_child(counter, {"path": str(path), "precision": request.precision}, progress, f"compiling {path.name} to see what runs")
+    verified = Verified(executed.get("int8", 0), sum(executed.values()), executed)
+    metadata = {
+        "precision": request.precision,
+        "provider": provider,
+        "options": {},
+        "build_seconds": seconds_since(start),
+        "verified": asdict(verified),
+        "verified_reason": None,
+    }
+    return Artifact.of("onnx", path, inputs=_specs(model.graph.input), outputs=_specs(model.graph.output), metadata=metadata)
+
+
+def _specs(values: Iterable[ValueInfoProto]) -> tuple[TensorSpec, ...]:
+    from onnx import helper
+
+    def spec(value: ValueInfoProto) -> TensorSpec:
+        tensor = value.type.tensor_type
+        shape = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
+        return TensorSpec(value.name, shape, helper.tensor_dtype_to_np_dtype(tensor.elem_type).name)
+
+    return tuple(spec(value) for value in values)

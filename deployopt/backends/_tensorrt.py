@@ -1,0 +1,190 @@
+"""What the backends `tensorrt` and `tensorrt_rtx` share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from deployopt.artifact import Artifact, Verified
+from deployopt.backends import BuildRequest
+from deployopt.errors import BackendUnavailable, BuildFailed, DeployoptError, ExportFailed
+from deployopt.runtime import manifest
+from deployopt.runtime.child import run_in_child
+from deployopt.runtime.cuda import Gpu, device_index, find_gpu
+from deployopt.runtime.files import atomic_write
+from deployopt.runtime.progress import Progress
+from deployopt.runtime.session import Session, SessionOptions, TensorSpec
+from deployopt.runtime.tensorrt import BuildOptions, load_vendor
+from deployopt.runtime.tensorrt_layers import Execution
+from deployopt.runtime.tensorrt_session import TensorRTSession
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, NodeProto, TensorProto
+
+
+class BuildOptionsModel(BaseModel):
+    """Base of a backend's `Options`: strict, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+M = TypeVar("M", bound=BuildOptionsModel)
+
+
+def bind(backend: str, model: type[M], options: Mapping[str, Any]) -> M:
+    """Options of a recipe as the backend's model.
+
+    Raises:
+        BuildFailed: every wrong option at once, with those there are.
+    """
+    try:
+        return model.model_validate(dict(options))
+    except ValidationError as exc:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
+        raise BuildFailed(f"options of {backend}: {faults} (available: {', '.join(model.model_fields)})", "mend them in the recipe's build stage") from exc
+
+
+def gpu_or_reason() -> tuple[Gpu | None, str | None]:
+    """The first GPU, or why there is none."""
+    try:
+        return find_gpu(), None
+    except DeployoptError as exc:
+        return None, exc.message
+
+
+def prepare(canonical: Path, out: Path) -> Path:
+    """The canonical ONNX as it is: its Q/DQ already stand where TensorRT 10 and TensorRT-RTX want them. What they would misread is refused.
+
+    Raises:
+        ExportFailed: names the first node that quantises asymmetrically, to UINT8, or a bias.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    data = canonical.read_bytes()
+    try:
+        graph = onnx.load_from_string(data).graph
+    except DecodeError as exc:
+        raise ExportFailed(f"{canonical.name} is not an ONNX model", "deployopt run RECIPE --fresh --until export") from exc
+    if not graph.output:
+        raise ExportFailed(f"{canonical.name} holds no graph", "deployopt run RECIPE --fresh --until export")
+    check_quantization(graph)
+    atomic_write(out, data)
+    return out
+
+
+def check_quantization(graph: GraphProto) -> None:
+    """Refuse Q/DQ that TensorRT rejects, or takes for something else (it reads UINT8 as INT8, with a mere warning).
+
+    Raises:
+        ExportFailed: with the node and the remedy.
+    """
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            fault = _fault(node, constants)
+            if fault:
+                raise ExportFailed(
+                    f"node '{node.name}' ({node.op_type}): {fault}", "quantise to symmetric INT8 with zero point 0, and leave biases in floating point"
+                )
+
+
+def _fault(node: NodeProto, constants: Mapping[str, TensorProto]) -> str | None:
+    """What TensorRT would misread in a QuantizeLinear or DequantizeLinear, if anything."""
+    from onnx import TensorProto, numpy_helper
+
+    data = constants.get(node.input[0])
+    if data is not None and data.data_type == TensorProto.INT32:
+        return f"'{data.name}' is INT32: TensorRT takes no quantised bias"
+    zero_point = constants.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+    typed = next((a.i for a in node.attribute if a.name == "output_dtype"), 0)
+    # ONNX: without a zero point and output_dtype, QuantizeLinear makes UINT8
+    unsigned_by_default = node.op_type == "QuantizeLinear" and zero_point is None and not typed
+    types = {tensor.data_type for tensor in (data, zero_point) if tensor is not None} | {typed}
+    if unsigned_by_default or TensorProto.UINT8 in types:
+        return "quantised to UINT8, which TensorRT reads as INT8"
+    if zero_point is not None and numpy_helper.to_array(zero_point).any():
+        return f"zero point '{zero_point.name}' is not 0"
+    return None
+
+
+def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, *, vendor: str, options: BuildOptions) -> Artifact:
+    """Build `out/<name>.engine` and its manifest in a child process, so that a crash of native code fails this artifact alone.
+
+    Raises:
+        BuildFailed, BackendUnavailable.
+    """
+    engine = out / f"{prepared.stem}.engine"
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in options._asdict().items() if value}
+    facts = run_in_child(
+        "deployopt.runtime.tensorrt:build_file",
+        {
+            "vendor": vendor,
+            "onnx": str(prepared),
+            "engine": str(engine),
+            "precision": request.precision,
+            "device": request.device,
+            "options": given,
+            "preprocessing": _preprocessing(prepared),
+        },
+        progress,
+        f"building {engine.name} with {vendor}",
+    )
+    metadata = {"precision": request.precision, "build_seconds": facts["seconds"], "options": given, **_verified(facts)}
+    return Artifact.of("engine", engine, inputs=_specs(facts["inputs"]), outputs=_specs(facts["outputs"]), metadata=metadata)
+
+
+def _preprocessing(prepared: Path) -> dict[str, Any] | None:
+    """What the exporter wrote into the ONNX of its input images, if it did."""
+    import onnx
+
+    properties = {p.key: p.value for p in onnx.load(prepared, load_external_data=False).metadata_props}
+    return json.loads(properties["preprocessing"]) if "preprocessing" in properties else None
+
+
+def _specs(rows: list[list[Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in rows)
+
+
+def _verified(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The artifact's facts on what the engine executes."""
+    if facts["execution"] is None:
+        return {"verified": None, "verified_reason": facts["reason"]}
+    ran = Execution(**facts["execution"])
+    found: dict[str, Any] = {
+        "verified": asdict(Verified(ran.quantized_layers, ran.quantizable_layers, ran.executed)),
+        "adds": ran.adds,
+        "fused_adds": ran.fused_adds,
+        "int8_to_float": ran.int8_to_float,
+    }
+    if ran.int8_to_float:
+        found["note"] = (
+            f"{ran.int8_to_float} of {ran.quantized_layers} INT8 layers write floating point: a kernel of its own quantises each again, "
+            "so a speed-up over FP16 is doubtful; the file is smaller"
+        )
+    return found
+
+
+def open_session(vendor: str, path: Path, options: SessionOptions) -> Session:
+    """Open an engine on this machine's GPU; its bytes, version and GPU are checked before it is deserialised.
+
+    Raises:
+        ArtifactCorrupt, ArtifactMismatch, BackendUnavailable, DeviceUnavailable.
+    """
+    described, plan = manifest.read_engine(path)
+    trt = load_vendor(vendor)
+    manifest.check_version(path, described, vendor, trt.__version__)
+    index = device_index(options.device)
+    try:
+        gpu = find_gpu(index)
+    except BackendUnavailable as exc:
+        raise BackendUnavailable(
+            f"{path.name} needs a GPU of compute capability {', '.join(described.compute_capabilities)}: {exc.message}", exc.remedy
+        ) from exc
+    manifest.check_gpu(path, described, gpu)
+    return TensorRTSession(trt, plan, described, gpu.name, index)

@@ -1,0 +1,55 @@
+"""ONNX Runtime on CPUs. The artifact is the ONNX file in the dialect its kernels fuse; it compiles when a session opens."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+from deployopt.artifact import Artifact, Availability, Precision
+from deployopt.backends import BuildRequest, _onnx
+from deployopt.errors import BackendUnavailable
+from deployopt.runtime import host
+from deployopt.runtime.onnxruntime_session import NOT_OFFERED, PROVIDER, create_exact, load_vendor, open_session
+from deployopt.runtime.progress import Progress
+from deployopt.runtime.session import Session, SessionOptions
+
+extra = "runtimes"
+kind: Literal["onnx"] = "onnx"
+distributions = ("onnxruntime", "onnxruntime-gpu", "onnx")
+build_depends_on_machine = False
+
+_PRECISION_OF: dict[str, Precision] = {  # operators of ONNX Runtime's optimised graphs (docs/ContribOperators.md); other operators carry no weights
+    **dict.fromkeys(("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm"), "int8"),
+    **dict.fromkeys(("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"), "fp32"),
+}
+
+
+def probe() -> Availability:
+    try:
+        ort = load_vendor()
+    except BackendUnavailable as exc:
+        return Availability(False, False, None, None, _onnx.sentence(exc))
+    return Availability(True, True, ort.__version__, host.cpu()["model"], None, {"fp32": None, "int8": None, **NOT_OFFERED})
+
+
+def prepare(canonical: Path, precision: str, out: Path) -> Path:
+    return _onnx.prepare(canonical, precision, out)
+
+
+def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:
+    return _onnx.build(prepared, out, request, progress, counter=f"{__name__}:count_layers", provider=PROVIDER)
+
+
+def open(path: Path, options: SessionOptions) -> Session:
+    return open_session(path, options)
+
+
+def count_layers(path: str, precision: str, progress: Progress) -> dict[str, int]:
+    """Convolutions and matrix products of the graph that ONNX Runtime really executes, by precision."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        create_exact(Path(path), threads=1, optimized=optimized)
+        kinds = [node.op_type for node in _onnx.load(optimized).graph.node]
+    return dict(Counter(_PRECISION_OF[kind] for kind in kinds if kind in _PRECISION_OF))

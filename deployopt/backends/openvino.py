@@ -1,0 +1,60 @@
+"""OpenVINO on CPUs. The artifact is the ONNX file in its INT8 dialect; it compiles when a session opens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+from deployopt.artifact import FLOAT_PRECISIONS, Artifact, Availability
+from deployopt.backends import BuildRequest, _onnx
+from deployopt.errors import BackendUnavailable
+from deployopt.runtime.openvino_session import DEVICE, compile_model, load_vendor, not_offered, open_session
+from deployopt.runtime.progress import Progress
+from deployopt.runtime.session import Session, SessionOptions
+
+extra = "runtimes"
+kind: Literal["onnx"] = "onnx"
+distributions = ("openvino", "onnx")
+build_depends_on_machine = False
+
+_LAYERS = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul"})  # CPU plugin's layerType
+_NAMES = {"i8": "int8", "u8": "int8", "f32": "fp32", "f16": "fp16", "bf16": "bf16"}
+
+
+def probe() -> Availability:
+    try:
+        ov = load_vendor()
+    except BackendUnavailable as exc:
+        return Availability(False, False, None, None, _onnx.sentence(exc))
+    core = ov.Core()
+    if DEVICE not in core.available_devices:
+        return Availability(False, False, ov.__version__, None, f"OpenVINO finds no CPU plugin (devices: {', '.join(core.available_devices) or 'none'})")
+    capabilities = core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
+    offered: dict[str, str | None] = {precision: not_offered(capabilities, precision) for precision in (*FLOAT_PRECISIONS, "int8")}
+    return Availability(True, True, ov.__version__, core.get_property(DEVICE, "FULL_DEVICE_NAME"), None, offered)
+
+
+def prepare(canonical: Path, precision: str, out: Path) -> Path:
+    return _onnx.prepare(canonical, precision, out)
+
+
+def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:
+    return _onnx.build(prepared, out, request, progress, counter=f"{__name__}:count_layers", provider=DEVICE)
+
+
+def open(path: Path, options: SessionOptions) -> Session:
+    return open_session(path, options)
+
+
+def count_layers(path: str, precision: str, progress: Progress) -> dict[str, int]:
+    """Convolutions and matrix products of the compiled model, by the precision the CPU plugin chose for each."""
+    compiled = compile_model(Path(path), SessionOptions(precision=precision))
+    info = [op.get_rt_info() for op in compiled.get_runtime_model().get_ordered_ops()]
+    chosen = [_text(i["runtimePrecision"]) for i in info if "layerType" in i and _text(i["layerType"]) in _LAYERS]
+    return dict(Counter(_NAMES.get(name, name) for name in chosen))
+
+
+def _text(value: Any) -> str:
+    """An entry of rt_info: an OVAny in some versions, a string in others."""
+    return str(value.astype(str)) if hasattr(value, "astype") else str(value)

@@ -1,0 +1,62 @@
+"""TensorRT 10 or later: engines for the GPU of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from deployopt.artifact import Artifact, Availability
+from deployopt.backends import BuildRequest, _tensorrt
+from deployopt.errors import BackendUnavailable
+from deployopt.runtime.progress import Progress
+from deployopt.runtime.session import Session, SessionOptions
+from deployopt.runtime.tensorrt import BuildOptions, load_vendor
+
+extra = "tensorrt"
+kind: Literal["engine"] = "engine"
+distributions = ("tensorrt",)
+build_depends_on_machine = True
+
+_VENDOR = "tensorrt"
+_PRECISIONS: dict[str, str | None] = dict.fromkeys(("fp32", "fp16", "bf16", "int8"))
+
+
+class Options(_tensorrt.BuildOptionsModel):
+    """Build options of TensorRT."""
+
+    workspace_mib: int | None = Field(None, ge=1)
+    """Scratch memory in MiB that a layer may use; by default all of the GPU's memory."""
+    optimization_level: int = Field(3, ge=0, le=5)
+    """0 builds fastest, 5 searches longest for faster kernels."""
+
+
+def probe() -> Availability:
+    try:
+        trt = load_vendor(_VENDOR)
+    except BackendUnavailable as exc:
+        return Availability(False, False, None, None, _sentence(exc))
+    gpu, reason = _tensorrt.gpu_or_reason()
+    if gpu is None:
+        return Availability(False, False, trt.__version__, None, reason, _PRECISIONS)
+    return Availability(True, True, trt.__version__, gpu.name, None, _PRECISIONS)
+
+
+def _sentence(exc: BackendUnavailable) -> str:
+    return f"{exc.message}: {exc.remedy}"
+
+
+def prepare(canonical: Path, precision: str, out: Path) -> Path:
+    return _tensorrt.prepare(canonical, out)
+
+
+def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:
+    """One optimisation profile: minimum batch 1, optimum and maximum the largest of `request.batch_sizes`."""
+    options = _tensorrt.bind(_VENDOR, Options, request.options)
+    wanted = BuildOptions(tuple(request.batch_sizes), (), options.workspace_mib, options.optimization_level)
+    return _tensorrt.build(prepared, out, request, progress, vendor=_VENDOR, options=wanted)
+
+
+def open(path: Path, options: SessionOptions) -> Session:
+    return _tensorrt.open_session(_VENDOR, path, options)

@@ -1,0 +1,87 @@
+"""TensorRT-RTX: engines built ahead of time, on any machine, for the GPU classes asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from deployopt.artifact import Artifact, Availability
+from deployopt.backends import BuildRequest, _tensorrt
+from deployopt.errors import BackendUnavailable, BuildFailed
+from deployopt.runtime.cuda import Gpu
+from deployopt.runtime.progress import Progress
+from deployopt.runtime.session import Session, SessionOptions
+from deployopt.runtime.tensorrt import BuildOptions, compute_capabilities, load_vendor
+
+extra = "tensorrt-rtx"
+kind: Literal["engine"] = "engine"
+distributions = ("tensorrt-rtx-cu13", "tensorrt-rtx")
+build_depends_on_machine = False
+
+_VENDOR = "tensorrt_rtx"
+_TURING = "7.5"
+_PORTABLE = ("8.6", "8.9", "12.0")  # GeForce RTX 30, 40 and 50
+_PRECISIONS: dict[str, str | None] = dict.fromkeys(("fp32", "fp16", "bf16", "int8"))
+
+
+def _distinct(capabilities: list[float]) -> list[float]:
+    if len(set(capabilities)) != len(capabilities):
+        raise ValueError("each compute capability once")
+    return capabilities
+
+
+class Options(_tensorrt.BuildOptionsModel):
+    """Build options of TensorRT-RTX."""
+
+    compute_capabilities: Annotated[list[float], AfterValidator(_distinct)] | None = Field(None, min_length=1, examples=[[8.6, 8.9, 12.0]])
+    """GPU classes to build for, as [8.6, 8.9, 12.0]; by default the class of this machine's GPU, without a GPU [8.6, 8.9, 12.0]."""
+
+
+def probe() -> Availability:
+    try:
+        trt = load_vendor(_VENDOR)
+    except BackendUnavailable as exc:
+        return Availability(False, False, None, None, f"{exc.message}: {exc.remedy}")
+    gpu, reason = _tensorrt.gpu_or_reason()
+    if gpu is None:
+        return Availability(False, True, trt.__version__, None, f"{reason}; engines are built ahead of time and not run", _PRECISIONS)
+    reason = _unserved(trt, gpu)
+    return Availability(reason is None, True, trt.__version__, gpu.name, reason, _PRECISIONS)
+
+
+def _unserved(trt: Any, gpu: Gpu) -> str | None:
+    """Why TensorRT-RTX does not run on this GPU, if so."""
+    known = compute_capabilities(trt)
+    if gpu.compute_capability in known:
+        return None
+    return (
+        f"TensorRT-RTX {trt.__version__} does not run on {gpu.name} (compute capability {gpu.compute_capability}; it serves {', '.join(known)}); "
+        "engines are built for other GPUs and not run"
+    )
+
+
+def prepare(canonical: Path, precision: str, out: Path) -> Path:
+    return _tensorrt.prepare(canonical, out)
+
+
+def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:
+    """One optimisation profile: minimum batch 1, optimum and maximum the largest of `request.batch_sizes`."""
+    options = _tensorrt.bind(_VENDOR, Options, request.options)
+    targets = tuple(f"{c:.1f}" for c in options.compute_capabilities) if options.compute_capabilities else _default_targets()
+    if request.precision == "int8" and _TURING in targets and len(targets) > 1:
+        raise BuildFailed(
+            f"INT8 for compute capabilities {', '.join(targets)}: one engine for {_TURING} and others runs its convolutions in FP16 on all of them",
+            f"build for {_TURING} in a recipe of its own: take it out of tensorrt_rtx's compute_capabilities here",
+        )
+    return _tensorrt.build(prepared, out, request, progress, vendor=_VENDOR, options=BuildOptions(tuple(request.batch_sizes), targets))
+
+
+def _default_targets() -> tuple[str, ...]:
+    gpu, _ = _tensorrt.gpu_or_reason()
+    return (gpu.compute_capability,) if gpu and gpu.compute_capability in compute_capabilities(load_vendor(_VENDOR)) else _PORTABLE
+
+
+def open(path: Path, options: SessionOptions) -> Session:
+    return _tensorrt.open_session(_VENDOR, path, options)

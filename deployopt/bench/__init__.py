@@ -1,0 +1,1 @@
+"""Accuracy, latency and environment of sessions: what a row says, and the contract it was taken under (measurement contract in the README)."""

@@ -1,0 +1,420 @@
+"""Time sessions against each other: one child process a session, blocks interleaved in shuffled rounds, every figure with its contract.
+
+A `Group` keeps the children of everything that is compared alive together. `Group.measure` binds one batch size, warms each session up and
+then runs rounds: each round times one block of every session, in a new random order. So whatever the machine does meanwhile is spread
+over all of them, and the ratio of two sessions is taken inside rounds.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deployopt.artifact import Row
+from deployopt.bench.environment import Condition, Load, contract_load, gpu_throttling, percent_of_cores, utc_now
+from deployopt.errors import DeployoptError, WorkerDied
+from deployopt.runtime import host
+from deployopt.runtime.files import atomic_write_json
+from deployopt.runtime.progress import Bar, Progress
+from deployopt.runtime.sampler import Block, WarmUp
+from deployopt.runtime.session import SessionOptions
+from deployopt.runtime.statistics import MINIMUM_BLOCKS, bootstrap_median, bootstrap_ratio, median_absolute_deviation, summary
+from deployopt.runtime.worker import Opened, Worker
+
+Images = NDArray[np.uint8]
+
+HEADLINE_RUNS = 1000  # a row is long enough after these or after min_seconds
+PAUSE_S = 0.02  # before each block: spin-waiting threads of the session before go to sleep
+LEAD_IN_MS, LEAD_IN_RUNS = 10.0, 10  # untimed runs at the head of a block: about so long, at most so many, at least one
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A session to be timed.
+
+    Attributes:
+        key: names it in results ("qat/openvino/int8").
+        opener: "module:function" that opens it in the child.
+        path: of the artifact.
+    """
+
+    key: str
+    opener: str
+    path: Path
+    options: SessionOptions = field(default_factory=SessionOptions)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        min_seconds: timed for each subject; if the warm-up's estimate was off, 1,000 runs do too.
+        blocks: at least so many for each subject; 20 are needed for an interval of a ratio.
+        max_seconds: a subject stops after so many timed seconds, with fewer blocks and a flag.
+        max_spread: MAD / median of its samples above which a row is invalid.
+        max_contention: share of its threads for which others left no core, above which a row is invalid.
+        max_steal_percent: CPU time the hypervisor gave to other guests, above which a row is invalid.
+        buffers: of different images, rotated.
+        seed: of the order in the rounds, of the images' order and of the bootstrap.
+        timeout_s: after which a child that does not answer counts as hanging.
+    """
+
+    min_seconds: float = 3.0
+    blocks: int = MINIMUM_BLOCKS
+    max_seconds: float = 60.0
+    max_spread: float = 0.25
+    max_contention: float = 0.25
+    max_steal_percent: float = 10.0
+    buffers: int = 8
+    seed: int = 0
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A subject without figures, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures of one subject at one batch size.
+
+    Attributes:
+        host, device: `statistics.summary` of all samples, ms; `p50_ci95` is the bootstrap over blocks. device: None without such a clock.
+        block_medians_ms, device_block_medians_ms: one for each round, in the order of the rounds.
+        invalid: why the figures should not be used, None if they may.
+        contract: how they were taken.
+    """
+
+    key: str
+    batch: int
+    provider: str
+    threads: int
+    host: dict[str, Any]
+    device: dict[str, Any] | None
+    block_medians_ms: list[float]
+    device_block_medians_ms: list[float] | None
+    throughput_per_s: float
+    peak_memory_bytes: int | None
+    invalid: str | None
+    contract: dict[str, Any]
+
+
+@dataclass
+class _Run:
+    """One subject in the making."""
+
+    subject: Subject
+    worker: Worker
+    opened: Opened
+    inputs: dict[str, Any]
+    first_inference_ms: float
+    warm_up: WarmUp
+    iterations: int
+    lead_in: int
+    blocks: list[Block] = field(default_factory=list)
+    load: Load = field(default_factory=Load)
+    runs: int = 0
+    seconds: float = 0.0
+
+    def time_block(self) -> None:
+        before = host.cpu_times()
+        block = self.worker.block(self.iterations, self.runs, self.lead_in)
+        after = host.cpu_times()
+        self.blocks.append(block)
+        self.load.add(before, after, block.elapsed_s, block.process_cpu_s)
+        self.runs += self.iterations
+        self.seconds += block.wall_s
+
+    def wants_more(self, settings: Settings) -> bool:
+        if self.seconds >= settings.max_seconds:
+            return False
+        if len(self.blocks) < settings.blocks:
+            return True
+        return self.seconds < settings.min_seconds and self.runs < HEADLINE_RUNS
+
+
+class Group:
+    """Children of everything compared, alive together. A context manager.
+
+    Attributes:
+        opened: what each child that lives said of its session.
+        failures: subjects whose session could not be opened or whose child died, and why.
+    """
+
+    def __init__(self, subjects: Sequence[Subject], settings: Settings, progress: Progress) -> None:
+        keys = [s.key for s in subjects]
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"subjects need different keys, found {keys}")
+        self._subjects = {s.key: s for s in subjects}
+        self._settings = settings
+        self._progress = progress
+        self._workers: dict[str, Worker] = {}
+        self._stack = ExitStack()
+        self.opened: dict[str, Opened] = {}
+        self.failures: dict[str, Failure] = {}
+
+    def __enter__(self) -> Group:
+        """Open the sessions one after the other: imports and compilation take memory and cores."""
+        try:
+            with self._progress.track("open sessions", len(self._subjects)) as bar:
+                for subject in self._subjects.values():
+                    self._open(subject)
+                    bar.advance(1, subject.key)
+        except BaseException as exc:
+            self._stack.__exit__(type(exc), exc, exc.__traceback__)
+            raise
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._stack.__exit__(*exc)
+
+    def infer(self, key: str, images: Images) -> NDArray[Any]:
+        """First output of a live subject for images uint8 [n, H, W, C]. Raises what `Worker.infer` does."""
+        outputs = self._workers[key].infer(images)
+        return outputs[self.opened[key].outputs[0].name]
+
+    def measure(self, images: Mapping[str, Images], batch: int, source: str) -> dict[str, Measured | Failure]:
+        """Time every live subject at one batch size.
+
+        Args:
+            images: for each subject, uint8 [n, H, W, C]; batches are made of them in random order.
+            source: of the images, for the contract.
+
+        Returns:
+            For every subject, in their order.
+        """
+        settings, rng = self._settings, np.random.default_rng([self._settings.seed, batch])
+        results: dict[str, Measured | Failure] = {}
+        runs: dict[str, _Run] = {}
+        started, before = utc_now(), Condition.now()
+        with self._progress.track(f"warm up, batch {batch}", len(self._workers)) as bar:
+            for key in list(self._workers):
+                buffers = make_buffers(images[key], settings.buffers, batch, settings.seed)
+                inputs = {"buffers": len(buffers), "shape": list(buffers.shape[1:]), "images": len(images[key]), "source": source}
+                try:
+                    runs[key] = self._prepare(key, buffers, inputs)
+                except DeployoptError as exc:
+                    results[key] = self._fail(key, exc)
+                bar.advance(1, key)
+        with self._progress.track(f"measure, batch {batch}", settings.blocks * len(runs)) as bar:
+            results.update(self._rounds(runs, rng, bar))
+        after = Condition.now()
+        for key, run in runs.items():
+            if key not in results:
+                results[key] = self._finish(run, batch, started, (before, after), sorted(runs.keys() - {key}))
+        return {key: results.get(key) or self.failures[key] for key in self._subjects}
+
+    def _open(self, subject: Subject) -> None:
+        worker = self._stack.enter_context(Worker(subject.opener, subject.path, subject.options, self._settings.timeout_s))
+        try:
+            self.opened[subject.key] = worker.start()
+        except DeployoptError as exc:
+            worker.kill()
+            self.failures[subject.key] = self._explain(subject, exc)
+        else:
+            self._workers[subject.key] = worker
+
+    def _explain(self, subject: Subject, error: DeployoptError) -> Failure:
+        """The whole story goes to the log; a row gets its first line, without this machine's paths."""
+        self._progress.log(f"{subject.key}: {error}")
+        return Failure(error.message.splitlines()[0].replace(f"{subject.path.parent}/", ""))
+
+    def _fail(self, key: str, error: DeployoptError) -> Failure:
+        failure = self._explain(self._subjects[key], error)
+        if isinstance(error, WorkerDied):
+            del self._workers[key], self.opened[key]
+            self.failures[key] = failure
+        return failure
+
+    def _prepare(self, key: str, buffers: Images, inputs: dict[str, Any]) -> _Run:
+        worker, settings = self._workers[key], self._settings
+        first_ms = worker.load(buffers)
+        warm_up = worker.warm_up()
+        iterations = max(1, math.ceil(settings.min_seconds * 1e3 / (warm_up.estimate_ms * settings.blocks)))
+        lead_in = min(LEAD_IN_RUNS, max(1, math.ceil(LEAD_IN_MS / warm_up.estimate_ms)))
+        return _Run(self._subjects[key], worker, self.opened[key], inputs, first_ms, warm_up, iterations, lead_in)
+
+    def _rounds(self, runs: Mapping[str, _Run], rng: np.random.Generator, bar: Bar) -> dict[str, Failure]:
+        """Time blocks until every subject has enough; who failed on the way, and why."""
+        failed: dict[str, Failure] = {}
+        active = list(runs)
+        for _ in range(2 * self._settings.blocks):  # the warm-up's estimate may be off, not without bound
+            for key in rng.permutation(active).tolist():
+                time.sleep(PAUSE_S)
+                try:
+                    runs[key].time_block()
+                except DeployoptError as exc:
+                    failed[key] = self._fail(key, exc)
+                bar.advance(1, key)
+            alive = [k for k in active if k not in failed]
+            # one that is done goes on while others are not, so that all rounds stay complete; one that is over its time leaves
+            active = [k for k in alive if runs[k].seconds < self._settings.max_seconds]
+            if not any(runs[k].wants_more(self._settings) for k in active):
+                break
+        return failed
+
+    def _finish(self, run: _Run, batch: int, started: str, conditions: tuple[Condition, Condition], others: list[str]) -> Measured:
+        settings = self._settings
+        samples_ns = np.concatenate([b.host_ns for b in run.blocks])
+        host_summary, medians = _summarize([b.host_ns for b in run.blocks], settings.seed)
+        device_blocks = [b.device_ms * 1e6 for b in run.blocks if b.device_ms is not None]
+        device_summary, device_medians = _summarize(device_blocks, settings.seed) if device_blocks else (None, None)
+        spread = median_absolute_deviation(samples_ns) / float(np.median(samples_ns))
+        try:
+            peak = run.worker.peak_memory()
+        except DeployoptError as exc:  # its figures are whole; only later ones are lost
+            self._fail(run.subject.key, exc)
+            peak = None
+        contract = {
+            "clock": "host" if device_summary is None else "host, device",
+            "copies": "included by the host clock" + ("" if device_summary is None else ", excluded by the device clock"),
+            "warm_up": {"seconds": round(run.warm_up.seconds, 3), "runs": run.warm_up.runs, "settled": run.warm_up.settled},
+            "load_ms": round(run.opened.load_ms, 3),
+            "first_inference_ms": round(run.first_inference_ms, 3),
+            "blocks": len(run.blocks),
+            "iterations": run.iterations,
+            "lead_in": run.lead_in,
+            "duration_s": round(run.seconds, 3),
+            "interleaved_with": others,
+            "shuffled": True,
+            "inputs": run.inputs,
+            "seed": settings.seed,
+            "threads": run.subject.options.threads,
+            "device": run.subject.options.device,
+            "spread": {"mad_over_median": round(spread, 4), "limit": settings.max_spread},
+            "load": contract_load(run.load, *conditions),
+            "flags": _flags(run, settings),
+            "started": started,
+        }
+        return Measured(
+            key=run.subject.key,
+            batch=batch,
+            provider=run.opened.provider,
+            threads=run.subject.options.threads,
+            host=host_summary,
+            device=device_summary,
+            block_medians_ms=medians,
+            device_block_medians_ms=device_medians,
+            throughput_per_s=batch * run.runs / run.seconds,
+            peak_memory_bytes=peak,
+            invalid="; ".join(_faults(run, spread, settings, conditions)) or None,
+            contract=contract,
+        )
+
+
+def measure(
+    subjects: Sequence[Subject], images: Images, settings: Settings, progress: Progress, *, batch: int = 1, source: str = "caller"
+) -> dict[str, Measured | Failure]:
+    """Open, time and close everything at one batch size; every subject sees the same images uint8 [n, H, W, C]."""
+    with Group(subjects, settings, progress) as group:
+        return group.measure(dict.fromkeys((s.key for s in subjects), images), batch, source)
+
+
+def make_buffers(images: Images, buffers: int, batch: int, seed: int) -> Images:
+    """uint8 [buffers, batch, H, W, C] of images [n, H, W, C] in random order; images repeat only when all have been used.
+
+    Raises:
+        ValueError: no images.
+    """
+    if len(images) == 0:
+        raise ValueError("wanted images to time with, found none")
+    order = np.random.default_rng(seed).permutation(len(images))
+    chosen = np.resize(order, buffers * batch)
+    return images[chosen].reshape(buffers, batch, *images.shape[1:])
+
+
+def speedup(baseline: Measured, subject: Measured, seed: int = 0) -> tuple[float, list[float] | None]:
+    """How many times faster than the baseline, from the rounds they share, and its 95 % interval (None below 20 rounds: it would under-cover).
+
+    Raises:
+        ValueError: they were not interleaved.
+    """
+    if subject.key != baseline.key and subject.key not in baseline.contract["interleaved_with"]:
+        raise ValueError(f"'{subject.key}' and '{baseline.key}' were not timed in the same rounds")
+    rounds = min(len(baseline.block_medians_ms), len(subject.block_medians_ms))
+    ratio = bootstrap_ratio(baseline.block_medians_ms[:rounds], subject.block_medians_ms[:rounds], paired=True, seed=seed)
+    return ratio.value, [ratio.low, ratio.high] if rounds >= MINIMUM_BLOCKS else None
+
+
+def with_figures(row: Row, result: Measured | Failure) -> Row:
+    """The row with what was measured, or with why nothing was."""
+    if isinstance(result, Failure):
+        return replace(row, status="failed", reason=result.reason)
+    return replace(
+        row,
+        status="ok" if result.invalid is None else "invalid",
+        reason=result.invalid,
+        provider=result.provider,
+        threads=result.threads,
+        latency_ms={"host": result.host, "device": result.device},
+        throughput_per_s=result.throughput_per_s,
+        peak_memory_bytes=result.peak_memory_bytes,
+        contract=result.contract,
+    )
+
+
+def write_samples(measured: Measured, row: Row, folder: Path) -> Path:
+    """Write the raw block medians of a row, for `compare`; returns the file."""
+    path = folder / f"{row.key.replace('/', '-')}.json"
+    content = {
+        "row": row.key,
+        "unit": "ms",
+        "iterations": measured.contract["iterations"],
+        "host_block_medians": measured.block_medians_ms,
+        "device_block_medians": measured.device_block_medians_ms,
+    }
+    atomic_write_json(path, content)
+    return path
+
+
+def _summarize(blocks_ns: Sequence[NDArray[Any]], seed: int) -> tuple[dict[str, Any], list[float]]:
+    medians = [round(float(np.median(b)) * 1e-6, 6) for b in blocks_ns]
+    low, high = bootstrap_median(medians, seed=seed)
+    return {**summary(np.concatenate(blocks_ns)), "p50_ci95": [low, high]}, medians
+
+
+def _flags(run: _Run, settings: Settings) -> list[str]:
+    """What a reader should know and what does not make the row invalid by itself."""
+    flags = []
+    if not run.warm_up.settled:
+        flags.append("the warm-up did not settle")
+    if len(run.blocks) < settings.blocks:
+        flags.append(f"{len(run.blocks)} of {settings.blocks} blocks within {settings.max_seconds:g} s")
+    used = percent_of_cores(run.load.other_cores)
+    if used is None:
+        flags.append("other load unknown")
+    elif used > 100 * settings.max_contention:
+        flags.append(f"other processes used {used:.0f} % of the cores")
+    return flags
+
+
+def _faults(run: _Run, spread: float, settings: Settings, conditions: tuple[Condition, Condition]) -> list[str]:
+    """Reasons why the row is invalid."""
+    faults = []
+    before, after = conditions
+    if before.throttles is not None and after.throttles is not None and after.throttles > before.throttles:
+        faults.append("the CPU throttled for heat")
+    if run.subject.options.device != "cpu":
+        faults += [f"throttled: {reason}" for reason in gpu_throttling(before, after)]
+    steal = percent_of_cores(run.load.stolen_cores)
+    if steal is not None and steal > settings.max_steal_percent:
+        faults.append(f"the hypervisor took {steal:.0f} % of the CPU time (limit {settings.max_steal_percent:.0f} %)")
+    threads, cores = run.subject.options.threads, host.usable_cores()
+    lacking = max(0.0, (run.load.other_cores or 0.0) + threads - max(cores, threads))
+    if lacking / threads > settings.max_contention:
+        faults.append(f"other processes used {run.load.other_cores:.1f} of {cores} cores beside its {threads} threads")
+    if spread > settings.max_spread:
+        faults.append(f"MAD/median is {spread:.2f} (limit {settings.max_spread:g})")
+    return faults

@@ -1,0 +1,85 @@
+"""Float precision typed in the graph: FP16 or BF16 inside, FP32 inputs and outputs. One such ONNX serves every strongly typed runtime."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import AttributeProto, ModelProto, TensorProto, checker, helper, numpy_helper, version_converter
+
+from deployopt.errors import ExportFailed
+from deployopt.graph.editing import Graph, clone, with_shapes
+
+_TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+_Q_OPSET = 19  # QuantizeLinear takes FP16 and BF16 scales from here on
+_BF16_OPSET = 22  # Conv, MaxPool and GlobalAveragePool take BF16 from here on; nothing else about them changed
+
+
+def cast(model: ModelProto, precision: Literal["fp16", "bf16"]) -> ModelProto:
+    """The model computing in FP16 or BF16, with casts at its edges only; Q/DQ stay, with scales of that type (INT8+FP16).
+
+    BF16 raises the opset to 22, the first whose convolution takes it.
+
+    Args:
+        model: a float32 or INT8 Q/DQ model, opset ≥ 19 if it has Q/DQ.
+
+    Raises:
+        ExportFailed: a value overflows, a scale vanishes (both name the initializer), or the opset is too old.
+    """
+    target = _TYPES[precision]
+    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    if opset < _Q_OPSET and any(n.op_type in ("QuantizeLinear", "DequantizeLinear") for n in model.graph.node):
+        raise ExportFailed(f"INT8 with {precision.upper()} around it needs opset {_Q_OPSET} or newer, found {opset}", "set export.opset: 21")
+    model = version_converter.convert_version(model, _BF16_OPSET) if precision == "bf16" and opset < _BF16_OPSET else clone(model)
+    graph = Graph(model.graph)
+    scales = {n.input[1] for n in graph.nodes("QuantizeLinear", "DequantizeLinear")}
+    for tensor in model.graph.initializer:
+        _cast_tensor(tensor, target, precision, is_scale=tensor.name in scales)
+    for node in model.graph.node:
+        for attr in node.attribute:
+            if attr.type == AttributeProto.TENSOR:
+                _cast_tensor(attr.t, target, precision, is_scale=node.output[0] in scales)
+            elif node.op_type == "Cast" and attr.name == "to" and attr.i == TensorProto.FLOAT:
+                attr.i = target
+    _cast_edges(graph, target)
+    graph.finish()
+    model = with_shapes(model)
+    checker.check_model(model, full_check=True)
+    return model
+
+
+def _cast_tensor(tensor: TensorProto, target: int, precision: str, *, is_scale: bool) -> None:
+    if tensor.data_type != TensorProto.FLOAT:
+        return
+    values = numpy_helper.to_array(tensor)
+    with np.errstate(over="ignore"):  # found and reported below
+        narrow: NDArray[Any] = values.astype(helper.tensor_dtype_to_np_dtype(target))
+    wide = narrow.astype(np.float32)
+    if (np.isinf(wide) & np.isfinite(values)).any():
+        raise ExportFailed(
+            f"'{tensor.name}' does not fit {precision.upper()}: it holds {float(np.abs(values).max()):.4g}",
+            "leave this precision out of export.precisions" + (", or use bf16" if precision == "fp16" else ""),
+        )
+    if is_scale and (wide[values > 0] == 0).any():
+        raise ExportFailed(
+            f"the scale '{tensor.name}' vanishes in {precision.upper()}: it holds {float(values[values > 0].min()):.4g}",
+            "export int8 with FP32 around it",
+        )
+    tensor.CopyFrom(numpy_helper.from_array(narrow, tensor.name))
+
+
+def _cast_edges(graph: Graph, target: int) -> None:
+    for value in graph.proto.input:
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT and value.name in graph.consumers:
+            inner = graph.free_name(f"{value.name}.cast")
+            graph.redirect(value.name, inner, list(graph.consumers[value.name]))
+            graph.add_node("Cast", [value.name], [inner], inner, to=target)
+    for value in graph.proto.output:
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            inner = graph.free_name(f"{value.name}.typed")
+            producer = graph.producers[value.name]
+            graph.redirect(value.name, inner, list(graph.consumers.get(value.name, ())))
+            producer.output[:] = [inner if name == value.name else name for name in producer.output]
+            graph.producers[inner] = producer
+            graph.add_node("Cast", [inner], [value.name], f"{value.name}.cast", to=TensorProto.FLOAT)

@@ -1,0 +1,176 @@
+"""Canonical INT8 (TensorRT's Q/DQ placement) → what other runtimes run fastest. The same integers, told differently."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, checker, helper
+
+from deployopt.errors import ExportFailed
+from deployopt.graph.canonical import Scales, stored_scales
+from deployopt.graph.editing import PRODUCTS, TRANSPARENT, Graph, attribute, clone, layer_name, with_shapes
+
+SATURATION_KEY = "deployopt.int16_saturation"  # read by runtime/onnxruntime_session.py
+_PAIR_SAFE = 64  # 2 · 255 · 64 < 2^15: a pair of products of x86's vpmaddubsw fits int16
+_BIAS_LIMIT = 2**30  # leaves as much of the int32 accumulator to the products
+
+
+def to_unsigned(model: ModelProto) -> ModelProto:
+    """The dialect of x86 CPUs (ONNX Runtime, OpenVINO): u8 activations, s8 weights, int32 biases, Q/DQ around every Add and pooling.
+
+    Activations keep their signed scale; the zero point becomes 0 where a tensor cannot be negative (then a ReLU fuses) and 128 elsewhere, so the
+    integers are those of the signed graph, except that what a ReLU lets through above 127 steps is no longer clipped.
+
+    Args:
+        model: canonical INT8, with the scales "output" of each convolution before an Add and "sum" of an Add that no layer reads.
+
+    Raises:
+        ExportFailed: a scale is missing; names the layer.
+    """
+    model = clone(model)
+    graph = Graph(model.graph)
+    quantize_outputs(graph, stored_scales(model))
+    make_unsigned(graph)
+    quantize_biases(graph)
+    graph.finish()
+    props = {p.key: p.value for p in model.metadata_props}
+    if saturating := saturating_layers(model):
+        props[SATURATION_KEY] = ",".join(saturating)
+    helper.set_model_props(model, props)
+    model = with_shapes(model)
+    checker.check_model(model, full_check=True)
+    return model
+
+
+def quantize_outputs(graph: Graph, scales: Scales) -> None:
+    """Q/DQ after every INT8 convolution and Add whose result some reader (an Add, the pooling) would take as a float.
+
+    Args:
+        scales: as `canonicalize` stores them. An Add's are kept with the layer it follows: the operand that is not the quantised identity.
+    """
+    followed = {add.output[0]: graph.producers[name] for add in graph.nodes("Add") for name in add.input if graph.producer(name, "Conv")}
+    for node in graph.nodes("Conv", "Add"):
+        if not all(graph.producer(name, "DequantizeLinear") for name in node.input[:2]):
+            continue  # kept in float (mixed precision), or a normalisation
+        result = _through_relu(graph, node.output[0])
+        floating = [reader for reader in graph.consumers.get(result, ()) if not _keeps(graph, reader)]
+        if floating:
+            layer, role = (followed.get(node.output[0], node), "sum") if node.op_type == "Add" else (node, "output")
+            scale = _observed(scales, layer_name(graph, layer), role)
+            graph.redirect(result, _add_pair(graph, result, scale), floating)
+
+
+def _through_relu(graph: Graph, tensor: str) -> str:
+    """The tensor after a ReLU that alone reads this one, else the tensor itself."""
+    readers = graph.consumers.get(tensor, [])
+    fused = len(readers) == 1 and readers[0].op_type in ("Relu", "Clip") and tensor not in graph.outputs
+    return readers[0].output[0] if fused else tensor
+
+
+def _keeps(graph: Graph, reader: NodeProto) -> bool:
+    """Whether a reader may go on reading what it reads: it quantises, or is a layer kept in float."""
+    if reader.op_type in TRANSPARENT:
+        return all(_keeps(graph, n) for n in graph.consumers.get(reader.output[0], ()))
+    return reader.op_type in ("QuantizeLinear", *PRODUCTS)
+
+
+def _observed(scales: Scales, layer: str, role: str) -> np.float32:
+    if role not in scales.get(layer, {}):
+        having = ", ".join(name for name, roles in scales.items() if role in roles) or "no layer"
+        raise ExportFailed(
+            f"the INT8 dialect for x86 CPUs needs the scale '{role}' of the layer '{layer}', which was not observed (stored for: {having})",
+            "train it with the qat stage, or calibrate it with ptq, and export again",
+        )
+    return np.float32(scales[layer][role])
+
+
+def _add_pair(graph: Graph, tensor: str, scale: np.float32) -> str:
+    scale_name = graph.add_constant(f"{tensor}.scale", scale)
+    zero = graph.add_constant(f"{tensor}.zero_point", np.int8(0))
+    quantized, dequantized = graph.free_name(f"{tensor}.quantized"), graph.free_name(f"{tensor}.dequantized")
+    graph.add_node("QuantizeLinear", [tensor, scale_name, zero], [quantized], quantized)
+    graph.add_node("DequantizeLinear", [quantized, scale_name, zero], [dequantized], dequantized)
+    return dequantized
+
+
+def is_non_negative(graph: Graph, tensor: str) -> bool:
+    """Whether a tensor provably holds no negative value: after a ReLU (or Clip from 0), through pooling, reshaping and Q/DQ."""
+    node = graph.producers.get(tensor)
+    while node is not None and node.op_type in (*TRANSPARENT, "GlobalAveragePool", "AveragePool", "QuantizeLinear", "DequantizeLinear"):
+        node = graph.producers.get(node.input[0])
+    if node is None:
+        return False
+    if node.op_type == "Clip" and len(node.input) > 1:
+        low = graph.constant(node.input[1])
+        return low is not None and bool(low >= 0)
+    return node.op_type in ("Relu", "Sigmoid", "Softmax")
+
+
+def make_unsigned(graph: Graph) -> None:
+    """Signed symmetric activations → unsigned ones of the same scale."""
+    for quantizer in graph.nodes("QuantizeLinear"):
+        zero = np.uint8(0 if is_non_negative(graph, quantizer.input[0]) else 128)
+        name = graph.add_constant(f"{quantizer.input[1].removesuffix('.scale')}.zero_point_u8", zero)
+        for node in (quantizer, *graph.consumers[quantizer.output[0]]):
+            node.input[2:] = [name]
+
+
+def quantize_biases(graph: Graph) -> None:
+    """Float biases of INT8 layers → int32 with scale `s_x · s_w` and zero point 0, as the integer kernels add them.
+
+    Where `bias / (s_x · s_w)` would not fit (a channel of almost zero weights), that channel's weights get a coarser scale, as in ONNX Runtime's
+    quantisation tool.
+    """
+    for node in graph.nodes("Conv", "Gemm"):
+        bias = graph.constant(node.input[2]) if len(node.input) == 3 else None
+        x, w = (graph.producer(name, "DequantizeLinear") for name in node.input[:2])
+        if bias is None or x is None or w is None or bias.ndim != 1:
+            continue
+        x_scale, w_scale = graph.constant(x.input[1]), graph.constant(w.input[1])
+        if x_scale is None or w_scale is None:
+            continue
+        w_scale = _widened(graph, w, np.broadcast_to(w_scale, bias.shape), np.abs(bias) / (np.float64(x_scale) * _BIAS_LIMIT))
+        scale = (x_scale * w_scale).astype(np.float32)
+        values = np.rint(bias.astype(np.float64) / scale).astype(np.int32)
+        name = node.input[2]
+        dequantized = graph.free_name(f"{name}.dequantized")
+        constants = [
+            graph.add_constant(f"{name}.{kind}", value)
+            for kind, value in (("quantized", values), ("scale", scale), ("zero_point", np.zeros(scale.shape, np.int32)))
+        ]
+        graph.add_node("DequantizeLinear", constants, [dequantized], dequantized, axis=0)
+        graph.redirect(name, dequantized, [node])
+
+
+def _widened(graph: Graph, w: NodeProto, scale: NDArray[np.float32], least: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The weight's scales [C_out], none below `least`; requantises the channels concerned."""
+    wide = np.maximum(scale, np.nextafter(least.astype(np.float32), np.float32(np.inf)))
+    narrow = scale < least
+    if not narrow.any():
+        return scale
+    values = graph.constant(w.input[0])
+    assert values is not None
+    axis = attribute(w, "axis", 1)
+    shape = [-1 if i == axis % values.ndim else 1 for i in range(values.ndim)]
+    ratio = np.where(narrow, scale / wide, 1.0).reshape(shape)
+    w.input[0] = graph.add_constant(f"{w.input[0]}.widened", np.rint(values * ratio).astype(values.dtype))
+    w.input[1] = graph.add_constant(f"{w.input[1]}.widened", wide)
+    return wide
+
+
+def saturating_layers(model: ModelProto) -> list[str]:
+    """Layers in which x86 CPUs without VNNI may saturate: inputs over the whole u8 range times weights beyond ±64.
+
+    vpmaddubsw adds two u8 · s8 products in int16 (Intel SDM). After a ReLU the signed scale keeps inputs near 127, where two products fit.
+    """
+    graph = Graph(model.graph)
+    found = []
+    for node in graph.nodes(*PRODUCTS):
+        x, w = (graph.producer(name, "DequantizeLinear") for name in node.input[:2])
+        if x is None or w is None:
+            continue
+        zero, weight = graph.constant(x.input[2]) if len(x.input) > 2 else None, graph.constant(w.input[0])
+        whole_range = zero is not None and zero.dtype == np.uint8 and bool(zero > 0)
+        if whole_range and weight is not None and int(np.abs(weight.astype(np.int16)).max()) > _PAIR_SAFE:
+            found.append(layer_name(graph, node))
+    return found

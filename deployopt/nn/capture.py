@@ -1,0 +1,71 @@
+"""A network as a torch.export graph with a dynamic batch: the start of quantisation and of every export."""
+
+from __future__ import annotations
+
+import copy
+import linecache
+import traceback
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from deployopt.errors import ExportFailed
+from deployopt.runtime.preprocessing import Preprocessing
+
+MAX_BATCH = 4096
+
+
+def example_input(preprocessing: Preprocessing) -> Tensor:
+    """Two grey images, float32 [2, C, H, W] in 0–1. Two, since torch.export takes a batch of one for a constant."""
+    size = preprocessing.image_size
+    return torch.full((2, preprocessing.channels, size, size), 0.5)
+
+
+def capture(network: nn.Module, example: Tensor) -> GraphModule:
+    """The ATen graph of a copy of `network` in evaluation mode, on the CPU. Parameters keep their module paths.
+
+    What the mode decides (dropout, BatchNorm) is in the operators' arguments: `train()` and `eval()` of the result change nothing.
+
+    Args:
+        network: takes float32 [N, C, H, W].
+        example: one such input with N ≥ 2.
+
+    Raises:
+        ExportFailed: torch.export cannot trace it; names the operation and the line of source.
+    """
+    module = copy.deepcopy(network).eval().cpu()
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    try:
+        program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
+    except Exception as exc:  # torch.export lets any exception of the model's own code through
+        raise ExportFailed(
+            f"torch.export cannot trace the network {_culprit(exc)}: {_first_line(exc)}",
+            "write that line with tensor operations only (no .item(), no branches on values, no fixed batch size)",
+        ) from exc
+    graph_module = cast(GraphModule, program.module(check_guards=False))
+    for name in ("train", "eval"):  # torch.export replaces them by ones that raise
+        vars(graph_module).pop(name, None)
+    return graph_module.eval()
+
+
+def _first_line(exc: BaseException) -> str:
+    text = next((line for line in str(exc).splitlines() if line.strip()), "")
+    return f"{type(exc).__name__}: {text.strip()}"
+
+
+def _culprit(exc: BaseException) -> str:
+    """The innermost line of the model's own code in a traceback: "at net.py:12 in forward: `return x.item()`"."""
+    libraries = Path(torch.__file__).parent
+    frames = [f for f in traceback.extract_tb(exc.__traceback__) if not _inside(f.filename, libraries) and f.filename != __file__]
+    if not frames:
+        return "(no line of its own code is in the traceback)"
+    frame = frames[-1]
+    source = frame.line or linecache.getline(frame.filename, frame.lineno or 0).strip()
+    return f"at {Path(frame.filename).name}:{frame.lineno} in {frame.name}: `{source}`"
+
+
+def _inside(filename: str, folder: Path) -> bool:
+    return filename.startswith((str(folder), "<")) or "/contextlib.py" in filename

@@ -1,0 +1,81 @@
+"""A network as ONNX, by torch.onnx's dynamo exporter."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, cast
+
+import torch
+from onnx import ModelProto
+from torch import nn
+
+from deployopt.errors import ExportFailed
+from deployopt.nn.capture import MAX_BATCH, capture, example_input
+from deployopt.nn.fold import fold_batchnorm
+from deployopt.nn.quantizer import fake_quantized, quantization
+
+if TYPE_CHECKING:
+    from deployopt.nn.models import Network
+
+INPUT, OUTPUT, BATCH = "input", "output", "batch"
+
+
+def deployed(network: Network) -> nn.Module:
+    """The graph that is exported, and that an artifact's outputs are compared with: BatchNorm folded, Q/DQ where it was quantised.
+
+    On the CPU, float32 [N, C, H, W] in 0–1 → float32 [N, K].
+
+    Raises:
+        ExportFailed: torch.export cannot trace the network.
+    """
+    if quantization(network) is not None:
+        return fake_quantized(network)
+    return fold_batchnorm(capture(network, example_input(network.preprocessing)))
+
+
+def to_onnx(graph_module: nn.Module, example: torch.Tensor, opset: int) -> ModelProto:
+    """ONNX of a `deployed` graph: input "input", output "output", axis "batch" dynamic, initializers named by module path.
+
+    Args:
+        example: float32 [2, C, H, W].
+
+    Raises:
+        ExportFailed: an operator has no ONNX form; names it.
+    """
+    batch = torch.export.Dim(BATCH, min=1, max=MAX_BATCH)
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                graph_module,
+                (example,),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: batch},),
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as exc:
+            reason = next((line for line in reversed(str(exc.__cause__ or exc).splitlines()) if line.strip()), type(exc).__name__)
+            raise ExportFailed(f"the network could not be written as ONNX opset {opset}: {reason.strip()}", "replace that operator in the network") from exc
+    if program is None:
+        raise ExportFailed(f"torch.onnx.export wrote nothing for opset {opset}")
+    return cast(ModelProto, program.model_proto)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's step-by-step prints and its notes on its own packages; other warnings pass."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(torch|onnxscript|onnx_ir)\.")
+            yield
+    finally:
+        logger.setLevel(level)

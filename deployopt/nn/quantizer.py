@@ -1,0 +1,118 @@
+"""A quantised network from its data: scales by layer name in, a graph with quantise/dequantise operators out. No torchao here.
+
+A lineage entry of a quantised network:
+
+    {"op": "quantize",
+     "sites": {"body.layer1.0.conv2": {"input": s, "weight": [s, …], "identity": s, "output": s}, …},
+     "scheme": {"saturation_guard": true, …}}
+
+Every s is a positive float: the real value of one integer step. Zero points are 0. Roles as in `nn.placement`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization.fx._decomposed import quantized_decomposed_lib  # noqa: F401  (registers the operators)
+from torch.fx import GraphModule, Node
+
+from deployopt.errors import ArtifactMismatch
+from deployopt.nn.capture import capture, example_input
+from deployopt.nn.fold import fold_batchnorm
+from deployopt.nn.placement import Layer, layers
+
+if TYPE_CHECKING:
+    from deployopt.nn.models import Network
+
+Sites = Mapping[str, Mapping[str, Any]]
+ACTIVATION_MIN, ACTIVATION_MAX = -128, 127
+operators = torch.ops.quantized_decomposed
+
+
+def quantization(network: Network) -> Mapping[str, Any] | None:
+    """The lineage entry that quantised the network, None for a float network."""
+    return next((e for e in network.lineage if e["op"] == "quantize"), None)
+
+
+def replay(network: nn.Module, entry: Mapping[str, Any]) -> None:
+    """Check that a quantisation's sites fit the network. Its modules stay as they are: the scales work in `fake_quantized`.
+
+    Raises:
+        ArtifactMismatch: a layer is missing, has another number of output channels, or has a scale that is not a positive number.
+    """
+    modules = dict(network.named_modules())
+    for name, site in entry["sites"].items():
+        if name not in modules:
+            raise ArtifactMismatch(f"the quantisation has scales for the layer '{name}', which this network lacks", _remedy())
+        wanted, found = len(cast(Tensor, modules[name].weight)), len(site["weight"])
+        if wanted != found:
+            raise ArtifactMismatch(f"layer '{name}' has {wanted} output channels and {found} weight scales", _remedy())
+        for role, scale in site.items():
+            if not all(math.isfinite(s) and s > 0 for s in (scale if isinstance(scale, Sequence) else [scale])):
+                raise ArtifactMismatch(f"layer '{name}' has a {role} scale that is not a positive number", _remedy())
+
+
+def fake_quantized(network: Network) -> GraphModule:
+    """The network as runtimes see it: BatchNorm folded, weights as integers, Q/DQ operators at the sites of its lineage.
+
+    Returns:
+        A module on the CPU in eval mode, float32 [N, C, H, W] → float32 [N, K], any N. Its weights are int8 buffers: not trainable.
+
+    Raises:
+        ExportFailed: torch.export cannot trace the network.
+        ArtifactMismatch: its sites are not those that the placement finds.
+    """
+    entry = quantization(network)
+    if entry is None:
+        raise ArtifactMismatch("the network was not quantised: its lineage has no 'quantize' entry", "quantise it by a qat or ptq stage")
+    graph_module = fold_batchnorm(capture(network, example_input(network.preprocessing)))
+    return insert_quantization(graph_module, entry["sites"], saturation_guard=entry["scheme"]["saturation_guard"])
+
+
+def insert_quantization(graph_module: GraphModule, sites: Sites, *, saturation_guard: bool) -> GraphModule:
+    """Write Q/DQ operators and integer weights into a folded graph, in place."""
+    graph = graph_module.graph
+    found = layers(graph)
+    if missing := {layer.name for layer in found} ^ set(sites):
+        raise ArtifactMismatch(f"the scales and the network's layers differ at {', '.join(sorted(missing))}", _remedy())
+    dequantized: dict[Node, Node] = {}
+    for layer in found:
+        for role, tensor, consumer in layer.edges():
+            if tensor not in dequantized:
+                dequantized[tensor] = _quantize_activation(graph_module, tensor, sites[layer.name][role])
+            consumer.replace_input_with(tensor, dequantized[tensor])
+        _quantize_weight(graph_module, layer, sites[layer.name]["weight"], layer.weight_limit(saturation_guard))
+    graph.eliminate_dead_code()
+    graph.lint()
+    graph_module.recompile()
+    return graph_module
+
+
+def _quantize_activation(graph_module: GraphModule, tensor: Node, scale: float) -> Node:
+    graph, parameters = graph_module.graph, (scale, 0, ACTIVATION_MIN, ACTIVATION_MAX, torch.int8)
+    with graph.inserting_after(tensor):
+        quantized = graph.call_function(operators.quantize_per_tensor.default, (tensor, *parameters))
+    with graph.inserting_after(quantized):
+        return graph.call_function(operators.dequantize_per_tensor.default, (quantized, *parameters))
+
+
+def _quantize_weight(graph_module: GraphModule, layer: Layer, scales: Sequence[float], limit: int) -> None:
+    graph, owner = graph_module.graph, graph_module.get_submodule(layer.name)
+    scale = torch.tensor(scales)
+    zero_point = torch.zeros(len(scale), dtype=torch.int64)
+    weight = operators.quantize_per_channel(cast(Tensor, owner.weight).detach(), scale, zero_point, 0, -limit, limit, torch.int8)
+    del owner.weight
+    for name, value in {"weight": weight, "weight_scale": scale, "weight_zero_point": zero_point}.items():
+        owner.register_buffer(name, value)
+    with graph.inserting_before(layer.node):
+        arguments = tuple(graph.get_attr(f"{layer.name}.{n}") for n in ("weight", "weight_scale", "weight_zero_point"))
+        dequantized = graph.call_function(operators.dequantize_per_channel.default, (*arguments, 0, -limit, limit, torch.int8))
+    layer.node.update_arg(1, dequantized)
+
+
+def _remedy() -> str:
+    return "quantise the network again: deployopt run RECIPE --fresh"

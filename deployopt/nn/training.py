@@ -1,0 +1,215 @@
+"""The one training loop: finetune, prune's recovery and qat all train here."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deployopt.data import Dataset
+from deployopt.errors import TrainingDiverged
+from deployopt.nn import augment, evaluate, losses
+from deployopt.nn.schedule import TrainingConfig
+from deployopt.runtime.preprocessing import to_feed
+from deployopt.runtime.progress import Bar, Progress, SilentProgress
+from deployopt.tasks import Task
+
+
+@dataclass
+class History:
+    """How a training went.
+
+    Attributes:
+        records: one an epoch: {"phase", "epoch" (from 1), "train_loss", "validation_loss", "validation_<primary>", "lr" (at its end)}.
+        epoch: whose weights the module now has.
+        validation: the task's scores of those weights on the validation split.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    epoch: int = 0
+    validation: dict[str, float | int] = field(default_factory=dict)
+
+
+def set_training_mode(module: nn.Module, training: bool) -> None:
+    """The usual switch. An exported GraphModule needs another one: give `fit` that."""
+    module.train(training)
+
+
+def fit(
+    module: nn.Module,
+    dataset: Dataset,
+    task: Task,
+    schedule: TrainingConfig,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+    phase: str = "finetune",
+    loss: losses.Loss | None = None,
+    teacher: nn.Module | None = None,
+    distillation: losses.Distillation | None = None,
+    on_epoch: Callable[[int], None] | None = None,
+    set_mode: Callable[[nn.Module, bool], None] = set_training_mode,
+) -> History:
+    """Train `module` in place and leave it on `device` in evaluation mode, with the weights of the epoch that `schedule.keep` says.
+
+    On CPU with the same number of threads a repeated call gives bit-identical weights: order and augmentation come from `seed`.
+
+    Args:
+        module: float32 [N, C, H, W] in 0–1 → [N, K].
+        loss: of (outputs, targets); None is the task's.
+        teacher: a float network whose outputs are distilled as `distillation` says.
+        on_epoch: called with the epoch (from 1) before it begins.
+
+    Raises:
+        TrainingDiverged: the loss became NaN or infinite.
+    """
+    module.to(device).to(memory_format=torch.channels_last)  # on CPU a step of ResNet-18 takes a fraction of its time in NCHW
+    trainer = _Trainer(module, dataset, task, schedule, device, loss or losses.by_name(task.loss, schedule.label_smoothing), teacher, distillation, set_mode)
+    random = np.random.Generator(np.random.PCG64([seed, *phase.encode()]))
+    best = _Best(task.higher_is_better)
+    history = History()
+    with torch.random.fork_rng(devices=[]), (progress or SilentProgress()).track(phase, schedule.epochs * trainer.steps) as bar:
+        torch.manual_seed(seed)  # for modules that draw themselves, as dropout
+        for epoch in range(1, schedule.epochs + 1):
+            if on_epoch is not None:
+                on_epoch(epoch)
+            train_loss, lr = trainer.epoch(epoch, random, bar)
+            validation_loss, scores = trainer.validate()
+            primary = scores[task.primary]
+            record = {"phase": phase, "epoch": epoch, "train_loss": train_loss, "validation_loss": validation_loss, f"validation_{task.primary}": primary}
+            history.records.append({**record, "lr": lr})
+            improved = best.improves(primary, validation_loss)
+            if improved or schedule.keep == "last":
+                history.epoch, history.validation = epoch, scores
+            if improved:
+                best.take(module if schedule.keep == "best" else None, epoch, primary, validation_loss)
+            elif schedule.patience is not None and epoch - best.epoch >= schedule.patience:
+                break
+    best.restore(module)
+    set_mode(module, False)
+    return history
+
+
+class _Trainer:
+    """One module with its optimizer and its place in the learning-rate schedule."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        dataset: Dataset,
+        task: Task,
+        schedule: TrainingConfig,
+        device: str,
+        loss: losses.Loss,
+        teacher: nn.Module | None,
+        distillation: losses.Distillation | None,
+        set_mode: Callable[[nn.Module, bool], None],
+    ) -> None:
+        self.module, self.dataset, self.task, self.schedule, self.device = module, dataset, task, schedule, device
+        self.loss, self.set_mode = loss, set_mode
+        self.teacher = None if teacher is None else teacher.to(device).eval()
+        self.distillation = distillation or losses.Distillation()
+        self.steps = max(1, len(dataset.train) // schedule.batch_size)
+        self.optimizer = _optimizer(module, schedule)
+        self.targets = torch.from_numpy(dataset.train.targets)
+        self.step = 0
+
+    def epoch(self, epoch: int, random: np.random.Generator, bar: Bar) -> tuple[float, float]:
+        """(mean loss, last learning rate) of one pass."""
+        self.set_mode(self.module, True)
+        total, lr = 0.0, 0.0
+        for feed, targets in self._batches(random):
+            lr = learning_rate(self.schedule, self.step, self.steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            value = self._update(feed, targets)
+            self.step += 1
+            if not math.isfinite(value):
+                raise TrainingDiverged(
+                    f"the loss became {value} in epoch {epoch}, step {self.step} of {self.steps * self.schedule.epochs}, at learning rate {lr:.3g}",
+                    "lower lr, raise warmup_epochs, or set clip_grad_norm: 1.0",
+                )
+            total += value
+            bar.advance(1, f"loss {value:.2f}")
+        return total / self.steps, lr
+
+    def _batches(self, random: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        size = self.dataset.preprocessing.image_size
+        for images, indices in augment.batches(self.dataset.train, self.schedule.batch_size, self.schedule.augment, size, random):
+            feed = torch.from_numpy(to_feed(images)).to(self.device, memory_format=torch.channels_last)
+            yield feed, self.targets[torch.from_numpy(indices)].to(self.device)
+
+    def _update(self, feed: Tensor, targets: Tensor) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        outputs = self.module(feed)
+        loss = self.loss(outputs, targets)
+        if self.teacher is not None:
+            with torch.no_grad():
+                taught = self.teacher(feed)
+            weight = self.distillation.weight
+            loss = (1 - weight) * loss + weight * self.distillation.distance(self.task.loss, outputs, taught)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.schedule.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.schedule.clip_grad_norm)
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def validate(self) -> tuple[float, dict[str, float | int]]:
+        """(plain task loss, scores) on the validation split."""
+        self.set_mode(self.module, False)
+        outputs = evaluate.outputs(self.module, self.dataset.validation, device=self.device)
+        targets = self.dataset.validation.targets
+        if not np.isfinite(outputs).all():
+            raise TrainingDiverged(f"outputs on the validation split became NaN or infinite after step {self.step}", "lower lr, or set clip_grad_norm: 1.0")
+        loss = losses.by_name(self.task.loss)(torch.from_numpy(outputs), torch.from_numpy(targets))
+        return float(loss), self.task.score(outputs, targets)
+
+
+class _Best:
+    """The best epoch so far, and its weights if they are wanted."""
+
+    def __init__(self, higher_is_better: bool) -> None:
+        self.sign = 1 if higher_is_better else -1
+        self.epoch = 0
+        self.rank = (-math.inf, -math.inf)
+        self.state: dict[str, Tensor] | None = None
+
+    def improves(self, primary: float, loss: float) -> bool:
+        return (self.sign * primary, -loss) > self.rank
+
+    def take(self, module: nn.Module | None, epoch: int, primary: float, loss: float) -> None:
+        self.epoch, self.rank = epoch, (self.sign * primary, -loss)
+        self.state = None if module is None else copy.deepcopy(module.state_dict())
+
+    def restore(self, module: nn.Module) -> None:
+        if self.state is not None:
+            module.load_state_dict(self.state)
+
+
+def learning_rate(schedule: TrainingConfig, step: int, steps_per_epoch: int) -> float:
+    """Of optimizer step `step`, from 0: linear warm-up, then a half cosine to zero (https://arxiv.org/abs/1608.03983) or constant."""
+    warmup = round(schedule.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return schedule.lr * (step + 1) / warmup
+    if schedule.schedule == "constant":
+        return schedule.lr
+    total = schedule.epochs * steps_per_epoch
+    return schedule.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def _optimizer(module: nn.Module, schedule: TrainingConfig) -> torch.optim.Optimizer:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": schedule.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if schedule.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=schedule.lr, momentum=schedule.momentum, nesterov=schedule.nesterov)
+    return torch.optim.AdamW(groups, lr=schedule.lr, betas=(schedule.momentum, 0.999))

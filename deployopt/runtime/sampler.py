@@ -1,0 +1,121 @@
+"""The only loops that time inferences. They run in the process that holds the session, with nothing between the clock and the call."""
+
+import gc
+from array import array
+from contextlib import contextmanager
+from typing import Iterator, List, NamedTuple, Optional
+
+import numpy as np
+
+from deployopt.runtime.clock import cpu_ns, now_ns, seconds_since
+from deployopt.runtime.session import Loaded
+from deployopt.runtime.statistics import moving_median_settled
+
+
+class WarmUp(NamedTuple):
+    """How a session was warmed up.
+
+    Attributes:
+        seconds, runs: it took.
+        settled: the moving median stood still; False if `max_seconds` came first.
+        estimate_ms: of one run: the median of the last quarter.
+    """
+
+    seconds: float
+    runs: int
+    settled: bool
+    estimate_ms: float
+
+
+class Block(NamedTuple):
+    """Consecutive timed runs.
+
+    Attributes:
+        host_ns: int64 [n], request in → result in host memory.
+        device_ms: float64 [n] without copies, None where the runtime has no such clock.
+        wall_s: the timed loop took.
+        elapsed_s, process_cpu_s: wall time and CPU time of this process (all threads) of the whole call, lead-in included.
+    """
+
+    host_ns: np.ndarray
+    device_ms: Optional[np.ndarray]
+    wall_s: float
+    elapsed_s: float
+    process_cpu_s: float
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def time_once(loaded: Loaded, index: int = 0) -> float:
+    """Milliseconds of one run, as for the first inference of a session."""
+    start = now_ns()
+    loaded.run(index)
+    return seconds_since(start) * 1e3
+
+
+def warm_up(loaded: Loaded, min_seconds: float = 0.2, min_runs: int = 10, max_seconds: float = 2.0) -> WarmUp:
+    """Run until `min_seconds` and `min_runs` are reached and the moving median has settled, at most about `max_seconds`."""
+    run = loaded.run
+    durations: List[int] = []
+    start = now_ns()
+    settled = False
+    check_at = min_runs
+    with _no_garbage_collection():
+        while True:
+            before = now_ns()
+            run(len(durations))
+            durations.append(now_ns() - before)
+            elapsed = seconds_since(start)
+            if elapsed >= max_seconds:
+                settled = moving_median_settled(durations)
+                break
+            if len(durations) >= check_at and elapsed >= min_seconds:
+                settled = moving_median_settled(durations)
+                if settled:
+                    break
+                check_at = len(durations) * 5 // 4 + 1  # the check sorts a window: not after every run
+    last = durations[-max(1, len(durations) // 4) :]
+    return WarmUp(seconds_since(start), len(durations), settled, float(np.median(last)) * 1e-6)
+
+
+def time_block(loaded: Loaded, iterations: int, first_index: int = 0, lead_in: int = 0) -> Block:
+    """Time `iterations` runs, one by one, over the rotated feeds from `first_index` on.
+
+    `lead_in` untimed runs come first: they bring back the caches that another session's block has just filled. Around each run stand one
+    read of the clock on either side and one store into a preallocated array (tests/runtime/test_sampler.py holds it under 1 µs).
+    """
+    entered, cpu = now_ns(), cpu_ns()
+    run, read = loaded.run, now_ns
+    for index in range(first_index - lead_in, first_index):
+        run(index)
+    samples = array("q", bytes(8 * iterations))
+    on_device: List[Optional[float]] = []
+    with _no_garbage_collection():
+        if loaded.device_ms() is None:
+            start = read()
+            for i in range(iterations):
+                before = read()
+                run(first_index + i)
+                samples[i] = read() - before
+            wall = read() - start
+        else:
+            device_clock, keep = loaded.device_ms, on_device.append
+            start = read()
+            for i in range(iterations):
+                before = read()
+                run(first_index + i)
+                samples[i] = read() - before
+                keep(device_clock())
+            wall = read() - start
+    device = np.array(on_device, dtype=np.float64) if on_device else None
+    return Block(np.array(samples, dtype=np.int64), device, wall * 1e-9, seconds_since(entered), (cpu_ns() - cpu) * 1e-9)

@@ -1,0 +1,431 @@
+"""Building engines with TensorRT 10 or later and TensorRT-RTX. They share one API shape, so the vendor module is an argument (`trt`).
+
+Precision is typed in the ONNX (casts, Q/DQ) and networks are strongly typed; no builder flag changes it. TF32 is off: FP32 means FP32.
+"""
+
+import errno
+import importlib
+import shutil
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+from deployopt.errors import ArtifactMismatch, BackendUnavailable, BuildFailed
+from deployopt.runtime import manifest
+from deployopt.runtime.cuda import Gpu, device_index, find_gpu
+from deployopt.runtime.files import atomic_write
+from deployopt.runtime.hashing import sha256_bytes
+from deployopt.runtime.preprocessing import Preprocessing
+from deployopt.runtime.progress import Progress, SilentProgress
+from deployopt.runtime.session import TensorSpec
+from deployopt.runtime.tensorrt_layers import Execution, Network, execution, layers_of_inspector, layers_of_log, network_of
+
+Shape = Tuple[int, ...]
+Ranges = Dict[str, Dict[str, Shape]]  # input → {"min", "opt", "max"}: shape
+
+_DRIVER_NOISE = "CUDA driver version is insufficient"  # follows every error on a machine without a driver, whatever the error
+_REMEDY_EXPORT = "export the model again: deployopt run RECIPE --fresh --until export"
+_REMEDY_ELSE = "take this backend out of the recipe's build stage, or change the model there"
+_EXPLANATIONS = (  # (in the code or description, what is wrong, what to do)
+    ("MODEL_DESERIALIZE_FAILED", "the file is not a complete ONNX model", _REMEDY_EXPORT),
+    (
+        "Plugin not found",
+        "no such operator, and no plugin of that name",
+        "replace the operator in the model with standard ONNX ones, or take this backend out of the build stage",
+    ),
+    (
+        "UNSUPPORTED_NODE",
+        "the operator is not supported",
+        "replace the operator in the model with supported ones, or take this backend out of the build stage",
+    ),
+    ("input has type Int32 but must have type", "an INT32 tensor cannot be dequantised here", "leave biases in floating point, without Q/DQ"),
+    ("Non-zero zero point", "the zero point is not 0", "quantise symmetrically: INT8 with zero point 0"),
+    ("must have same input types", "its inputs differ in type", "cast them to one type; a strongly typed network converts nothing by itself"),
+)
+
+
+class BuildOptions(NamedTuple):
+    """How to build.
+
+    Attributes:
+        batch_sizes: that the engine must run; see `ranges_of`.
+        compute_capabilities: GPU classes to build for, as "8.6" (TensorRT-RTX only); empty builds for the GPU of this machine.
+        workspace_mib: scratch memory a layer may use; None leaves the vendor's limit, all of the GPU's memory (TensorRT only).
+        optimization_level: 0 builds fastest, 5 searches longest; None leaves the vendor's 3 (TensorRT only).
+    """
+
+    batch_sizes: Tuple[int, ...] = (1,)
+    compute_capabilities: Tuple[str, ...] = ()
+    workspace_mib: Optional[int] = None
+    optimization_level: Optional[int] = None
+
+
+class Build(NamedTuple):
+    """A serialised engine and what the build knows of it. `execution` is None where it cannot be told, and `reason` says why."""
+
+    plan: bytes
+    seconds: float
+    ranges: Ranges
+    inputs: Tuple[TensorSpec, ...]
+    outputs: Tuple[TensorSpec, ...]
+    execution: Optional[Execution]
+    reason: Optional[str]
+
+
+def usable(trt: Any) -> bool:
+    """Whether this is the library. Packages of type stubs import too, as an empty namespace package."""
+    return hasattr(trt, "Builder") and hasattr(trt, "__version__")
+
+
+def load_vendor(name: str) -> Any:
+    """Import "tensorrt" or "tensorrt_rtx".
+
+    Raises:
+        BackendUnavailable: it is not installed, cannot be loaded, or is a version that this deployopt does not serve.
+    """
+    install = f"pip install 'deployopt[{name.replace('_', '-')}]'"
+    try:
+        trt = importlib.import_module(name)
+    except ModuleNotFoundError as exc:
+        if exc.name != name:
+            raise BackendUnavailable(f"package {name} lacks the module {exc.name}", install) from exc
+        raise BackendUnavailable(f"package {name} is not installed", install) from exc
+    except Exception as exc:  # whatever a vendor's loader raises is the reason to report
+        raise BackendUnavailable(f"package {name} cannot be loaded ({type(exc).__name__}: {exc})", install) from exc
+    if not usable(trt):
+        raise BackendUnavailable(f"package {name} is not installed (only its type stubs are)", install)
+    if not is_rtx(trt) and int(trt.__version__.split(".")[0]) < 10:
+        raise BackendUnavailable(
+            f"TensorRT {trt.__version__} is not served: it is weakly typed and needs an ONNX dialect of its own", "install TensorRT 10.3 or later"
+        )
+    return trt
+
+
+def is_rtx(trt: Any) -> bool:
+    return bool(trt.__name__ == "tensorrt_rtx")
+
+
+def product(trt: Any) -> str:
+    """Name and version for messages."""
+    return f"{'TensorRT-RTX' if is_rtx(trt) else 'TensorRT'} {trt.__version__}"
+
+
+def compute_capabilities(trt: Any) -> List[str]:
+    """GPU classes this TensorRT-RTX builds for, as "8.6", ascending."""
+    numbers = sorted(int(name[2:]) for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
+    return [f"{n // 10}.{n % 10}" for n in numbers]
+
+
+def make_logger(trt: Any, verbose: bool = False) -> Any:
+    """A logger that keeps (severity, text) in `messages`. Keep a reference for as long as any vendor object lives."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.messages: List[Tuple[str, str]] = []
+
+        def log(self, severity: Any, msg: str) -> None:  # called from native threads: it must not raise
+            if verbose or severity.name != "VERBOSE":
+                self.messages.append((severity.name, msg))
+
+        def errors(self) -> List[str]:
+            texts = [text for severity, text in self.messages if severity.endswith("ERROR")]
+            return [text for text in texts if _DRIVER_NOISE not in text] or texts
+
+    return Logger()
+
+
+def make_monitor(trt: Any, advance: Callable[[float, str], None]) -> Any:
+    """A progress monitor that calls `advance(fraction of the build done since the last call, phase)`.
+
+    An exception in `advance` (Ctrl-C) may not cross native frames: it is kept in `raised`, and the build is stopped.
+    """
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.raised: Optional[BaseException] = None
+            self._phases: Dict[str, List[Any]] = {}  # name → [parent, steps done, steps]
+            self.told = 0.0
+
+        def phase_start(self, phase_name: str, parent_phase: Optional[str], num_steps: int) -> None:
+            self._phases[phase_name] = [parent_phase, 0, max(1, num_steps)]
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            try:
+                self._phases[phase_name][1] = step + 1
+                done = min(1.0, max(self._done(name) for name, (parent, _, _) in self._phases.items() if parent is None))
+                advance(max(0.0, done - self.told), phase_name)
+                self.told = max(self.told, done)
+            except BaseException as exc:  # re-raised by the caller of the build
+                self.raised = exc
+            return self.raised is None
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._phases.pop(phase_name, None)
+
+        def _done(self, name: str) -> float:
+            _, done, steps = self._phases[name]
+            inside = max((self._done(child) for child, (parent, _, _) in self._phases.items() if parent == name), default=0.0)
+            return float(min(steps, done + inside) / steps)
+
+    return Monitor()
+
+
+def _parse(trt: Any, builder: Any, logger: Any, onnx: bytes) -> Tuple[Any, Any]:
+    """(network, parser); the parser owns the weights, so it must outlive the build."""
+    modes = trt.NetworkDefinitionCreationFlag
+    flags = 1 << int(modes.STRONGLY_TYPED) if hasattr(modes, "STRONGLY_TYPED") else 0  # 11 knows no other kind
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(onnx):
+        raise _refusal(trt, parser, logger)
+    if not network.num_outputs:  # empty bytes parse "successfully"
+        raise BuildFailed("the ONNX holds no graph (it has no outputs)", "export the model again: deployopt run RECIPE --fresh --until export")
+    return network, parser
+
+
+def _refusal(trt: Any, parser: Any, logger: Any) -> BuildFailed:
+    """The parser's errors, in the words of whoever made the graph."""
+    errors = [parser.get_error(i) for i in range(parser.num_errors)]
+    if not errors:
+        return BuildFailed(f"{product(trt)} cannot read the ONNX: {_clean(' '.join(logger.errors()))}", _REMEDY_ELSE)
+    lines, remedies = [], []
+    for error in errors:
+        operator = error.node_operator()
+        what, remedy = explain(error.code().name, _clean(error.desc()), operator)
+        lines.append(f"node '{error.node_name()}' ({operator}): {what}" if operator else what)
+        remedies.append(remedy)
+    return BuildFailed(f"{product(trt)} cannot build this ONNX:\n  " + "\n  ".join(lines), remedies[0])
+
+
+def explain(code: str, description: str, operator: str) -> Tuple[str, str]:
+    """(what is wrong, what to do) for an error of the ONNX parser."""
+    for sign, what, remedy in _EXPLANATIONS:
+        if sign in description or sign == code:
+            return (what if operator else f"{what} ({description})", remedy)
+    return f"{description} [{code}]", _REMEDY_ELSE
+
+
+def _clean(text: str) -> str:
+    """A vendor's message without the lines on the missing driver that follow it on a machine without a GPU."""
+    return " ".join(line.strip() for line in text.splitlines() if _DRIVER_NOISE not in line)
+
+
+def _specs(tensors: Sequence[Any]) -> Tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(t.name, _named_axes(t), _dtype(t.dtype)) for t in tensors)
+
+
+def _named_axes(tensor: Any) -> Tuple[Any, ...]:
+    """A dynamic axis by its ONNX name; an output's first dynamic axis, which TensorRT leaves nameless, is "batch"."""
+    return tuple(size if size >= 0 else tensor.get_dimension_name(axis) or ("batch" if axis == 0 else f"axis{axis}") for axis, size in enumerate(tensor.shape))
+
+
+def _dtype(dtype: Any) -> str:
+    """NumPy's name of a vendor's DataType."""
+    name = str(dtype.name)
+    return {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}.get(name, name.lower())
+
+
+def ranges_of(inputs: Sequence[TensorSpec], batch_sizes: Sequence[int]) -> Ranges:
+    """The optimisation profile that spans the batch sizes: from 1 to the largest, tuned for the largest, where tuning pays most.
+
+    Raises:
+        BuildFailed: a batch size below 1, an axis other than the first is dynamic, or a static batch excludes a wanted one.
+    """
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise BuildFailed(f"batch sizes {list(batch_sizes)}: each must be 1 or more", "set batch_sizes in the recipe")
+    largest, ranges = max(batch_sizes), {}
+    for spec in inputs:
+        inner = [axis for axis in spec.shape[1:] if not isinstance(axis, int)]
+        if inner:
+            raise BuildFailed(f"input '{spec.name}' {list(spec.shape)}: only the batch may be dynamic", "export the model with a fixed image size")
+        if not spec.shape or isinstance(spec.shape[0], int):
+            static = spec.shape[0] if spec.shape else None
+            if set(batch_sizes) != {static}:
+                raise BuildFailed(f"input '{spec.name}' {list(spec.shape)} is static; batch sizes {sorted(set(batch_sizes))} were asked for", _REMEDY_EXPORT)
+            continue
+        rest = tuple(int(axis) for axis in spec.shape[1:])
+        ranges[spec.name] = {"min": (1, *rest), "opt": (largest, *rest), "max": (largest, *rest)}
+    return ranges
+
+
+def build_engine(trt: Any, onnx: bytes, options: BuildOptions, progress: Optional[Progress] = None, description: str = "building") -> Build:
+    """Build an engine in this process. On a machine without a GPU only TensorRT-RTX can, ahead of time.
+
+    Raises:
+        BuildFailed: the parser or the builder refused; says the node, what is wrong and what to do.
+        KeyboardInterrupt: Ctrl-C; the build stops at its next step.
+    """
+    logger = make_logger(trt, verbose=is_rtx(trt))
+    builder = trt.Builder(logger)
+    network, parser = _parse(trt, builder, logger, onnx)
+    inputs = _specs([network.get_input(i) for i in range(network.num_inputs)])
+    outputs = _specs([network.get_output(i) for i in range(network.num_outputs)])
+    ranges = ranges_of(inputs, options.batch_sizes)
+    config = _configure(trt, builder, logger, options)
+    _add_profile(builder, config, logger, ranges)
+    start = time.monotonic()
+    with ExitStack() as stack:
+        bar = stack.enter_context((progress or SilentProgress()).track(description, 1.0))
+        monitor = config.progress_monitor = make_monitor(trt, bar.advance)
+        plan = builder.build_serialized_network(network, config)
+        if plan is not None:
+            bar.advance(1.0 - monitor.told)  # the builder skips steps it has nothing to do in
+    seconds = time.monotonic() - start
+    if monitor.raised is not None:
+        raise monitor.raised
+    if plan is None:
+        raise BuildFailed(f"{product(trt)} built no engine: {_clean(' '.join(logger.errors())) or 'it gave no reason'}", _REMEDY_ELSE)
+    data = bytes(memoryview(plan))
+    ran, reason = _verify(trt, network_of(trt, network), logger, data, ranges)
+    del parser
+    return Build(data, seconds, ranges, inputs, outputs, ran, reason)
+
+
+def _configure(trt: Any, builder: Any, logger: Any, options: BuildOptions) -> Any:
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if options.workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.compute_capabilities:
+        known = compute_capabilities(trt)
+        unknown = [c for c in options.compute_capabilities if c not in known]
+        if unknown:
+            raise BuildFailed(
+                f"{product(trt)} does not build for compute capability {', '.join(unknown)} (it builds for {', '.join(known)})",
+                "set compute_capabilities of tensorrt_rtx in the recipe's build stage",
+            )
+        config.num_compute_capabilities = len(options.compute_capabilities)
+        for index, capability in enumerate(options.compute_capabilities):
+            if not config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{capability.replace('.', '')}"], index):
+                raise BuildFailed(f"{product(trt)} refused compute capability {capability}: {_clean(' '.join(logger.errors()))}")
+    return config
+
+
+def _add_profile(builder: Any, config: Any, logger: Any, ranges: Ranges) -> None:
+    if not ranges:
+        return
+    profile = builder.create_optimization_profile()
+    for name, bounds in ranges.items():
+        profile.set_shape(name, bounds["min"], bounds["opt"], bounds["max"])
+    if config.add_optimization_profile(profile) < 0:
+        raise BuildFailed(f"the optimisation profile {ranges} was refused: {_clean(' '.join(logger.errors()))}", "set batch_sizes in the recipe")
+
+
+def load_engine(trt: Any, plan: bytes, logger: Any) -> Tuple[Any, Any]:
+    """Deserialise: (engine, runtime). The runtime and the logger must outlive the engine.
+
+    Raises:
+        ArtifactMismatch: the vendor's library refuses these bytes, which its manifest vouched for.
+    """
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise ArtifactMismatch(f"{product(trt)} cannot load the engine: {_clean(' '.join(logger.errors()))}", f"{manifest.REBUILD} (on this machine)")
+    return engine, runtime
+
+
+def _verify(trt: Any, network: Network, logger: Any, plan: bytes, ranges: Ranges) -> Tuple[Optional[Execution], Optional[str]]:
+    """What runs in which precision, or why that cannot be told. RTX lists its layers while building; TensorRT shows them in the engine."""
+    try:
+        if is_rtx(trt):
+            return execution(network, layers_of_log(logger.messages)), None
+        engine, runtime = load_engine(trt, plan, logger)
+        inspector, context = engine.create_engine_inspector(), engine.create_execution_context()
+        for name, bounds in ranges.items():  # with the batch left open, the inspector shows no types ("N/A due to dynamic shapes")
+            context.set_input_shape(name, bounds["opt"])
+        inspector.execution_context = context
+        listing = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        del inspector, context, engine, runtime  # in this order
+        return execution(network, layers_of_inspector(listing)), None
+    except (ValueError, ArtifactMismatch) as exc:
+        return None, f"the layers of the engine could not be read: {exc}"
+
+
+def build_file(
+    *,
+    vendor: str,
+    onnx: str,
+    engine: str,
+    precision: str,
+    device: str,
+    options: Dict[str, Any],
+    preprocessing: Optional[Dict[str, Any]],
+    progress: Progress,
+) -> Dict[str, Any]:
+    """Build an engine file and its manifest. Arguments and result are JSON values.
+
+    Args:
+        vendor: "tensorrt" or "tensorrt_rtx".
+        onnx, engine: paths of the source and of the engine.
+        precision: as typed in the ONNX; recorded.
+        device: "cpu" or "cuda:N": the GPU it is built for, where there is one.
+        options: those of `BuildOptions` that are set, as JSON.
+        preprocessing: `Preprocessing` as JSON, if known; recorded.
+
+    Returns:
+        {"inputs", "outputs": [[name, shape, dtype]], "seconds", "execution": {…} | null, "reason"}.
+
+    Raises:
+        BuildFailed, BackendUnavailable, KeyboardInterrupt.
+    """
+    trt = load_vendor(vendor)
+    gpu = _gpu(trt, device)
+    build_options = BuildOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})  # type: ignore[arg-type]
+    source, target = Path(onnx), Path(engine)
+    data = source.read_bytes()
+    built = build_engine(trt, data, build_options, progress, f"{product(trt)} builds {target.name}")
+    _save(target, built.plan)
+    manifest.write(
+        target,
+        manifest.Manifest(
+            sha256_bytes(built.plan),
+            len(built.plan),
+            vendor,
+            trt.__version__,
+            manifest.this_platform(),
+            build_options.compute_capabilities or ((gpu.compute_capability,) if gpu else ()),
+            gpu,
+            precision,
+            (built.ranges,),
+            built.inputs,
+            built.outputs,
+            sha256_bytes(data),
+            options,
+            Preprocessing.from_json(preprocessing) if preprocessing else None,
+        ),
+    )
+    return {
+        "inputs": built.inputs,
+        "outputs": built.outputs,
+        "seconds": built.seconds,
+        "execution": built.execution._asdict() if built.execution else None,
+        "reason": built.reason,
+    }
+
+
+def _gpu(trt: Any, device: str) -> Optional[Gpu]:
+    """The GPU built for; None where TensorRT-RTX builds ahead of time, on a machine without one."""
+    try:
+        return find_gpu(device_index(device))
+    except BackendUnavailable:
+        if is_rtx(trt):
+            return None
+        raise
+
+
+def _save(target: Path, plan: bytes) -> None:
+    try:
+        atomic_write(target, plan)
+    except OSError as exc:
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(target.parent).free
+        raise BuildFailed(
+            f"no disk space for {target.name}: wanted {len(plan) / 1e6:.1f} MB, {free / 1e6:.1f} MB are free", "free some: deployopt cache prune"
+        ) from exc

@@ -1,0 +1,169 @@
+"""Running an engine: named tensors, pinned buffers allocated once, `execute_async_v3`, CUDA events for the device clock."""
+
+import ctypes
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from deployopt.errors import ArtifactMismatch, UsageError
+from deployopt.runtime.cuda import Cuda, Device, Pinned
+from deployopt.runtime.manifest import REBUILD, Manifest
+from deployopt.runtime.session import Array, Feed, Loaded, TensorSpec
+from deployopt.runtime.tensorrt import load_engine, make_logger
+
+_TO_DEVICE, _TO_HOST, _NON_BLOCKING = 1, 2, 1  # cudaMemcpyKind, cudaStreamNonBlocking
+Shape = Tuple[int, ...]
+
+
+class TensorRTSession:
+    """A session on one engine. Device buffers hold the profile's largest shapes, so no shape allocates anew.
+
+    Args:
+        trt: the vendor module.
+        plan, manifest: bytes that `manifest.check` vouched for.
+        provider: the GPU's name.
+        device: index of the GPU.
+
+    Raises:
+        BackendUnavailable: CUDA does not work here.
+        ArtifactMismatch: the vendor's library refuses the engine.
+    """
+
+    def __init__(self, trt: Any, plan: bytes, manifest: Manifest, provider: str, device: int = 0) -> None:
+        self.inputs: Sequence[TensorSpec] = manifest.inputs
+        self.outputs: Sequence[TensorSpec] = manifest.outputs
+        self.provider = provider
+        self._cuda = Cuda(device)
+        self._logger = make_logger(trt)
+        self._engine, self._runtime = load_engine(trt, plan, self._logger)
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise ArtifactMismatch(f"no execution context for the engine: {'; '.join(self._logger.errors())}", REBUILD)
+        self._stream = self._cuda.make("cudaStreamCreateWithFlags", _NON_BLOCKING)
+        self._start, self._stop = self._cuda.make("cudaEventCreate"), self._cuda.make("cudaEventCreate")
+        self._limits = {s.name: [tuple(shape) for shape in self._engine.get_tensor_profile_shape(s.name, 0)] for s in self.inputs}
+        self._dtypes = {s.name: np.dtype(s.dtype) for s in (*self.inputs, *self.outputs)}
+        self._shapes: Dict[str, Shape] = {}
+        self._set_shapes({name: limits[2] for name, limits in self._limits.items()})
+        self._device = {name: Device(self._cuda, self._size(name)) for name in self._shapes}
+        self._host = {name: Pinned(self._cuda, self._size(name)) for name in self._shapes}
+        for name, buffer in self._device.items():
+            self._context.set_tensor_address(name, buffer.address.value)
+        self._bound: List[_Loaded] = []
+
+    def infer(self, feed: Feed) -> Dict[str, Array]:
+        """Outputs by name, as copies that the caller owns.
+
+        Raises:
+            UsageError: inputs are missing or unknown, or a shape is outside the engine's profile.
+        """
+        self._set_shapes(self._checked(feed))
+        for name, array in feed.items():
+            self._host[name].view(array.shape, self._dtypes[name])[...] = array
+        self._run({name: self._host[name] for name in feed})
+        return {spec.name: self._host[spec.name].view(self._shapes[spec.name], self._dtypes[spec.name]).copy() for spec in self.outputs}
+
+    def load(self, feeds: Sequence[Feed]) -> Loaded:
+        """Bind feeds of one shape: each is put into pinned memory of its own.
+
+        Raises:
+            UsageError: no feeds, feeds of several shapes, or as `infer`.
+        """
+        shapes = [self._checked(feed) for feed in feeds]
+        if not shapes or any(shape != shapes[0] for shape in shapes):
+            raise UsageError(f"feeds to be timed must be of one shape, and at least one; {len(shapes)} were given, of shapes {shapes[:3]}")
+        loaded = _Loaded(self, feeds, shapes[0])
+        self._bound.append(loaded)
+        return loaded
+
+    def close(self) -> None:
+        for loaded in self._bound:
+            loaded.close()
+        for memory in self._device.values():
+            memory.close()
+        for mirror in self._host.values():
+            mirror.close()
+        self._device, self._host, self._bound = {}, {}, []
+        if self._context is not None:
+            self._context = self._engine = self._runtime = None  # in this order, before their stream
+            for event in (self._start, self._stop):
+                self._cuda.call("cudaEventDestroy", event)
+            self._cuda.call("cudaStreamDestroy", self._stream)
+
+    def __enter__(self) -> "TensorRTSession":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+    def _checked(self, feed: Feed) -> Dict[str, Shape]:
+        names = [spec.name for spec in self.inputs]
+        if set(feed) != set(names):
+            raise UsageError(f"inputs {sorted(feed)} were given; the engine takes {names}")
+        for name, array in feed.items():
+            low, _, high = self._limits[name]
+            if len(array.shape) != len(low) or any(not low[axis] <= size <= high[axis] for axis, size in enumerate(array.shape)):
+                raise UsageError(f"input '{name}': shape {array.shape} is outside the engine's {low} to {high}", "build it with this batch size in batch_sizes")
+        return {name: tuple(array.shape) for name, array in feed.items()}
+
+    def _set_shapes(self, wanted: Dict[str, Shape]) -> None:
+        if all(self._shapes.get(name) == shape for name, shape in wanted.items()):
+            return
+        for name, shape in wanted.items():
+            if not self._context.set_input_shape(name, shape):
+                raise UsageError(f"input '{name}': shape {shape} was refused: {'; '.join(self._logger.errors())}")
+        self._shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in self._dtypes}
+
+    def _size(self, name: str) -> int:
+        return int(np.prod(self._shapes[name], dtype=np.int64)) * self._dtypes[name].itemsize
+
+    def _run(self, sources: Dict[str, Pinned]) -> None:
+        """Copy in, execute, copy out, wait. The events enclose the execution alone."""
+        for name, source in sources.items():
+            self._cuda.call("cudaMemcpyAsync", self._device[name].address, source.address, self._size(name), _TO_DEVICE, self._stream)
+        self._cuda.call("cudaEventRecord", self._start, self._stream)
+        if not self._context.execute_async_v3(self._stream.value):
+            raise ArtifactMismatch(f"the engine refused to run: {'; '.join(self._logger.errors())}", REBUILD)
+        self._cuda.call("cudaEventRecord", self._stop, self._stream)
+        for spec in self.outputs:
+            self._cuda.call("cudaMemcpyAsync", self._host[spec.name].address, self._device[spec.name].address, self._size(spec.name), _TO_HOST, self._stream)
+        self._cuda.call("cudaStreamSynchronize", self._stream)
+
+    def _device_ms(self) -> float:
+        milliseconds = ctypes.c_float()
+        self._cuda.call("cudaEventElapsedTime", ctypes.byref(milliseconds), self._start, self._stop)
+        return float(milliseconds.value)
+
+
+class _Loaded:
+    """Feeds in pinned memory, rotated."""
+
+    def __init__(self, session: TensorRTSession, feeds: Sequence[Feed], shapes: Dict[str, Shape]) -> None:
+        self._session = session
+        self._shapes = shapes
+        self._ran = False
+        self._sources: List[Dict[str, Pinned]] = []
+        for feed in feeds:
+            source: Dict[str, Pinned] = {}
+            for name, array in feed.items():
+                dtype = session._dtypes[name]
+                source[name] = Pinned(session._cuda, array.size * dtype.itemsize)
+                source[name].view(array.shape, dtype)[...] = array
+            self._sources.append(source)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def run(self, index: int) -> None:
+        self._session._set_shapes(self._shapes)
+        self._session._run(self._sources[index % len(self._sources)])
+        self._ran = True
+
+    def device_ms(self) -> Optional[float]:
+        return self._session._device_ms() if self._ran else None
+
+    def close(self) -> None:
+        for source in self._sources:
+            for buffer in source.values():
+                buffer.close()
+        self._sources = []

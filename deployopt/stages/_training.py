@@ -1,0 +1,62 @@
+"""What the trunk stages share: training options, and the record and artifact that each variant leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from deployopt.nn.schedule import Augment, TrainingConfig
+from deployopt.stages import Planning, Point, StageContext, StepOutput, StepResult
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deployopt.nn.models import Network
+
+__all__ = ["Augment", "TrainingConfig", "finish", "load_parent", "next_point"]
+
+DISTRIBUTIONS = ("torch", "torchvision", "numpy", "pillow")
+
+
+def next_point(planning: Planning, family: Literal["float", "int8"]) -> Point:
+    """The variant that this stage adds to the trunk."""
+    return Point("torch", planning.name, family)
+
+
+def load_parent(inputs: Sequence[StepOutput], threads: int) -> Network:
+    """The network that the trunk's last step made, after its bytes were verified; computing uses `threads` CPU threads."""
+    import torch
+
+    from deployopt.nn import checkpoint
+
+    torch.set_num_threads(threads)
+    return checkpoint.load(inputs[0].artifacts["model"].verified().path.parent)
+
+
+def finish(context: StageContext, network: Network, parent: str | None, family: str, *, scored: nn.Module | None = None, **facts: Any) -> StepResult:
+    """Score a finished network once on test, save it, and write the record every variant has.
+
+    Args:
+        parent: the variant it was made from.
+        scored: whose outputs are scored, in evaluation mode; None is the network's own (int8: the fake-quantised graph).
+        facts: more of the record: "curves", "validation", "pruning" …
+    """
+    from deployopt.nn import checkpoint, evaluate, macs
+
+    dataset = context.dataset()
+    network.to(context.device).eval()
+    module = network if scored is None else scored.to(context.device)
+    outputs = evaluate.outputs(module, dataset.test, device=context.device)
+    artifact = checkpoint.save(context.folder, network)
+    params, multiply_accumulates = macs.count(network, network.input_shape)
+    record = {
+        "params": params,
+        "macs": multiply_accumulates,
+        "size_bytes": artifact.size_bytes,
+        "accuracy": context.task.score(outputs, dataset.test.targets),
+        "details": context.task.details(outputs, dataset.test.targets, dataset.classes),
+        "family": family,
+        "parent": parent,
+        **facts,
+    }
+    return StepResult(record, {"model": artifact})

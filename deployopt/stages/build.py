@@ -1,0 +1,184 @@
+"""Every exported model for every backend: prepare its dialect, build it, verify what the runtime makes of it.
+
+A backend that fails costs its own rows, never the run.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import traceback
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from deployopt import plugins
+from deployopt.artifact import Artifact, Availability
+from deployopt.backends import Backend, BuildRequest
+from deployopt.errors import BuildFailed, DeployoptError, UsageError
+from deployopt.runtime.progress import Progress
+from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
+
+version = 1
+not_after: frozenset[str] = frozenset()
+after = frozenset({"export"})
+cacheable = True
+timed = True  # TensorRT chooses kernels by timing them
+distributions: tuple[str, ...] = ("onnx", "numpy")
+
+
+class Config(StageConfig):
+    """Options of `build`."""
+
+    backends: tuple[str, ...] = Field(("onnxruntime", "openvino"), min_length=1, strict=False)
+    """Runtimes to build for (`deployopt list backends`). One that this machine lacks stays in the report as unavailable."""
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Options of single backends, by backend."""
+    batch_sizes: tuple[int, ...] = Field((1, 8), min_length=1, strict=False)
+    """Batch sizes an engine's optimisation profile spans; `benchmark.batch_sizes` must lie within."""
+    on_unverified: Literal["warn", "fail"] = "warn"
+    """What to do with an INT8 artifact of which the runtime executes less than all convolutions and matrix products in INT8."""
+
+    @field_validator("backends")
+    @classmethod
+    def _known_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        available = plugins.names("backends")
+        unknown = [plugins.unknown("backend", name, available) for name in names if name not in available]
+        if unknown:
+            raise ValueError("; ".join(unknown))
+        if len(set(names)) < len(names):
+            raise ValueError(f"a backend is named twice: {', '.join(names)}")
+        return names
+
+    @field_validator("batch_sizes")
+    @classmethod
+    def _positive(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if min(sizes) < 1:
+            raise ValueError(f"a batch size is at least 1, found {min(sizes)}")
+        return tuple(sorted(set(sizes)))
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Config:
+        faults = [fault for name, options in self.options.items() for fault in self._option_faults(name, options)]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _option_faults(self, name: str, options: Mapping[str, Any]) -> list[str]:
+        if name not in self.backends:
+            return [f"options.{name}: {plugins.unknown('backend', name, self.backends)}"]
+        model: type[BaseModel] | None = getattr(plugins.find("backends", name), "Options", None)
+        if model is None:
+            return [f"options.{name}.{key}: this backend has no options" for key in options]
+        try:
+            model.model_validate(dict(options))
+        except ValidationError as exc:
+            available = ", ".join(model.model_fields) or "none"
+            return [f"options.{name}.{'.'.join(map(str, e['loc']))}: {e['msg']} (available: {available})" for e in exc.errors()]
+        return []
+
+
+def expand(config: Config, planning: Planning) -> list[Expansion]:
+    """One step for each exported ONNX and backend; those the backend cannot build here, or would not run as asked, carry the reason."""
+    models = [point for point in planning.points if point.kind == "onnx"]
+    return [
+        _step(point, name, backend, probed)
+        for name, backend, probed in ((name, found, found.probe()) for name, found in _load(config.backends))
+        for point in models
+    ]
+
+
+def _load(names: Sequence[str]) -> list[tuple[str, Backend]]:
+    return [(name, plugins.find("backends", name)) for name in names]
+
+
+def _step(source: Point, name: str, backend: Backend, probed: Availability) -> Expansion:
+    if source.precision is None:
+        raise UsageError(f"the exported model of '{source.variant}' states no precision; wanted fp32, fp16, bf16 or int8")
+    parameters: dict[str, Any] = {"backend": name, "runtime": probed.version, "distributions": _versions(backend.distributions)}
+    if backend.build_depends_on_machine:
+        parameters["device"] = probed.device
+    return Expansion(
+        inputs=(source,),
+        makes=(Point("engine", source.variant, source.family, precision=source.precision, backend=name),),
+        label=f"{source.variant}-{name}-{source.precision}",
+        parameters=parameters,
+        why_not=_why_not(probed, name, source.precision),
+    )
+
+
+def _versions(names: Sequence[str]) -> dict[str, str]:
+    """Versions of the installed ones among some distributions."""
+    installed = {}
+    for name in names:
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def _why_not(probed: Availability, name: str, precision: str) -> str | None:
+    if not probed.builds:
+        return probed.reason or f"{name} cannot build on this machine and does not say why"
+    if precision not in probed.precisions:
+        return f"{name} does not know the precision {precision} (it has: {', '.join(probed.precisions)})"
+    return probed.precisions[precision]
+
+
+def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
+    """Build one artifact. Whatever goes wrong in the backend becomes the record's status and reason.
+
+    The record: status ("ok"; "built" if it cannot run on this machine; "failed"), reason, and for artifacts verified, verified_reason, provider,
+    options, build_seconds.
+    """
+    (source,), (target,) = expansion.inputs, expansion.makes
+    name = expansion.parameters["backend"]
+    onnx = inputs[0].artifacts[source.artifact]
+    request = BuildRequest(str(target.precision), config.batch_sizes, context.threads, context.device, config.options.get(name, {}))
+    try:
+        backend: Backend = plugins.find("backends", name)
+        artifact = _build(backend, onnx.path, context.folder, request, context.progress)
+        shortfall = _shortfall(artifact, request.precision)
+        if shortfall and config.on_unverified == "fail":
+            raise BuildFailed(shortfall, "set build.on_unverified: warn to keep it")
+        probed = backend.probe()
+    except DeployoptError as exc:
+        return _failed(expansion.label, str(exc), context)
+    except Exception as exc:  # a third party's backend: its fault is this row's reason
+        context.progress.log(traceback.format_exc())
+        return _failed(expansion.label, f"{type(exc).__name__}: {exc}", context)
+    if shortfall:
+        context.progress.log(f"{expansion.label}: {shortfall}")
+    record = {
+        "status": "ok" if probed.runs else "built",
+        "reason": None if probed.runs else probed.reason,
+        "warning": shortfall,
+        **{key: artifact.metadata.get(key) for key in ("verified", "verified_reason", "provider", "options", "build_seconds")},
+    }
+    return StepResult(record, {target.artifact: artifact})
+
+
+def _build(backend: Backend, canonical: Path, folder: Path, request: BuildRequest, progress: Progress) -> Artifact:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        prepared = backend.prepare(canonical, request.precision, Path(scratch) / "model.onnx")
+        return backend.build(prepared, folder, request, progress)
+
+
+def _shortfall(artifact: Artifact, precision: str) -> str | None:
+    """What is missing from an INT8 artifact that should run in INT8 throughout; None if nothing is, or if it cannot be told here."""
+    verified = artifact.metadata.get("verified")
+    if precision != "int8" or verified is None or verified["quantized_layers"] == verified["quantizable_layers"]:
+        return None
+    executed = ", ".join(f"{count} in {kind}" for kind, count in sorted(verified["executed"].items()))
+    return f"only {verified['quantized_layers']} of {verified['quantizable_layers']} layers run in INT8 ({executed})"
+
+
+def _failed(label: str, reason: str, context: StageContext) -> StepResult:
+    for left in context.folder.iterdir():  # half-built files would be cached as this step's
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    context.progress.log(f"{label} failed: {reason}")
+    return StepResult({"status": "failed", "reason": reason})

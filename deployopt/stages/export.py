@@ -1,0 +1,219 @@
+"""Each variant as canonical ONNX, one file a precision, compared with its torch parent on real images."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, field_validator
+
+from deployopt.artifact import FLOAT_PRECISIONS, Artifact, Precision
+from deployopt.errors import ExportFailed, UsageError
+from deployopt.runtime.files import atomic_write
+from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
+from deployopt.stages._training import load_parent
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from onnx import ModelProto
+
+    from deployopt.nn.models import Network
+
+version = 1
+not_after = frozenset({"build", "benchmark"})
+after: frozenset[str] = frozenset()
+cacheable = True
+timed = False
+distributions = ("torch", "onnx", "onnxscript", "onnxruntime")
+
+MIN_OPSET, MAX_OPSET = 19, 23  # 19: FP16 scales of Q/DQ; 23: the newest that torch.onnx writes for these operators
+PARITY_IMAGES = 128
+BATCHES = (1, 2, 7)  # the rest in one batch
+
+
+class Config(StageConfig):
+    """Options of the export."""
+
+    opset: int = Field(default=21, ge=MIN_OPSET, le=MAX_OPSET)
+    """ONNX operator set. BF16 files have at least 22, the first whose convolution takes it."""
+    precisions: tuple[Precision, ...] = Field(default=("fp32", "fp16", "bf16", "int8"), min_length=1, strict=False)
+    """Files to make: of float variants those of fp32, fp16 and bf16, of quantised variants int8."""
+
+    @field_validator("precisions")
+    @classmethod
+    def _each_once(cls, value: tuple[Precision, ...]) -> tuple[Precision, ...]:
+        if repeated := [p for p, n in Counter(value).items() if n > 1]:
+            raise ValueError(f"{', '.join(repeated)} is given more than once")
+        return value
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How far an export may be from torch. Rounding stays far inside; a wrong graph lies far outside.
+
+    Attributes:
+        relative: largest difference of any output, as a share of the largest reference output (at least of 1).
+        agreement: least share of images with the same prediction.
+    """
+
+    relative: float
+    agreement: float
+
+
+# float32 sums in another order; 11 bits of mantissa; an INT8 value on the other side of a rounding tie is one whole step, and steps add up over layers
+LIMITS: dict[str, Limit] = {"fp32": Limit(1e-3, 0.99), "fp16": Limit(0.03, 0.98), "int8": Limit(0.25, 0.95)}
+UNCHECKED = {"bf16": "ONNX Runtime has no BF16 convolution on CPUs: graph checked, outputs not compared"}
+
+
+def expand(config: Config, planning: Planning) -> list[Expansion]:
+    steps = []
+    for variant in planning.variants:
+        allowed = ("int8",) if variant.family == "int8" else FLOAT_PRECISIONS
+        chosen = [p for p in config.precisions if p in allowed]
+        points = tuple(Point("onnx", variant.variant, variant.family, artifact=p, precision=p) for p in chosen)
+        if points:
+            steps.append(Expansion((variant,), points, label=variant.variant, parameters={"precisions": chosen}))
+    if not steps:
+        families = ", ".join(f"{v.variant} ({v.family})" for v in planning.variants) or "none"
+        raise UsageError(
+            f"export.precisions {list(config.precisions)} fits no variant (variants: {families}); float variants take fp32, fp16 and bf16, quantised ones int8",
+            "add a precision to export.precisions, or a qat or ptq stage before export",
+        )
+    return steps
+
+
+def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
+    from deployopt.graph.canonical import canonicalize
+    from deployopt.nn import evaluate
+    from deployopt.nn.capture import example_input
+    from deployopt.nn.export import deployed, to_onnx
+
+    precisions: list[Precision] = list(expansion.parameters["precisions"])
+    network, variant = load_parent(inputs, context.threads), expansion.inputs[0].variant
+    images = _first_images(context)
+    records, artifacts = {}, {}
+    with context.progress.track(f"export {variant}", 2 + len(precisions)) as bar:
+        module = deployed(network)
+        reference = evaluate.outputs(module, images)
+        bar.advance(note="torch.onnx")
+        model = to_onnx(module, example_input(network.preprocessing), config.opset)
+        canonical = canonicalize(model, scales=_range_only_scales(network), metadata=_metadata(context, network, variant))
+        bar.advance()
+        for precision in precisions:
+            path = context.folder / f"{precision}.onnx"
+            records[precision] = _write(canonical, precision, path)
+            records[precision]["parity"] = _parity(path, precision, images, reference, context)
+            artifacts[precision] = _artifact(path, precision, records[precision], inputs[0].artifacts["model"])
+            bar.advance(note=precision)
+    return StepResult({"variant": variant, "precisions": records}, artifacts)
+
+
+def _write(canonical: ModelProto, precision: Precision, path: Path) -> dict[str, Any]:
+    from deployopt.graph import macs
+    from deployopt.graph.casts import cast
+    from deployopt.graph.checks import check
+
+    model = cast(canonical, precision) if precision in ("fp16", "bf16") else canonical
+    check(model)
+    atomic_write(path, model.SerializeToString(deterministic=True))
+    return {
+        "opset": next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")),
+        "macs": sum(macs.by_node(model).values()),
+        "nodes": dict(sorted(Counter(n.op_type for n in model.graph.node).items())),
+    }
+
+
+def _artifact(path: Path, precision: Precision, record: dict[str, Any], parent: Artifact) -> Artifact:
+    facts = {"precision": precision, "opset": record["opset"]}
+    return Artifact.of("onnx", path, inputs=parent.inputs, outputs=parent.outputs, metadata=facts)
+
+
+def _range_only_scales(network: Network) -> dict[str, dict[str, float]] | None:
+    """Scales without a Q/DQ pair in the canonical graph, which some dialects need."""
+    from deployopt.nn.quantizer import quantization
+
+    entry = quantization(network)
+    if entry is None:
+        return None
+    kept = {name: {role: scale for role, scale in site.items() if role in ("output", "sum")} for name, site in entry["sites"].items()}
+    return {name: roles for name, roles in kept.items() if roles}
+
+
+def _metadata(context: StageContext, network: Network, variant: str) -> dict[str, str]:
+    return {
+        "deployopt.variant": variant,
+        "deployopt.preprocessing": json.dumps(network.preprocessing.to_json(), sort_keys=True),
+        "deployopt.classes": json.dumps(list(context.dataset().classes), ensure_ascii=False),
+    }
+
+
+class _Subset:
+    """The first images of a split."""
+
+    def __init__(self, images: Any, count: int) -> None:
+        self._images, self._count = images, min(count, len(images))
+        self.targets = images.targets[: self._count]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def images(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+        found: NDArray[np.uint8] = self._images.images(indices)
+        return found
+
+    def raw(self, index: int) -> NDArray[np.uint8]:
+        found: NDArray[np.uint8] = self._images.raw(index)
+        return found
+
+
+def _first_images(context: StageContext) -> _Subset:
+    return _Subset(context.dataset().validation, PARITY_IMAGES)
+
+
+def _parity(path: Path, precision: Precision, images: _Subset, reference: NDArray[np.float32], context: StageContext) -> dict[str, Any]:
+    """Compare a file, run as written by ONNX Runtime without optimisations, with torch.
+
+    Raises:
+        ExportFailed: it differs by more than the precision's limit.
+    """
+    if precision in UNCHECKED:
+        return {"checked": False, "reason": UNCHECKED[precision]}
+    limit = LIMITS[precision]
+    found = _infer(path, images, context.threads)
+    agreement = context.task.agree(found, reference)
+    scale = max(1.0, float(abs(reference).max()))
+    facts = {
+        "checked": True,
+        "n": len(images),
+        "batches": list(BATCHES),
+        **agreement,
+        "max_abs_diff_limit": limit.relative * scale,
+        "agreement_limit": limit.agreement,
+    }
+    if not agreement["max_abs_diff"] <= facts["max_abs_diff_limit"] or not agreement["agreement"] >= limit.agreement:
+        raise ExportFailed(
+            f"{path.name} disagrees with its torch parent on {len(images)} validation images: largest difference {agreement['max_abs_diff']:.3g} "
+            f"(limit {facts['max_abs_diff_limit']:.3g}), agreement {agreement['agreement']:.3f} (limit {limit.agreement})",
+            "leave this precision out of export.precisions" if precision == "fp16" else "this is a defect of the export: please report it with the recipe",
+        )
+    return facts
+
+
+def _infer(path: Path, images: _Subset, threads: int) -> NDArray[np.float32]:
+    """Outputs float32 [N, K], in batches of several sizes: a batch axis that is not dynamic fails here."""
+    import numpy as np
+
+    from deployopt.runtime.onnxruntime_session import open_unoptimized
+    from deployopt.runtime.preprocessing import to_feed
+
+    ends = [sum(BATCHES[:i]) for i in range(len(BATCHES) + 1)]
+    bounds = sorted({min(end, len(images)) for end in (*ends, len(images))})
+    with open_unoptimized(path, threads) as session:
+        parts = [next(iter(session.infer({"input": to_feed(images.images(range(a, b)))}).values())) for a, b in pairwise(bounds)]
+    return np.concatenate(parts)

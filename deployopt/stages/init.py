@@ -1,0 +1,42 @@
+"""Implicit first stage: the network as the recipe's `model` section describes it, before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
+from deployopt.stages._training import DISTRIBUTIONS, finish
+
+version = 1
+not_after: frozenset[str] = frozenset()
+after: frozenset[str] = frozenset()
+cacheable = True
+timed = False
+distributions = DISTRIBUTIONS
+
+
+class Config(StageConfig):
+    """Set by the planner."""
+
+    fan_out: bool = True
+    """Export and measure this network too: True when no finetune stage follows, as with a trained checkpoint."""
+
+
+def expand(config: Config, planning: Planning) -> list[Expansion]:
+    return [Expansion(makes=(Point("torch", "init", "float", fans_out=config.fan_out),))]
+
+
+def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
+    import torch
+
+    from deployopt.nn import models
+
+    torch.set_num_threads(context.threads)
+    dataset = context.dataset()
+    outputs = context.task.head_width(dataset.train.targets, dataset.classes)
+    base: dict[str, Any] = {**context.base, "outputs": outputs}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.seed)
+        network = models.build(base, dataset.preprocessing, context.base.get("weights"), context.progress)
+    return finish(context, network, None, "float", curves=[])

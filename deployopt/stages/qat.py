@@ -1,0 +1,98 @@
+"""Quantisation-aware training: INT8 weights and activations, simulated while the weights adapt to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from deployopt.stages import Expansion, Planning, StageConfig, StageContext, StepOutput, StepResult
+from deployopt.stages._training import DISTRIBUTIONS, TrainingConfig, finish, load_parent, next_point
+
+if TYPE_CHECKING:
+    from deployopt.nn.prepared import Prepared
+
+version = 1
+not_after = frozenset({"qat", "ptq", "export", "build", "benchmark"})
+after: frozenset[str] = frozenset()
+cacheable = True
+timed = False
+distributions = (*DISTRIBUTIONS, "torchao")
+
+
+class Distill(StageConfig):
+    """Learn from the float parent's outputs as well (Hinton et al., https://arxiv.org/abs/1503.02531)."""
+
+    temperature: float = Field(default=4.0, gt=0)
+    """Softens both distributions; classification only."""
+    weight: float = Field(default=0.5, gt=0, le=1)
+    """Loss = (1 − weight) · task loss + weight · distance to the parent's outputs."""
+
+
+class Config(TrainingConfig):
+    """Options of quantisation-aware training."""
+
+    epochs: int = Field(default=2, ge=1, le=100_000)
+    """Passes over the training split."""
+    lr: float = Field(default=0.005, gt=0)
+    """Peak learning rate: about a tenth of fine-tuning's."""
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    """Learning rate rises linearly from zero over these epochs."""
+    keep: Literal["best", "last"] = "last"
+    """Which epoch's weights to keep: the best on validation, or the last, in which BatchNorm and scales no longer move."""
+    observer: Literal["moving_average", "min_max", "mse"] = "moving_average"
+    """How activations' ranges are found: a moving average of each batch's minimum and maximum, both over all batches, or the clipping range of least
+    squared rounding error. Weights: the largest magnitude of each output channel."""
+    calibration_images: int = Field(default=512, ge=1, le=1_000_000)
+    """Training images that set the first ranges, before training."""
+    freeze_batchnorm_after: float = Field(default=0.5, ge=0, le=1)
+    """Share of the epochs, rounded up, after which BatchNorm trains with its running statistics, as the folded model will compute."""
+    freeze_observers_after: float = Field(default=0.75, ge=0, le=1)
+    """Share of the epochs, rounded up, after which activations' ranges stay. 0 keeps those of the calibration, 1 never freezes."""
+    distill: Distill | None = None
+    """Distillation from the float parent; null trains on the targets alone."""
+    saturation_guard: bool = True
+    """Keep weights of layers whose input may be negative (the first) within ±63, so that x86 CPUs without VNNI do not overflow int16."""
+
+
+def expand(config: Config, planning: Planning) -> list[Expansion]:
+    return [Expansion((planning.trunk,), (next_point(planning, "int8"),))]
+
+
+def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
+    from deployopt.nn import training
+    from deployopt.nn.losses import Distillation
+    from deployopt.nn.prepared import Prepared, Scheme, calibration_batches
+    from deployopt.nn.quantizer import fake_quantized
+
+    network, dataset = load_parent(inputs, context.threads), context.dataset()
+    with context.progress.track("prepare for quantisation", 2) as bar:
+        prepared = Prepared(network, Scheme(config.observer, config.saturation_guard)).to(context.device)
+        bar.advance()
+        prepared.calibrate(calibration_batches(dataset.train, config.calibration_images, context.seed, context.device))
+        bar.advance()
+    history = training.fit(
+        prepared,
+        dataset,
+        context.task,
+        config,
+        device=context.device,
+        seed=context.seed,
+        progress=context.progress,
+        phase=context.name,
+        teacher=network if config.distill else None,
+        distillation=Distillation(config.distill.weight, config.distill.temperature) if config.distill else None,
+        on_epoch=lambda epoch: _freeze(prepared, config, epoch),
+    )
+    prepared.write_back(network)
+    facts: dict[str, Any] = {"validation": history.validation, "curves": history.records, "kept_epoch": history.epoch}
+    return finish(context, network, expansion.inputs[0].variant, "int8", scored=fake_quantized(network), **facts)
+
+
+def _freeze(prepared: Prepared, config: Config, epoch: int) -> None:
+    if epoch > math.ceil(config.freeze_batchnorm_after * config.epochs):
+        prepared.freeze_batchnorm()
+    if epoch > math.ceil(config.freeze_observers_after * config.epochs):
+        prepared.freeze_observers()

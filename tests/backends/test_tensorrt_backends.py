@@ -1,0 +1,362 @@
+"""Real TensorRT-RTX builds of a small residual network; running needs a GPU that it serves."""
+
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from deployopt.artifact import Artifact
+from deployopt.backends import BuildRequest, _tensorrt, tensorrt, tensorrt_rtx
+from deployopt.errors import ArtifactCorrupt, ArtifactMismatch, BackendUnavailable, BuildFailed, DeployoptError, ExportFailed
+from deployopt.runtime import manifest
+from deployopt.runtime.cuda import find_gpu
+from deployopt.runtime.hashing import sha256_file
+from deployopt.runtime.preprocessing import Preprocessing
+from deployopt.runtime.progress import SilentProgress
+from deployopt.runtime.session import SessionOptions, TensorSpec
+
+FLOAT_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+CHANNELS, CLASSES, SIZE = 16, 5, 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rtx():
+    return pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'deployopt[tensorrt-rtx]'")
+
+
+class Graph:
+    """A residual network: conv, relu, (conv, relu, conv) + identity, relu, pooling, Gemm. `precision` types it as the exporter does."""
+
+    def __init__(self, precision):
+        self.precision = precision
+        self.nodes, self.constants = [], []
+        self.random = np.random.default_rng(0)
+
+    def constant(self, name, array):
+        self.constants.append(numpy_helper.from_array(array, name))
+        return name
+
+    def node(self, op, inputs, output, **attributes):
+        self.nodes.append(helper.make_node(op, inputs, [output], name=f"{output}_{op}", **attributes))
+        return output
+
+    def floating(self, name, array):
+        """A float constant in the graph's type."""
+        self.constant(name, array.astype(np.float32))
+        if self.precision in ("fp32", "int8"):
+            return name
+        return self.node("Cast", [name], f"{name}_cast", to=FLOAT_TYPES[self.precision])
+
+    def quantized(self, x):
+        if self.precision != "int8":
+            return x
+        scale, zero = self.constant(f"{x}_scale", np.float32(0.05)), self.constant(f"{x}_zero", np.asarray(np.int8(0)))
+        return self.node("DequantizeLinear", [self.node("QuantizeLinear", [x, scale, zero], f"{x}_q"), scale, zero], f"{x}_dq")
+
+    def weight(self, name, shape):
+        array = self.random.normal(scale=0.2, size=shape).astype(np.float32)
+        if self.precision != "int8":
+            return self.floating(name, array)
+        scale = np.abs(array).reshape(len(array), -1).max(axis=1) / 127
+        integers = np.round(array / scale.reshape(-1, *[1] * (array.ndim - 1))).astype(np.int8)
+        names = [self.constant(name, integers), self.constant(f"{name}_scale", scale), self.constant(f"{name}_zero", np.zeros(len(scale), np.int8))]
+        return self.node("DequantizeLinear", names, f"{name}_dq", axis=0)
+
+    def conv(self, x, output, channels_in):
+        bias = self.floating(f"{output}_bias", self.random.normal(size=CHANNELS))
+        return self.node("Conv", [x, self.weight(f"{output}_weight", (CHANNELS, channels_in, 3, 3)), bias], output, pads=[1, 1, 1, 1])
+
+    def model(self):
+        x = "input" if self.precision in ("fp32", "int8") else self.node("Cast", ["input"], "typed", to=FLOAT_TYPES[self.precision])
+        stem = self.quantized(self.node("Relu", [self.conv(self.quantized(x), "stem", 3)], "stem_relu"))
+        middle = self.quantized(self.node("Relu", [self.conv(stem, "conv1", CHANNELS)], "conv1_relu"))
+        total = self.node("Add", [self.conv(middle, "conv2", CHANNELS), stem], "add")
+        pooled = self.node("GlobalAveragePool", [self.node("Relu", [total], "add_relu")], "pooled")
+        flat = self.quantized(self.node("Flatten", [pooled], "flat"))
+        head = [flat, self.weight("fc_weight", (CLASSES, CHANNELS)), self.floating("fc_bias", self.random.normal(size=CLASSES))]
+        if self.precision in ("fp32", "int8"):
+            self.node("Gemm", head, "logits", transB=1)
+        else:
+            self.node("Cast", [self.node("Gemm", head, "typed_logits", transB=1)], "logits", to=TensorProto.FLOAT)
+        tensors = (("input", ["batch", 3, SIZE, SIZE]), ("logits", ["batch", CLASSES]))
+        inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name, shape in tensors)
+        graph = helper.make_graph(self.nodes, "residual", inputs, outputs, self.constants)
+        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+        onnx.checker.check_model(made)
+        return made
+
+
+def canonical(folder, precision):
+    path = folder / f"{precision}.onnx"
+    onnx.save(Graph(precision).model(), path)
+    return path
+
+
+def make(folder, precision, batch_sizes=(1, 4), **options):
+    """Prepare and build into `folder`."""
+    prepared = tensorrt_rtx.prepare(canonical(folder, precision), precision, folder / "model.onnx")
+    options.setdefault("compute_capabilities", [8.6])
+    return tensorrt_rtx.build(prepared, folder, BuildRequest(precision, batch_sizes, options=options), SilentProgress())
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory):
+    """One INT8 engine that several tests look at."""
+    return make(tmp_path_factory.mktemp("int8"), "int8")
+
+
+def copied(artifact, folder):
+    """The engine and its manifest, to be damaged."""
+    for path in (artifact.path, manifest.path_of(artifact.path)):
+        shutil.copy(path, folder)
+    return folder / artifact.path.name
+
+
+def has_gpu():
+    try:
+        find_gpu()
+    except DeployoptError:
+        return False
+    return True
+
+
+def test_rtx_builds_here_and_runs_only_with_a_gpu_it_serves(rtx):
+    found = tensorrt_rtx.probe()
+    assert (found.builds, found.version) == (True, rtx.__version__)
+    assert set(found.precisions) == {"fp32", "fp16", "bf16", "int8"}
+    assert found.runs == (found.reason is None)
+    if not has_gpu():
+        assert found.reason.startswith("no NVIDIA driver (libcuda.so.1 not found)")
+
+
+def test_a_gpu_that_rtx_does_not_serve_is_named(rtx):
+    from deployopt.runtime.cuda import Gpu
+
+    reason = tensorrt_rtx._unserved(rtx, Gpu("NVIDIA H100", "9.0", "13.0"))
+    assert "does not run on NVIDIA H100 (compute capability 9.0; it serves 7.5, 8.0, 8.6, 8.9, 12.0" in reason
+    assert tensorrt_rtx._unserved(rtx, Gpu("NVIDIA GeForce RTX 4090", "8.9", "13.0")) is None
+
+
+def test_tensorrt_says_why_it_is_unavailable():
+    found = tensorrt.probe()
+    assert found.runs == found.builds == (found.reason is None)
+    if found.version is None:
+        assert "pip install 'deployopt[tensorrt]'" in found.reason
+
+
+def test_canonical_graph_is_taken_as_it_is(tmp_path):
+    source = canonical(tmp_path, "int8")
+    out = tensorrt_rtx.prepare(source, "int8", tmp_path / "prepared.onnx")
+    assert sha256_file(out) == sha256_file(source)
+
+
+def unsigned(model):
+    for tensor in model.graph.initializer:
+        if tensor.name == "flat_zero":
+            tensor.CopyFrom(numpy_helper.from_array(np.asarray(np.uint8(0)), tensor.name))
+
+
+def asymmetric(model):
+    for tensor in model.graph.initializer:
+        if tensor.name == "flat_zero":
+            tensor.CopyFrom(numpy_helper.from_array(np.asarray(np.int8(5)), tensor.name))
+
+
+def unsigned_by_default(model):
+    for node in model.graph.node:
+        if node.output[0] == "flat_q":
+            del node.input[2]
+
+
+def quantized_bias(model):
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(CLASSES, np.int32), "bias32"))
+    model.graph.node.insert(0, helper.make_node("DequantizeLinear", ["bias32", "flat_scale"], ["bias"], name="flat_bias_dq"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (unsigned, r"node 'flat_q_QuantizeLinear' \(QuantizeLinear\): quantised to UINT8"),
+        (unsigned_by_default, "'flat_q_QuantizeLinear'.*quantised to UINT8"),
+        (asymmetric, "zero point 'flat_zero' is not 0"),
+        (quantized_bias, "node 'flat_bias_dq'.*'bias32' is INT32"),
+    ],
+)
+def test_quantization_that_tensorrt_misreads_is_refused(tmp_path, damage, message):
+    model = Graph("int8").model()
+    damage(model)
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ExportFailed, match=message):
+        tensorrt_rtx.prepare(tmp_path / "model.onnx", "int8", tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize(("data", "message"), [(b"", "holds no graph"), (b"\xff not an onnx", "is not an ONNX model")])
+def test_files_that_are_no_onnx(tmp_path, data, message):
+    (tmp_path / "model.onnx").write_bytes(data)
+    with pytest.raises(ExportFailed, match=message):
+        tensorrt_rtx.prepare(tmp_path / "model.onnx", "fp32", tmp_path / "out.onnx")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_float_engines_run_as_asked_and_fuse_their_add(tmp_path, precision):
+    built = make(tmp_path, precision)
+    assert built.metadata["verified"] == {"quantized_layers": 0, "quantizable_layers": 4, "executed": {precision: 4}}
+    assert (built.metadata["adds"], built.metadata["fused_adds"], built.metadata["int8_to_float"]) == (1, 1, 0)
+    assert built.metadata["build_seconds"] > 0
+
+
+def test_int8_engine_is_verified_and_its_float_results_are_said(int8):
+    assert int8.metadata["verified"] == {"quantized_layers": 4, "quantizable_layers": 4, "executed": {"int8": 4}}
+    assert int8.metadata["int8_to_float"] == 4
+    assert int8.metadata["note"].startswith("4 of 4 INT8 layers write floating point")
+
+
+def test_artifact_and_manifest_describe_the_engine(int8):
+    described, plan = manifest.read_engine(int8.path)
+    assert (described.sha256, described.size_bytes) == (int8.sha256, len(plan)) == (sha256_file(int8.path), int8.size_bytes)
+    assert int8.inputs == described.inputs == (TensorSpec("input", ("batch", 3, SIZE, SIZE), "float32"),)
+    assert int8.outputs == described.outputs == (TensorSpec("logits", ("batch", CLASSES), "float32"),)
+    assert described.onnx_sha256 == sha256_file(int8.path.with_name("model.onnx"))
+    assert (described.vendor, described.compute_capabilities, described.precision) == ("tensorrt_rtx", ("8.6",), "int8")
+    assert described.profiles[0]["input"] == {"min": (1, 3, SIZE, SIZE), "opt": (4, 3, SIZE, SIZE), "max": (4, 3, SIZE, SIZE)}
+    folder = int8.path.parent
+    assert Artifact.from_json(int8.to_json(folder), folder) == int8
+
+
+def test_preprocessing_in_the_onnx_reaches_the_manifest(tmp_path):
+    model = Graph("fp32").model()
+    onnx.helper.set_model_props(model, {"preprocessing": '{"image_size": 8, "channels": 3, "resize": null, "mean": [0.5], "std": [0.2]}'})
+    onnx.save(model, tmp_path / "model.onnx")
+    built = tensorrt_rtx.build(tmp_path / "model.onnx", tmp_path, BuildRequest("fp32", options={"compute_capabilities": [8.6]}), SilentProgress())
+    assert manifest.read(built.path).preprocessing == Preprocessing(8, mean=(0.5,), std=(0.2,))
+
+
+def test_default_targets_are_this_gpu_or_the_common_ones(tmp_path):
+    prepared = tensorrt_rtx.prepare(canonical(tmp_path, "fp16"), "fp16", tmp_path / "model.onnx")
+    built = tensorrt_rtx.build(prepared, tmp_path, BuildRequest("fp16"), SilentProgress())
+    gpu, _ = _tensorrt.gpu_or_reason()
+    served = gpu is not None and tensorrt_rtx.probe().runs
+    assert manifest.read(built.path).compute_capabilities == ((gpu.compute_capability,) if served else ("8.6", "8.9", "12.0"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "message"),
+    [
+        ("fp32", {"workspace": 3}, r"workspace: Extra inputs are not permitted \(available: compute_capabilities\)"),
+        ("fp32", {"compute_capabilities": ["8.6"]}, "Input should be a valid number"),
+        ("fp32", {"compute_capabilities": []}, "at least 1 item"),
+        ("fp32", {"compute_capabilities": [8.6, 8.6]}, "each compute capability once"),
+        ("fp32", {"compute_capabilities": [9.0]}, r"does not build for compute capability 9\.0 \(it builds for 7\.5"),
+        ("int8", {"compute_capabilities": [7.5, 8.6]}, r"INT8 for compute capabilities 7\.5, 8\.6: one engine for 7\.5 and others"),
+    ],
+)
+def test_options_that_cannot_be_meant(tmp_path, precision, options, message):
+    with pytest.raises(BuildFailed, match=message):
+        make(tmp_path, precision, **options)
+    assert not (tmp_path / "model.engine").exists()
+
+
+@pytest.mark.parametrize(("options", "message"), [({"workspace_mib": 0}, "greater than or equal to 1"), ({"optimization_level": 6}, "less than or equal to 5")])
+def test_tensorrt_options_are_bounded(tmp_path, options, message):
+    with pytest.raises(BuildFailed, match=message):
+        tensorrt.build(tmp_path / "model.onnx", tmp_path, BuildRequest("fp32", options=options), SilentProgress())
+
+
+def test_int8_on_turing_alone_is_told_to_run_in_fp16(tmp_path):
+    """FP32 matrix products are not built for Turing, so a convolution alone: INT8 is asked for, FP16 runs, and `verified` says so."""
+    graph = Graph("int8")
+    graph.conv(graph.quantized("input"), "logits", 3)
+    tensors = (("input", ["batch", 3, SIZE, SIZE]), ("logits", ["batch", CHANNELS, SIZE, SIZE]))
+    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name, shape in tensors)
+    made = helper.make_model(
+        helper.make_graph(graph.nodes, "conv", inputs, outputs, graph.constants), opset_imports=[helper.make_opsetid("", 21)], ir_version=10
+    )
+    onnx.save(made, tmp_path / "model.onnx")
+    built = tensorrt_rtx.build(tmp_path / "model.onnx", tmp_path, BuildRequest("int8", options={"compute_capabilities": [7.5]}), SilentProgress())
+    assert built.metadata["verified"]["quantized_layers"] == 0
+    assert built.metadata["verified"]["quantizable_layers"] == 1
+
+
+def test_batch_size_below_one(tmp_path):
+    with pytest.raises(BuildFailed, match=r"batch sizes \[0, 4\]: each must be 1 or more"):
+        make(tmp_path, "fp32", (0, 4))
+
+
+def test_cancelled_build_leaves_nothing(tmp_path):
+    class Cancelling(SilentProgress):
+        def track(self, description, total):
+            raise KeyboardInterrupt
+
+    prepared = tensorrt_rtx.prepare(canonical(tmp_path, "fp32"), "fp32", tmp_path / "model.onnx")
+    with pytest.raises(KeyboardInterrupt):
+        tensorrt_rtx.build(prepared, tmp_path, BuildRequest("fp32", options={"compute_capabilities": [8.6]}), Cancelling())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fp32.onnx", "model.onnx"]
+
+
+def test_flipped_byte_is_found_before_anything_is_loaded(int8, tmp_path):
+    engine = copied(int8, tmp_path)
+    data = bytearray(engine.read_bytes())
+    data[len(data) // 2] ^= 1
+    engine.write_bytes(data)
+    with pytest.raises(ArtifactCorrupt, match="its manifest wants sha256"):
+        tensorrt_rtx.open(engine, SessionOptions())
+
+
+def test_zero_byte_plan(int8, tmp_path):
+    engine = copied(int8, tmp_path)
+    engine.write_bytes(b"")
+    with pytest.raises(ArtifactCorrupt, match="is empty"):
+        tensorrt_rtx.open(engine, SessionOptions())
+
+
+def test_swapped_manifest(int8, tmp_path):
+    engine = copied(int8, tmp_path)
+    other = make(tmp_path_of(tmp_path, "other"), "fp32")
+    shutil.copy(manifest.path_of(other.path), manifest.path_of(engine))
+    with pytest.raises(ArtifactCorrupt, match="or the manifest belongs to another engine"):
+        tensorrt_rtx.open(engine, SessionOptions())
+
+
+def tmp_path_of(folder, name):
+    made = folder / name
+    made.mkdir()
+    return made
+
+
+def test_engine_of_another_version_is_refused(int8, tmp_path):
+    engine = copied(int8, tmp_path)
+    manifest.write(engine, manifest.read(engine)._replace(version="1.5.0.42"))
+    with pytest.raises(ArtifactMismatch, match=r"was built by tensorrt_rtx 1\.5\.0\.42") as caught:
+        tensorrt_rtx.open(engine, SessionOptions())
+    assert "tensorrt-rtx==1.5.0.42" in caught.value.remedy
+
+
+def test_without_a_driver_opening_says_so(int8):
+    if has_gpu():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(BackendUnavailable, match=r"needs a GPU of compute capability 8\.6: no NVIDIA driver"):
+        tensorrt_rtx.open(int8.path, SessionOptions())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 2e-2), ("int8", 5e-2)])
+def test_engine_computes_what_onnxruntime_computes(tmp_path, precision, tolerance):
+    if not tensorrt_rtx.probe().runs:
+        pytest.skip(f"tensorrt_rtx does not run here: {tensorrt_rtx.probe().reason}")
+    import onnxruntime
+
+    prepared = tensorrt_rtx.prepare(canonical(tmp_path, precision), precision, tmp_path / "model.onnx")
+    built = tensorrt_rtx.build(prepared, tmp_path, BuildRequest(precision, (1, 4)), SilentProgress())
+    reference = onnxruntime.InferenceSession(str(prepared), providers=["CPUExecutionProvider"])
+    feeds = [{"input": np.random.default_rng(seed).random((3, 3, SIZE, SIZE), np.float32)} for seed in range(3)]
+    with tensorrt_rtx.open(built.path, SessionOptions()) as session:
+        for feed in feeds:
+            np.testing.assert_allclose(session.infer(feed)["logits"], reference.run(None, feed)[0], atol=tolerance)
+        loaded = session.load(feeds)
+        loaded.run(0)
+        assert loaded.device_ms() > 0
+        with pytest.raises(DeployoptError, match="outside the engine's"):
+            session.infer({"input": np.zeros((5, 3, SIZE, SIZE), np.float32)})

@@ -1,0 +1,158 @@
+import os
+import sys
+
+import numpy as np
+import pytest
+import tiny_onnx
+
+from deployopt.artifact import Row
+from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject, make_buffers, measure, speedup, with_figures, write_samples
+from deployopt.runtime.progress import SilentProgress
+from deployopt.runtime.session import SessionOptions
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
+# tests share the machine with anything: what they assert is the bookkeeping and the ratios, not the quiet
+SETTINGS = Settings(min_seconds=0.2, max_spread=100.0, max_contention=100.0, max_steal_percent=100.0, timeout_s=60.0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_onnx.convolution(tmp_path_factory.mktemp("models") / "tiny.onnx", channels=16, layers=3)
+
+
+def subject(key, path, opener="OnnxRuntimeSession", **extra):
+    return Subject(key, f"worker_openers:{opener}", path, SessionOptions(extra=extra))
+
+
+@pytest.fixture(scope="module")
+def results(model):
+    """One comparison of good, slow and failing sessions, read by many tests."""
+    subjects = [
+        subject("a", model),
+        subject("same", model),
+        subject("slow", model, slowdown=0.3),
+        subject("openvino", model, "OpenVinoSession"),
+        subject("unopened", model, "segfault"),
+        subject("crashing", model, "CrashingSession", crash_at=2000),
+    ]
+    return measure(subjects, IMAGES, SETTINGS, SilentProgress(), batch=2, source="test images")
+
+
+def test_every_subject_has_a_result_in_order(results):
+    assert list(results) == ["a", "same", "slow", "openvino", "unopened", "crashing"]
+    assert [type(r) for r in results.values()] == [Measured] * 4 + [Failure] * 2
+
+
+def test_a_failure_names_its_cause_without_paths(results, model):
+    assert results["unopened"].reason == "opening tiny.onnx in a child process: it was ended by SIGSEGV"
+    assert "SIGSEGV" in results["crashing"].reason
+    assert not any(str(model.parent) in r.reason for r in results.values() if isinstance(r, Failure))
+
+
+def test_a_against_a_is_one(results):
+    value, (low, high) = speedup(results["a"], results["same"])
+    assert value == pytest.approx(1, abs=0.1)
+    assert low - 0.02 <= 1 <= high + 0.02
+
+
+def test_an_injected_slowdown_is_found(results):
+    value, (low, high) = speedup(results["a"], results["slow"])
+    assert value == pytest.approx(1 / 1.3, abs=0.1)
+    assert low <= value <= high < 1
+
+
+def test_figures_come_from_all_blocks(results):
+    found = results["a"]
+    assert len(found.block_medians_ms) == found.contract["blocks"] >= 20
+    assert found.host["n"] == found.contract["blocks"] * found.contract["iterations"]
+    assert found.host["p50"] <= found.host["p90"]
+    assert found.host["p50_ci95"][0] <= found.host["p50_ci95"][1]
+    assert found.throughput_per_s == pytest.approx(2e3 / found.host["mean"], rel=0.1)
+    assert found.peak_memory_bytes > 10 << 20
+    assert found.device is None
+
+
+def test_the_contract_says_how(results):
+    contract = results["a"].contract
+    assert contract["clock"] == "host"
+    assert contract["warm_up"]["runs"] >= 10
+    assert contract["warm_up"]["seconds"] >= 0.2
+    assert set(contract["interleaved_with"]) - {"crashing"} == {"openvino", "same", "slow"}  # it may crash while still warming up
+    assert contract["shuffled"] is True
+    assert contract["inputs"] == {"buffers": 8, "shape": [2, 16, 16, 3], "images": 20, "source": "test images"}
+    assert contract["spread"]["limit"] == 100.0
+    assert contract["duration_s"] >= 0.15
+    assert {"steal_percent", "other_cpu_percent", "load_average", "frequency_mhz", "gpus"} == set(contract["load"])
+
+
+def test_ratios_across_comparisons_are_refused(results, model):
+    other = measure([subject("elsewhere", model)], IMAGES, SETTINGS, SilentProgress())["elsewhere"]
+    with pytest.raises(ValueError, match="same rounds"):
+        speedup(other, results["a"])
+
+
+def test_spread_beyond_the_limit_is_invalid(model):
+    settings = Settings(min_seconds=0.1, max_spread=1e-9, max_contention=100.0, max_steal_percent=100.0)
+    found = measure([subject("a", model)], IMAGES, settings, SilentProgress())["a"]
+    assert "MAD/median" in found.invalid
+    row = with_figures(Row("v", "onnxruntime", "fp32", 1, "ok"), found)
+    assert (row.status, row.reason) == ("invalid", found.invalid)
+    assert row.latency_ms["host"]["p50"] > 0
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="reads Linux's /proc/stat")
+def test_other_load_is_seen(model):
+    import subprocess
+
+    burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(len(os.sched_getaffinity(0)))]
+    try:
+        found = measure([subject("a", model)], IMAGES, Settings(min_seconds=0.5, max_contention=0.25), SilentProgress())["a"]
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
+    assert found.contract["load"]["other_cpu_percent"] > 25
+    assert "other processes used" in found.invalid
+
+
+def test_a_slow_subject_stops_in_time_and_says_so(model):
+    settings = Settings(min_seconds=0.2, max_seconds=0.05, max_spread=100.0)
+    found = measure([subject("a", model)], IMAGES, settings, SilentProgress())["a"]
+    assert found.contract["blocks"] < 20
+    assert any("blocks within" in flag for flag in found.contract["flags"])
+    assert speedup(found, found)[1] is None
+
+
+def test_batch_that_an_artifact_cannot_run_fails_only_that_row(tmp_path, model):
+    fixed = tiny_onnx.convolution(tmp_path / "fixed.onnx", batch=1)
+    with Group([subject("fixed", fixed), subject("free", model)], SETTINGS, SilentProgress()) as group:
+        images = {"fixed": IMAGES, "free": IMAGES}
+        four, one = group.measure(images, 4, "test"), group.measure(images, 1, "test")
+    assert isinstance(four["fixed"], Failure)
+    assert "dynamic batch" in four["fixed"].reason or "takes [1, 3, 16, 16]" in four["fixed"].reason
+    assert isinstance(four["free"], Measured)
+    assert isinstance(one["fixed"], Measured)
+
+
+def test_buffers_hold_different_images():
+    images = np.arange(20, dtype=np.uint8).reshape(20, 1, 1, 1)
+    buffers = make_buffers(images, 8, 2, seed=0)
+    assert buffers.shape == (8, 2, 1, 1, 1)
+    assert len(set(buffers.ravel().tolist())) == 16
+    with pytest.raises(ValueError, match="found none"):
+        make_buffers(images[:0], 8, 1, seed=0)
+
+
+def test_subjects_need_different_keys(model):
+    with pytest.raises(ValueError, match="different keys"):
+        Group([subject("a", model), subject("a", model)], SETTINGS, SilentProgress())
+
+
+def test_samples_are_the_block_medians(results, tmp_path):
+    import json
+
+    path = write_samples(results["a"], Row("qat", "openvino", "int8", 2, "ok"), tmp_path)
+    assert path.name == "qat-openvino-int8-b2.json"
+    content = json.loads(path.read_text())
+    assert content["host_block_medians"] == results["a"].block_medians_ms
+    assert content["unit"] == "ms"

@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+from onnx import TensorProto, numpy_helper
+from residual_onnx import CONVOLUTIONS, images, quantized, run
+
+from deployopt.errors import ExportFailed
+from deployopt.graph.canonical import SCALES_KEY, canonicalize
+from deployopt.graph.checks import check, quantization_report
+from deployopt.graph.dialects import SATURATION_KEY, saturating_layers, to_unsigned
+
+
+def canonical(stem_limit=63):
+    model, scales = quantized(stem_limit)
+    return canonicalize(model, scales=scales)
+
+
+def constants(model):
+    return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+
+
+def test_the_dialect_tells_the_same_numbers():
+    signed = canonical()
+    unsigned = to_unsigned(signed)
+    check(unsigned)
+    wanted, found = run(signed, images(256)), run(unsigned, images(256))
+    # the dialect also quantises Adds and the last ReLU, so single steps differ
+    assert np.abs(wanted - found).max() < 0.05 * np.abs(wanted).max()
+    assert (wanted.argmax(1) == found.argmax(1)).mean() >= 0.95
+
+
+def test_zero_points_are_0_where_nothing_is_negative_and_128_elsewhere():
+    model = to_unsigned(canonical())
+    values = constants(model)
+    zero = {n.input[0]: int(values[n.input[2]]) for n in model.graph.node if n.op_type == "QuantizeLinear"}
+    assert zero == {
+        "normal": 128,
+        "pooled": 0,
+        "layer1.0.relu": 0,
+        "layer1.0.conv2.out": 128,
+        "layer1.0.sum": 0,
+        "layer2.0.relu": 0,
+        "layer2.0.conv2.out": 128,
+        "layer2.0.downsample.0.out": 128,
+        "layer2.0.sum": 0,
+        "flat": 0,
+    }
+    assert {values[n.input[2]].dtype for n in model.graph.node if n.op_type == "QuantizeLinear"} == {np.dtype(np.uint8)}
+
+
+def test_biases_are_int32_and_every_add_is_quantised_on_both_sides():
+    model = to_unsigned(canonical())
+    kinds = {t.name: t.data_type for t in model.graph.initializer}
+    assert all(kinds[f"{name}.bias.quantized"] == TensorProto.INT32 for name in (*CONVOLUTIONS, "fc"))
+    made = {o: n.op_type for n in model.graph.node for o in n.output}
+    assert all(made[name] == "DequantizeLinear" for n in model.graph.node if n.op_type in ("Add", "GlobalAveragePool", "Conv") for name in n.input)
+    assert len(quantization_report(model).quantized) == len(CONVOLUTIONS) + 1
+
+
+@pytest.mark.parametrize(("layer", "role"), [("layer1.0.conv2", "output"), ("layer2.0.conv2", "sum")])
+def test_a_missing_scale_names_the_layer(layer, role):
+    model, scales = quantized()
+    del scales[layer][role]
+    with pytest.raises(ExportFailed, match=f"needs the scale '{role}' of the layer '{layer}'"):
+        to_unsigned(canonicalize(model, scales=scales))
+
+
+def test_layers_kept_in_float_stay_float():
+    model, scales = quantized()
+    for node in model.graph.node:
+        if node.op_type == "Conv" and node.output[0] == "layer1.0.conv1.out":
+            node.input[0], node.input[1] = "pooled", "layer1.0.conv1.weight"
+    unsigned = to_unsigned(canonicalize(model, scales=scales))
+    assert quantization_report(unsigned).floating == ("layer1.0.conv1",)
+    assert (run(canonicalize(model), images(64)).argmax(1) == run(unsigned, images(64)).argmax(1)).mean() > 0.95
+
+
+def test_a_bias_beyond_int32_widens_its_channels_scale():
+    model = canonical()
+    tensors = {t.name: t for t in model.graph.initializer}
+    for name, value in (("conv1.weight.scale", 2.0**-40), ("conv1.bias", 3.0)):
+        values = numpy_helper.to_array(tensors[name]).copy()
+        values[5] = value
+        tensors[name].CopyFrom(numpy_helper.from_array(values, name))
+    wanted, found = run(model, images(64)), run(to_unsigned(model), images(64))
+    assert np.abs(wanted - found).max() < 0.05 * np.abs(wanted).max()
+
+
+def test_only_wide_weights_behind_the_whole_u8_range_may_saturate():
+    assert saturating_layers(to_unsigned(canonical(stem_limit=63))) == []
+    wide = to_unsigned(canonical(stem_limit=127))
+    assert saturating_layers(wide) == ["conv1"]
+    assert {p.key for p in wide.metadata_props} == {SCALES_KEY, SATURATION_KEY}
+
+
+def test_optimised_kernels_agree_with_the_reference():
+    """int16 saturation on CPUs without VNNI shows here first."""
+    model = to_unsigned(canonical())
+    reference, fast = run(model, images(1000)), run(model, images(1000), optimise=True)
+    assert (reference.argmax(1) == fast.argmax(1)).mean() >= 0.99

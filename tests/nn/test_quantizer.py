@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deployopt.errors import ArtifactMismatch, ExportFailed, StageFailed
+from deployopt.graph.canonical import canonicalize
+from deployopt.nn import checkpoint, models
+from deployopt.nn.capture import capture, example_input
+from deployopt.nn.export import deployed, to_onnx
+from deployopt.nn.fold import fold_batchnorm
+from deployopt.nn.models import Network
+from deployopt.nn.placement import layers
+from deployopt.nn.prepared import MeanSquaredErrorObserver, Prepared, Scheme
+from deployopt.nn.quantizer import fake_quantized, replay
+from deployopt.runtime.preprocessing import Preprocessing
+
+PREPROCESSING = Preprocessing(16, 3, None, (0.5,) * 3, (0.25,) * 3)
+
+
+def network(arch: str = "resnet20", **base: object) -> Network:
+    torch.manual_seed(0)
+    made = models.build({"arch": arch, "outputs": 10, **base}, PREPROCESSING)
+    return warmed(made)
+
+
+def warmed(made: Network) -> Network:
+    made.train()
+    for _ in range(3):  # BatchNorm statistics of real forward passes
+        made(images(32))
+    return made.eval()
+
+
+def images(count: int = 16) -> Tensor:
+    return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+class Plain(nn.Module):
+    """No residuals; a grouped, biased and padded-by-name convolution, unusual BatchNorm options and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8, eps=0.1, momentum=0.3)
+        self.b = nn.Conv2d(8, 8, 3, groups=4, padding=1)
+        self.c = nn.Conv2d(8, 6, 3, padding="same")
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.a(x)))
+        x = self.c(self.b(x)).mean((2, 3))
+        return self.head(self.drop(x))
+
+
+def plain() -> Network:
+    torch.manual_seed(0)
+    return warmed(Network(Plain(), {"arch": "plain", "outputs": 10}, PREPROCESSING))
+
+
+def quantized(made: Network, scheme: Scheme | None = None) -> tuple[Network, Prepared]:
+    prepared = Prepared(made, scheme or Scheme())
+    prepared.calibrate([images(), images() * 0.8])
+    prepared.write_back(made)
+    return made, prepared
+
+
+@pytest.mark.parametrize(
+    ("arch", "base", "expected_layers", "adds", "downsamples"),
+    [("resnet18", {"stem": "small"}, 21, 8, 3), ("resnet50", {}, 54, 16, 4), ("resnet20", {}, None, 9, None)],
+)
+def test_placement_of_resnets(arch: str, base: dict[str, object], expected_layers: int | None, adds: int, downsamples: int | None) -> None:
+    made = network(arch, **base)
+    found = layers(capture(made, example_input(PREPROCESSING)).graph)
+    names = [layer.name for layer in found]
+    wanted = [name for name, module in made.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert sorted(names) == sorted(wanted)
+    assert expected_layers in (None, len(found))
+    assert sum("identity" in layer.quantized for layer in found) == adds
+    assert sum("output" in layer.observed for layer in found) == adds
+    assert sum("sum" in layer.observed for layer in found) == 1
+    assert [layer.name for layer in found if layer.signed_input] == ["body.conv1"]
+    if downsamples is not None:
+        own = {layer.quantized["input"] for layer in found}
+        assert sum(layer.quantized["identity"] not in own for layer in found if layer.add) == downsamples
+
+
+def test_placement_without_residuals_keeps_an_asymmetric_weight_range_for_signed_inputs() -> None:
+    found = {layer.name: layer for layer in layers(capture(plain(), example_input(PREPROCESSING)).graph)}
+    assert not any(layer.add for layer in found.values())
+    assert found["body.b"].weight_limit(saturation_guard=True) == 127
+    assert found["body.a"].weight_limit(saturation_guard=True) == 63
+    assert found["body.a"].weight_limit(saturation_guard=False) == 127
+
+
+@pytest.mark.parametrize("make", [plain, network])
+def test_folding_keeps_the_outputs(make: object) -> None:
+    made = make()  # type: ignore[operator]
+    folded = fold_batchnorm(capture(made, example_input(PREPROCESSING)))
+    assert not any("batch_norm" in str(node.target) for node in folded.graph.nodes)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(images()), made(images()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [plain, network])
+def test_written_back_scales_are_the_fake_quantisers_and_give_their_outputs(make: object) -> None:
+    made, prepared = quantized(make())  # type: ignore[operator]
+    (entry,) = made.lineage
+    by_tensor = {site.tensor: site.scale for site in prepared.fake_quantizers()}
+    for name, site in entry["sites"].items():
+        for role, scale in site.items():
+            assert torch.equal(torch.tensor(scale).reshape(-1), by_tensor[prepared.tensors[name][role]].reshape(-1))
+    with torch.no_grad():
+        ours, trained = fake_quantized(made)(images()), prepared(images())
+        floating = made(images())
+    assert (ours - trained).abs().max() < 0.5 * (ours - floating).abs().max() + 1e-3
+
+
+def test_first_layer_integers_stay_within_seven_bits() -> None:
+    graph_module = fake_quantized(quantized(network())[0])
+    assert int(graph_module.get_submodule("body.conv1").weight.abs().max()) == 63
+    assert int(graph_module.get_submodule("body.fc" if hasattr(graph_module.body, "fc") else "body.linear").weight.abs().max()) == 127
+
+
+def test_saved_and_loaded_network_quantizes_to_the_same_bits(tmp_path: object) -> None:
+    made, _ = quantized(network())
+    checkpoint.save(tmp_path, made)  # type: ignore[arg-type]
+    loaded = checkpoint.load(tmp_path)  # type: ignore[arg-type]
+    assert loaded.lineage == made.lineage
+    with torch.no_grad():
+        assert torch.equal(fake_quantized(loaded)(images()), fake_quantized(made)(images()))
+
+
+def _trained(scheme: Scheme) -> dict[str, Tensor]:
+    made = network()
+    prepared = Prepared(made, scheme)
+    prepared.calibrate([images()])
+    optimizer = torch.optim.SGD(prepared.parameters(), 0.01)
+    for step in range(4):
+        if step == 2:
+            prepared.freeze_batchnorm()
+            prepared.freeze_observers()
+        prepared.train()
+        optimizer.zero_grad()
+        prepared(images()).square().mean().backward()
+        optimizer.step()
+    prepared.write_back(made)
+    scales = {f"{n}.{r}": torch.tensor(s) for n, site in made.lineage[0]["sites"].items() for r, s in site.items()}
+    return {**made.state_dict(), **scales}
+
+
+def test_training_twice_gives_the_same_bits_and_moves_the_weights() -> None:
+    one, two, start = _trained(Scheme()), _trained(Scheme()), network().state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all(not torch.equal(one[name], start[name]) for name in start if name.endswith("conv1.weight"))
+
+
+def test_freezing_stops_statistics_and_ranges() -> None:
+    prepared = Prepared(network(), Scheme())
+    prepared.calibrate([images()])
+    prepared.freeze_batchnorm()
+    prepared.freeze_observers()
+    prepared.train()
+    kept = {name: value.clone() for name, value in prepared.state_dict().items() if "running" in name or "min_val" in name}
+    prepared(images() * 3)
+    after = prepared.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in kept.items())
+
+
+def test_batchnorm_options_survive_preparation() -> None:
+    made = plain()
+    prepared = Prepared(made, Scheme())
+    for site in prepared.fake_quantizers():
+        site.disable_fake_quant()
+    made.train()
+    with torch.no_grad():
+        torch.manual_seed(3)
+        prepared(images())
+        torch.manual_seed(3)
+        made(images())
+        for name in ("body.norm.running_mean", "body.norm.running_var"):
+            torch.testing.assert_close(prepared.graph_module.state_dict()[name], made.state_dict()[name], rtol=1e-4, atol=1e-5)
+        prepared.eval(), made.eval()
+        torch.testing.assert_close(prepared(images()), made(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_mse_observer_clips_outliers_and_sees_every_column() -> None:
+    observer = MeanSquaredErrorObserver(dtype=torch.int8, quant_min=-128, quant_max=127, qscheme=torch.per_tensor_symmetric, averaging_constant=1.0)
+    values = torch.zeros(64, 8, 32, 32)
+    values[..., 16] = torch.randn(64, 8, 32, generator=torch.Generator().manual_seed(0))
+    values[0, 0, 0, 16] = 60.0
+    observer(values)
+    assert 2 < float(observer.max_val) < 30
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([torch.full((1, 3, 16, 16), 0.3)], "one constant image"),
+        ([torch.rand(1, 3, 16, 16).repeat(4, 1, 1, 1)], "all the same"),
+        ([torch.rand(4, 3, 16, 16).index_fill(0, torch.tensor([1]), float("nan"))], "NaN"),
+    ],
+)
+def test_bad_calibration_images_are_refused(batches: list[Tensor], message: str) -> None:
+    with pytest.raises(StageFailed, match=message):
+        Prepared(network(), Scheme()).calibrate(batches)
+
+
+def test_dead_layer_has_no_scale() -> None:
+    made = network()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if name.startswith("body.layer1.0.conv1"):
+                parameter.zero_()
+    with pytest.raises(StageFailed, match=r"the weight of 'body\.layer1\.0\.conv1' is always zero"):
+        Prepared(made, Scheme()).calibrate([images()])
+
+
+def test_dead_channel_takes_its_layers_largest_scale() -> None:
+    made = network()
+    with torch.no_grad():
+        made.get_parameter("body.layer1.0.conv1.weight")[2].zero_()
+    quantized(made)
+    scales = made.lineage[0]["sites"]["body.layer1.0.conv1"]["weight"]
+    assert scales[2] == max(scales)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda sites: sites.update({"body.nowhere": {"weight": [1.0]}}), "lacks"),
+        (lambda sites: sites["body.conv1"].update(weight=[1.0]), "weight scales"),
+        (lambda sites: sites["body.conv1"].update(input=0.0), "not a positive number"),
+    ],
+)
+def test_replay_refuses_sites_that_do_not_fit(change: object, message: str) -> None:
+    made, _ = quantized(network())
+    change(made.lineage[0]["sites"])  # type: ignore[operator]
+    with pytest.raises(ArtifactMismatch, match=message):
+        replay(made, made.lineage[0])
+
+
+def test_resnet18_exports_tensorrts_placement() -> None:
+    made, _ = quantized(network("resnet18", stem="small"))
+    example = example_input(PREPROCESSING)
+    canonical = canonicalize(to_onnx(deployed(made), example, 21))
+    counts = Counter(node.op_type for node in canonical.graph.node)
+    assert {k: counts[k] for k in ("QuantizeLinear", "DequantizeLinear", "Conv", "Add", "Relu", "GlobalAveragePool")} == {
+        "QuantizeLinear": 21,
+        "DequantizeLinear": 42,
+        "Conv": 20,
+        "Add": 8,
+        "Relu": 17,
+        "GlobalAveragePool": 1,
+    }
+    names = {initializer.name for initializer in canonical.graph.initializer}
+    assert {"body.layer1.0.conv1.weight", "body.layer1.0.conv1.bias", "body.fc.weight"} <= names
+
+
+@pytest.mark.parametrize("opset", [19, 20, 21, 22, 23])
+def test_every_allowed_opset_runs_with_any_batch(opset: int, tmp_path: object) -> None:
+    from deployopt.runtime.onnxruntime_session import open_unoptimized
+
+    made, _ = quantized(plain())
+    module = deployed(made)
+    path = tmp_path / "model.onnx"  # type: ignore[operator]
+    path.write_bytes(to_onnx(module, example_input(PREPROCESSING), opset).SerializeToString())
+    with open_unoptimized(path) as session, torch.no_grad():
+        for count in (1, 2, 7):
+            found = session.infer({"input": images(count).numpy()})["output"]
+            np.testing.assert_allclose(found, module(images(count)).numpy(), atol=0.05)
+
+
+def test_pruned_network_with_irregular_channels_exports() -> None:
+    made = network()
+    block = made.body.layer1[0]
+    keep = torch.arange(11)
+    block.conv1.weight = nn.Parameter(block.conv1.weight[keep])
+    block.conv2.weight = nn.Parameter(block.conv2.weight[:, keep])
+    block.conv1.out_channels = block.conv2.in_channels = 11
+    norm = nn.BatchNorm2d(11)
+    block.bn1 = norm
+    quantized(made)
+    weights = {i.name: list(i.dims) for i in to_onnx(deployed(made), example_input(PREPROCESSING), 21).graph.initializer}
+    assert weights["body.layer1.0.conv1.weight"][0] == 11
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum().item() > 0:
+            x = x * 2
+        return self.head(x.mean((2, 3)))
+
+
+def test_untraceable_network_names_the_line() -> None:
+    with pytest.raises(ExportFailed, match=r"test_quantizer\.py:\d+ in forward: `if x\.sum\(\)\.item\(\) > 0:`"):
+        deployed(Network(Branching(), {"arch": "branching", "outputs": 10}, PREPROCESSING))

@@ -1,0 +1,111 @@
+import json
+
+import pytest
+
+from deployopt.errors import ArtifactCorrupt, ArtifactMismatch
+from deployopt.runtime import manifest
+from deployopt.runtime.cuda import Gpu
+from deployopt.runtime.hashing import sha256_bytes
+from deployopt.runtime.preprocessing import Preprocessing
+from deployopt.runtime.session import TensorSpec
+
+AMPERE = Gpu("NVIDIA GeForce RTX 3090", "8.6", "13.0")
+
+
+def describe(plan, **changes):
+    base = manifest.Manifest(
+        sha256=sha256_bytes(plan),
+        size_bytes=len(plan),
+        vendor="tensorrt_rtx",
+        version="1.7.1.116",
+        platform=manifest.this_platform(),
+        compute_capabilities=("8.6", "8.9"),
+        gpu=None,
+        precision="int8",
+        profiles=({"input": {"min": (1, 3, 32, 32), "opt": (8, 3, 32, 32), "max": (8, 3, 32, 32)}},),
+        inputs=(TensorSpec("input", ("batch", 3, 32, 32), "float32"),),
+        outputs=(TensorSpec("logits", ("batch", 10), "float32"),),
+        onnx_sha256="0" * 64,
+        options={"batch_sizes": [1, 8]},
+    )
+    return base._replace(**changes)
+
+
+def put(folder, name="model.engine", plan=b"plan", **changes):
+    engine = folder / name
+    engine.write_bytes(plan)
+    manifest.write(engine, describe(plan, **changes))
+    return engine
+
+
+@pytest.mark.parametrize("changes", [{}, {"gpu": AMPERE, "preprocessing": Preprocessing(32, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))}, {"profiles": ()}])
+def test_written_is_read_back(tmp_path, changes):
+    assert manifest.read(put(tmp_path, **changes)) == describe(b"plan", **changes)
+
+
+def test_an_engine_that_fits_passes_with_its_bytes(tmp_path):
+    found, plan = manifest.check(put(tmp_path), "tensorrt_rtx", "1.7.1.116", AMPERE)
+    assert (found.precision, plan) == ("int8", b"plan")
+
+
+def test_flipped_byte(tmp_path):
+    engine = put(tmp_path)
+    engine.write_bytes(b"plaN")
+    with pytest.raises(ArtifactCorrupt, match="the file changed, or the manifest belongs to another engine") as caught:
+        manifest.read_engine(engine)
+    assert "deployopt run" in caught.value.remedy
+
+
+def test_swapped_manifest(tmp_path):
+    first, second = put(tmp_path, "a.engine", b"one"), put(tmp_path, "b.engine", b"two!")
+    manifest.path_of(first).replace(manifest.path_of(second))
+    with pytest.raises(ArtifactCorrupt, match=r"b\.engine: its manifest wants sha256 .* \(3 bytes\), found .* \(4 bytes\)"):
+        manifest.read_engine(second)
+
+
+def test_empty_engine(tmp_path):
+    engine = put(tmp_path)
+    engine.write_bytes(b"")
+    with pytest.raises(ArtifactCorrupt, match="is empty; its manifest says 4 bytes"):
+        manifest.read_engine(engine)
+
+
+def test_missing_engine_and_missing_manifest(tmp_path):
+    engine = put(tmp_path)
+    engine.unlink()
+    with pytest.raises(ArtifactCorrupt, match="missing beside its manifest"):
+        manifest.read_engine(engine)
+    with pytest.raises(ArtifactCorrupt, match="nothing vouches for it"):
+        manifest.read_engine(tmp_path / "other.engine")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"schema": 1}', '{"schema": 1, "inputs": 3}', "\udcff"])
+def test_unreadable_manifest(tmp_path, text):
+    engine = put(tmp_path)
+    manifest.path_of(engine).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ArtifactCorrupt, match="is not a manifest of deployopt"):
+        manifest.read(engine)
+
+
+def test_manifest_of_another_schema(tmp_path):
+    engine = put(tmp_path)
+    data = json.loads(manifest.path_of(engine).read_text())
+    manifest.path_of(engine).write_text(json.dumps({**data, "schema": 2}))
+    with pytest.raises(ArtifactMismatch, match="schema 2; this deployopt reads schema 1"):
+        manifest.read(engine)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": "1.5.0.1"}, r"was built by tensorrt_rtx 1\.5\.0\.1 on .*; here is tensorrt_rtx 1\.7\.1\.116"),
+        ({"vendor": "tensorrt", "version": "10.13"}, r"was built by tensorrt 10\.13 on"),
+        ({"platform": "windows-amd64"}, "on windows-amd64; here is"),
+        ({"compute_capabilities": ("8.9", "12.0")}, r"built for compute capability 8\.9, 12\.0; here is NVIDIA GeForce RTX 3090 with compute capability 8\.6"),
+    ],
+)
+def test_an_engine_for_another_machine_is_refused(tmp_path, changes, message):
+    engine = put(tmp_path, **changes)
+    with pytest.raises(ArtifactMismatch, match=message) as caught:
+        manifest.check(engine, "tensorrt_rtx", "1.7.1.116", AMPERE)
+    assert "deployopt run RECIPE --fresh" in caught.value.remedy

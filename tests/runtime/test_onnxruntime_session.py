@@ -1,0 +1,103 @@
+import numpy as np
+import onnx
+import pytest
+from residual_onnx import images, quantized, residual, run
+
+from deployopt.errors import ArtifactMismatch, BackendUnavailable, UsageError
+from deployopt.graph.canonical import canonicalize
+from deployopt.graph.dialects import to_unsigned
+from deployopt.runtime import host
+from deployopt.runtime.onnxruntime_session import create, create_exact, lacks_vnni, open_session
+from deployopt.runtime.session import SessionOptions, TensorSpec
+
+
+@pytest.fixture
+def path(tmp_path):
+    onnx.save(canonicalize(residual()), tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def test_infer_gives_the_models_outputs_at_any_batch(path):
+    with open_session(path, SessionOptions()) as session:
+        assert list(session.inputs) == [TensorSpec("image", ("batch", 3, 16, 16), "float32")]
+        assert list(session.outputs) == [TensorSpec("logits", ("batch", 10), "float32")]
+        assert session.provider == "CPUExecutionProvider"
+        for n in (1, 2, 7, 64):
+            np.testing.assert_allclose(session.infer({"image": images(n)})["logits"], run(residual(), images(n)), atol=1e-4)
+
+
+def test_outputs_and_feeds_belong_to_the_caller(path):
+    with open_session(path, SessionOptions()) as session:
+        feeds = [{"image": images(2, seed)} for seed in (1, 2)]
+        loaded = session.load(feeds)
+        first = session.infer(feeds[0])["logits"]
+        kept = first.copy()
+        for index in range(len(loaded)):
+            loaded.run(index)
+        session.infer({"image": images(2, seed=3)})
+        np.testing.assert_array_equal(first, kept)
+        np.testing.assert_array_equal(feeds[1]["image"], images(2, seed=2))
+        assert loaded.device_ms() is None
+
+
+def test_a_loaded_run_computes_the_feed_asked_for(path):
+    with open_session(path, SessionOptions()) as session:
+        feeds = [{"image": images(2, seed)} for seed in (1, 2)]
+        loaded = session.load(feeds)
+        for index in (0, 1, 2):
+            loaded.run(index)
+            np.testing.assert_array_equal(loaded._results["logits"].numpy(), session.infer(feeds[index % 2])["logits"])
+
+
+@pytest.mark.parametrize(
+    ("feed", "wanted"),
+    [
+        ({}, "inputs .* were given; the model takes"),
+        ({"picture": images(1)}, "picture"),
+        ({"image": images(1)[:, :, :8]}, r"takes float32 .*found float32 \[1, 3, 8, 16\]"),
+        ({"image": images(1).astype(np.float64)}, "found float64"),
+        ({"image": images(1)[:0]}, r"found float32 \[0, 3"),
+    ],
+)
+def test_feeds_that_do_not_fit_are_refused(path, feed, wanted):
+    with open_session(path, SessionOptions()) as session, pytest.raises(UsageError, match=wanted):
+        session.infer(feed)
+
+
+def test_feeds_to_be_timed_are_of_one_shape(path):
+    with open_session(path, SessionOptions()) as session:
+        for feeds in ([], [{"image": images(1)}, {"image": images(2)}]):
+            with pytest.raises(UsageError, match="one shape"):
+                session.load(feeds)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_precision_that_would_not_be_executed_is_not_opened(path, precision):
+    with pytest.raises(BackendUnavailable):
+        open_session(path, SessionOptions(precision=precision))
+
+
+def test_junk_is_a_mismatch_with_the_file_named(tmp_path):
+    (tmp_path / "junk.onnx").write_bytes(b"no model")
+    with pytest.raises(ArtifactMismatch, match=r"cannot run junk\.onnx"):
+        open_session(tmp_path / "junk.onnx", SessionOptions())
+
+
+def test_a_graph_that_might_saturate_is_run_exactly(tmp_path):
+    model, scales = quantized(stem_limit=127)
+    unsigned = to_unsigned(canonicalize(model, scales=scales))
+    onnx.save(unsigned, tmp_path / "model.onnx")
+    if not lacks_vnni(host.cpu()["isa"]):
+        pytest.skip("this CPU has VNNI: nothing saturates")
+    careless = create(tmp_path / "model.onnx", threads=1).run(None, {"image": images(1000)})[0]
+    found = create_exact(tmp_path / "model.onnx", threads=1).run(None, {"image": images(1000)})[0]
+    reference = run(unsigned, images(1000))
+    assert np.abs(found - reference).max() < 0.1 * reference.std() < np.abs(careless - reference).max()
+    assert (found.argmax(1) == reference.argmax(1)).mean() >= 0.99
+
+
+def test_vnni_is_read_from_the_isa():
+    assert lacks_vnni(["avx2"])
+    assert not lacks_vnni(["avx2", "avx_vnni"])
+    assert not lacks_vnni(["avx2", "avx512_vnni"])
+    assert not lacks_vnni(["neon"])

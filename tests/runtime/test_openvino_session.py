@@ -1,0 +1,107 @@
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from residual_onnx import images, quantized, residual, run
+
+from deployopt.errors import ArtifactMismatch, BackendUnavailable, UsageError
+from deployopt.graph.canonical import canonicalize
+from deployopt.graph.dialects import to_unsigned
+from deployopt.runtime.openvino_session import compile_model, load_vendor, not_offered, open_session
+from deployopt.runtime.session import SessionOptions, TensorSpec
+
+
+@pytest.fixture
+def path(tmp_path):
+    onnx.save(canonicalize(residual()), tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def test_infer_gives_the_models_outputs_at_any_batch(path):
+    with open_session(path, SessionOptions()) as session:
+        assert list(session.inputs) == [TensorSpec("image", ("batch", 3, 16, 16), "float32")]
+        assert list(session.outputs) == [TensorSpec("logits", ("batch", 10), "float32")]
+        assert session.provider == "CPU"
+        for n in (1, 2, 7, 64):
+            np.testing.assert_allclose(session.infer({"image": images(n)})["logits"], run(residual(), images(n)), atol=1e-4)
+
+
+def test_outputs_and_feeds_belong_to_the_caller(path):
+    with open_session(path, SessionOptions()) as session:
+        feeds = [{"image": images(2, seed)} for seed in (1, 2)]
+        loaded = session.load(feeds)
+        first = session.infer(feeds[0])["logits"]
+        kept = first.copy()
+        for index in range(len(loaded)):
+            loaded.run(index)
+        session.infer({"image": images(2, seed=3)})
+        np.testing.assert_array_equal(first, kept)
+        np.testing.assert_array_equal(feeds[1]["image"], images(2, seed=2))
+        assert loaded.device_ms() is None
+
+
+def test_a_loaded_run_computes_the_feed_asked_for(path):
+    with open_session(path, SessionOptions()) as session:
+        feeds = [{"image": images(2, seed)} for seed in (1, 2)]
+        loaded = session.load(feeds)
+        for index in (0, 1, 2):
+            loaded.run(index)
+            np.testing.assert_array_equal(loaded._request.get_output_tensor(0).data, session.infer(feeds[index % 2])["logits"])
+
+
+def test_a_missing_input_is_refused_also_after_a_run(path):
+    with open_session(path, SessionOptions()) as session:
+        session.infer({"image": images(1)})
+        with pytest.raises(UsageError, match="the model takes"):
+            session.infer({})
+
+
+def test_fp32_is_executed_in_fp32(path):
+    compiled = compile_model(path, SessionOptions(precision="fp32", threads=2))
+    assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 2
+    assert compiled.get_property("NUM_STREAMS") == 1
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_precision_is_opened_only_where_it_is_executed(path, precision):
+    reason = not_offered(load_vendor().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), precision)
+    if reason is None:
+        with open_session(path, SessionOptions(precision=precision)) as session:
+            assert np.isfinite(session.infer({"image": images(1)})["logits"]).all()
+    else:
+        with pytest.raises(BackendUnavailable, match="would compute in FP32"):
+            open_session(path, SessionOptions(precision=precision))
+
+
+def test_int8_agrees_with_the_reference(tmp_path):
+    """int16 saturation on CPUs without VNNI shows here: with a stem of ±127 the outputs are off by a third of their spread."""
+    model, scales = quantized()
+    unsigned = to_unsigned(canonicalize(model, scales=scales))
+    onnx.save(unsigned, tmp_path / "model.onnx")
+    with open_session(tmp_path / "model.onnx", SessionOptions(precision="int8")) as session:
+        found = session.infer({"image": images(1000)})["logits"]
+    reference = run(unsigned, images(1000))
+    assert np.abs(found - reference).max() < 0.1 * reference.std()
+    # an untrained network's predictions tie often: a step of rounding tips some
+    top = np.sort(reference, axis=1)
+    clear = top[:, -1] - top[:, -2] > 0.05 * reference.std()
+    assert (found.argmax(1) == reference.argmax(1))[clear].mean() >= 0.99
+    assert clear.mean() > 0.8
+
+
+def test_junk_is_a_mismatch_with_the_file_named(tmp_path):
+    (tmp_path / "junk.onnx").write_bytes(b"no model")
+    with pytest.raises(ArtifactMismatch, match=r"cannot run junk\.onnx"):
+        open_session(tmp_path / "junk.onnx", SessionOptions())
+
+
+def test_importing_openvino_sends_nothing():
+    """OpenVINO's import alone reports to its maker unless its telemetry package is out of sight."""
+    code = (
+        "import sys; from deployopt.runtime.openvino_session import load_vendor; load_vendor().Core();"
+        "print(sorted(m for m in sys.modules if m.split('.')[0] == 'openvino_telemetry'))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,99 @@
+import gc
+import time
+
+import numpy as np
+import pytest
+
+from deployopt.runtime.clock import resolution_ns
+from deployopt.runtime.sampler import time_block, time_once, warm_up
+
+
+class Steps:
+    """A `Loaded` whose runs take the given seconds, the last one for ever; remembers the indices it was asked for."""
+
+    def __init__(self, *seconds, device_ms=None):
+        self.seconds, self._device_ms, self.indices, self.collecting = list(seconds) or [0.0], device_ms, [], []
+
+    def __len__(self):
+        return 4
+
+    def run(self, index):
+        self.indices.append(index)
+        self.collecting.append(gc.isenabled())
+        wait = self.seconds[0] if len(self.seconds) == 1 else self.seconds.pop(0)
+        if wait:
+            time.sleep(wait)
+
+    def device_ms(self):
+        return self._device_ms
+
+
+class Nothing:
+    def __len__(self):
+        return 1
+
+    def run(self, index):
+        pass
+
+    def device_ms(self):
+        return None
+
+
+def test_overhead_is_below_a_microsecond_a_call():
+    blocks = [time_block(Nothing(), 20_000) for _ in range(5)]
+    assert min(np.median(b.host_ns) for b in blocks) < 1000
+    assert min(b.wall_s for b in blocks) / 20_000 < 1e-6
+
+
+def test_block_times_each_run_over_rotated_feeds():
+    loaded = Steps(0.002)
+    block = time_block(loaded, 5, first_index=10, lead_in=2)
+    assert loaded.indices == [8, 9, 10, 11, 12, 13, 14]
+    assert block.host_ns.dtype == np.int64
+    assert (block.host_ns >= 2_000_000).all()
+    assert block.host_ns.sum() * 1e-9 <= block.wall_s < block.elapsed_s
+    assert block.process_cpu_s < block.elapsed_s
+    assert block.device_ms is None
+
+
+def test_block_reads_the_device_clock_where_there_is_one():
+    assert time_block(Steps(device_ms=0.25), 3).device_ms.tolist() == [0.25, 0.25, 0.25]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_collection_is_off_while_timing_and_restored(enabled):
+    loaded = Steps()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        time_block(loaded, 3)
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
+    assert loaded.collecting == [False] * 3
+
+
+def test_warm_up_lasts_until_runs_are_stable():
+    found = warm_up(Steps(*np.linspace(0.03, 0.005, 12), 0.004), min_seconds=0.01, min_runs=10)
+    assert found.settled
+    assert found.runs > 10
+    assert found.estimate_ms == pytest.approx(4, rel=0.3)
+
+
+def test_warm_up_keeps_its_minima():
+    found = warm_up(Steps(0.001), min_seconds=0.1, min_runs=10)
+    assert found.seconds >= 0.1
+    assert found.runs >= 10
+
+
+def test_warm_up_is_bounded():
+    found = warm_up(Steps(*np.linspace(0.001, 0.05, 1000)), max_seconds=0.3)
+    assert not found.settled
+    assert found.seconds < 0.5
+
+
+def test_time_once_is_in_milliseconds():
+    assert 5 <= time_once(Steps(0.005)) < 50
+
+
+def test_clock_shows_steps_below_a_microsecond():
+    assert 0 < resolution_ns() < 1000

@@ -1,0 +1,282 @@
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from deployopt.errors import ArtifactMismatch, BackendUnavailable, BuildFailed, DeviceUnavailable
+from deployopt.runtime import tensorrt as rt
+from deployopt.runtime.child import run_in_child
+from deployopt.runtime.cuda import Cuda, device_index, find_gpu
+from deployopt.runtime.progress import SilentProgress
+from deployopt.runtime.session import TensorSpec
+
+FAULTY = Path(__file__).parent / "faulty"
+AMPERE = rt.BuildOptions((1, 4), ("8.6",))
+
+
+@pytest.fixture(scope="module")
+def trt():
+    return pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'deployopt[tensorrt-rtx]'")
+
+
+def model(nodes, initializers=(), shape=("batch", 3, 8, 8), domain="custom"):
+    """ONNX bytes of a graph from float32 "input" to float32 "y"."""
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        list(initializers),
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(domain, 1)], ir_version=10).SerializeToString()
+
+
+def relu(**changes):
+    return model([helper.make_node("Relu", ["input"], ["y"], name="relu")], **changes)
+
+
+def convolution():
+    weight = numpy_helper.from_array(np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32), "weight")
+    return model([helper.make_node("Conv", ["input", "weight"], ["y"], name="conv")], [weight])
+
+
+def test_stubs_alone_are_not_the_library(monkeypatch):
+    stubs = ModuleType("tensorrt")
+    monkeypatch.setitem(sys.modules, "tensorrt", stubs)
+    assert not rt.usable(stubs)
+    with pytest.raises(BackendUnavailable, match="only its type stubs") as caught:
+        rt.load_vendor("tensorrt")
+    assert caught.value.remedy == "pip install 'deployopt[tensorrt]'"
+
+
+def test_a_weakly_typed_tensorrt_is_refused(monkeypatch):
+    old = ModuleType("tensorrt")
+    old.Builder, old.__version__ = object, "8.6.1"
+    monkeypatch.setitem(sys.modules, "tensorrt", old)
+    with pytest.raises(BackendUnavailable, match=r"TensorRT 8\.6\.1 is not served"):
+        rt.load_vendor("tensorrt")
+
+
+def test_a_missing_or_broken_vendor_says_why(monkeypatch, tmp_path):
+    (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.10: cannot open shared object file')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    with pytest.raises(BackendUnavailable, match=r"cannot be loaded \(OSError: libnvinfer"):
+        rt.load_vendor("tensorrt")
+    with pytest.raises(BackendUnavailable, match="package tensorrt_absent is not installed"):
+        rt.load_vendor("tensorrt_absent")
+
+
+def test_vendor_calls_exist_in_tensorrt_10_stubs():
+    """Every attribute used on vendor objects is in the typed API of TensorRT 10, but those that only RTX has and those that are ours."""
+    stubs = [Path(p) / "tensorrt_bindings" / "tensorrt.pyi" for p in sys.path if (Path(p) / "tensorrt_bindings" / "tensorrt.pyi").exists()]
+    if not stubs:
+        pytest.skip("tensorrt-stubs is not installed")
+    known = set(re.findall(r"^\s*(?:def|class)? ?(\w+)\b(?=[(:]| *=)", stubs[0].read_text(), flags=re.MULTILINE))
+    source = "".join(Path(sys.modules[name].__file__).read_text() for name in ("deployopt.runtime.tensorrt", "deployopt.runtime.tensorrt_layers"))
+    used = set(re.findall(r"\b(?:trt|builder|network|parser|config|profile|runtime|engine|error|modes)\.(\w+)", source))
+    rtx_only = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability"}
+    ours = {"name", "files", "hashing", "preprocessing", "progress", "session", "tensorrt_layers", "cuda", "write_bytes", "adds", "products"}
+    python = {"__name__", "__version__"}
+    assert used - rtx_only - ours - python - known == set()
+    assert {"OnnxParser", "build_serialized_network", "deserialize_cuda_engine", "STRONGLY_TYPED"} <= used
+
+
+def test_profile_spans_the_batch_sizes():
+    spec = TensorSpec("input", ("batch", 3, 8, 8), "float32")
+    assert rt.ranges_of([spec], (4, 1)) == {"input": {"min": (1, 3, 8, 8), "opt": (4, 3, 8, 8), "max": (4, 3, 8, 8)}}
+    assert rt.ranges_of([TensorSpec("input", (4, 3, 8, 8), "float32")], (4,)) == {}
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch_sizes", "message"),
+    [
+        (("batch", 3, 8, 8), (0, 4), "each must be 1 or more"),
+        (("batch", 3, 8, 8), (), "each must be 1 or more"),
+        (("batch", 3, "height", 8), (1,), "only the batch may be dynamic"),
+        ((1, 3, 8, 8), (1, 8), r"is static; batch sizes \[1, 8\] were asked for"),
+    ],
+)
+def test_impossible_batch_sizes(shape, batch_sizes, message):
+    with pytest.raises(BuildFailed, match=message):
+        rt.ranges_of([TensorSpec("input", shape, "float32")], batch_sizes)
+
+
+def test_build_reports_specs_seconds_and_execution(trt):
+    built = rt.build_engine(trt, convolution(), AMPERE)
+    assert len(built.plan) > 10_000
+    assert built.seconds > 0
+    assert built.inputs == (TensorSpec("input", ("batch", 3, 8, 8), "float32"),)
+    assert built.outputs == (TensorSpec("y", ("batch", 4, 6, 6), "float32"),)
+    assert built.reason is None
+    assert built.execution is not None
+    assert built.execution.executed == {"fp32": 1}
+
+
+class Recorder(SilentProgress):
+    def __init__(self, stop_at=None):
+        self.steps = []
+        self.stop_at = stop_at
+
+    @contextmanager
+    def track(self, description, total):
+        assert total == 1.0
+        yield self
+
+    def advance(self, steps=1, note=""):
+        self.steps.append((steps, note))
+        if len(self.steps) == self.stop_at:
+            raise KeyboardInterrupt
+
+
+def test_progress_rises_to_the_whole(trt):
+    progress = Recorder()
+    rt.build_engine(trt, convolution(), AMPERE, progress)
+    assert all(step >= 0 for step, _ in progress.steps)
+    assert sum(step for step, _ in progress.steps) == pytest.approx(1.0)
+    assert {note for _, note in progress.steps} >= {"Building engine", "Optimizing graph"}
+
+
+@pytest.mark.parametrize("stop_at", [1, 5])
+def test_interrupt_stops_the_build_at_its_next_step(trt, stop_at):
+    progress = Recorder(stop_at)
+    with pytest.raises(KeyboardInterrupt):
+        rt.build_engine(trt, convolution(), AMPERE, progress)
+    assert len(progress.steps) == stop_at
+
+
+def test_empty_and_junk_onnx(trt):
+    with pytest.raises(BuildFailed, match="holds no graph"):
+        rt.build_engine(trt, b"", AMPERE)
+    with pytest.raises(BuildFailed, match="not a complete ONNX model") as caught:
+        rt.build_engine(trt, convolution()[:200], AMPERE)
+    assert "export the model again" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("onnx", "message", "remedy"),
+    [
+        (
+            model([helper.make_node("Frobnicate", ["input"], ["y"], name="frob", domain="custom")]),
+            r"node 'frob' \(Frobnicate\): no such operator",
+            "replace the operator",
+        ),
+        (model([helper.make_node("Unique", ["input"], ["y"], name="uniq")]), r"node 'uniq' \(Unique\): the operator is not supported", "replace the operator"),
+        (
+            model(
+                [helper.make_node("DequantizeLinear", ["bias", "scale"], ["y"], name="bias_dq", axis=0)],
+                [numpy_helper.from_array(np.zeros(4, np.int32), "bias"), numpy_helper.from_array(np.ones(4, np.float32), "scale")],
+            ),
+            r"node 'bias_dq' \(DequantizeLinear\): an INT32 tensor cannot be dequantised",
+            "leave biases in floating point",
+        ),
+        (
+            model(
+                [
+                    helper.make_node("Cast", ["input"], ["half"], to=TensorProto.FLOAT16, name="cast"),
+                    helper.make_node("Add", ["half", "input"], ["y"], name="mixed"),
+                ]
+            ),
+            r"node 'mixed' \(Add\): its inputs differ in type",
+            "cast them to one type",
+        ),
+    ],
+    ids=["unknown", "unsupported", "int32_bias", "mixed_types"],
+)
+def test_parser_errors_name_the_node_and_what_to_do(trt, onnx, message, remedy):
+    with pytest.raises(BuildFailed, match=message) as caught:
+        rt.build_engine(trt, onnx, AMPERE)
+    assert remedy in caught.value.remedy
+    assert "cudaError" not in caught.value.message
+
+
+def test_builder_errors_are_told_without_driver_noise(trt):
+    with pytest.raises(BuildFailed, match="sm75") as caught:
+        rt.build_engine(
+            trt,
+            model(
+                [
+                    helper.make_node("Cast", ["input"], ["b16"], to=TensorProto.BFLOAT16),
+                    helper.make_node("Relu", ["b16"], ["r"]),
+                    helper.make_node("Cast", ["r"], ["y"], to=TensorProto.FLOAT),
+                ]
+            ),
+            rt.BuildOptions((1,), ("7.5",)),
+        )
+    assert "insufficient" not in caught.value.message
+
+
+def test_unsupported_compute_capability_lists_those_there_are(trt):
+    with pytest.raises(BuildFailed, match=r"does not build for compute capability 9\.0 \(it builds for 7\.5, 8\.0, 8\.6, 8\.9, 12\.0"):
+        rt.build_engine(trt, relu(), rt.BuildOptions((1,), ("9.0",)))
+
+
+def test_bytes_that_are_no_engine_are_a_mismatch(trt):
+    with pytest.raises(ArtifactMismatch, match=r"cannot load the engine: .*magicTag"):
+        rt.load_engine(trt, b"junk" * 100, rt.make_logger(trt))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("crash", "was ended by SIGSEGV"),
+        ("out_of_memory", "was ended by SIGKILL"),
+        ("no_engine", "built no engine: no kernel image fits"),
+        ("parser", r"node 'conv7' \(Conv\): weights vanished \[INTERNAL_ERROR\]"),
+        ("raise", "RuntimeError: the vendor's module broke"),
+    ],
+)
+def test_a_faulty_vendor_fails_the_build_alone(monkeypatch, tmp_path, fault, message):
+    monkeypatch.syspath_prepend(str(FAULTY))
+    monkeypatch.setenv("FAULT", fault)
+    (tmp_path / "model.onnx").write_bytes(relu())
+    arguments = {
+        "vendor": "tensorrt_rtx",
+        "onnx": str(tmp_path / "model.onnx"),
+        "engine": str(tmp_path / "model.engine"),
+        "precision": "fp32",
+        "device": "cpu",
+        "options": {"compute_capabilities": ["8.6"]},
+        "preprocessing": None,
+    }
+    with pytest.raises(BuildFailed, match=message):
+        run_in_child("deployopt.runtime.tensorrt:build_file", arguments, SilentProgress(), "building")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def has_gpu():
+    try:
+        find_gpu()
+    except BackendUnavailable:
+        return False
+    return True
+
+
+def test_devices_are_parsed():
+    assert [device_index(d) for d in ("cpu", "cuda", "cuda:3")] == [0, 0, 3]
+    with pytest.raises(DeviceUnavailable, match="not one of"):
+        device_index("gpu")
+
+
+def test_a_machine_without_a_gpu_says_so():
+    if has_gpu():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(BackendUnavailable, match=r"no NVIDIA driver|no usable GPU"):
+        find_gpu()
+    with pytest.raises(BackendUnavailable, match="no CUDA runtime library works here"):
+        Cuda()
+
+
+@pytest.mark.gpu
+def test_the_gpu_is_described_and_cuda_starts():
+    if not has_gpu():
+        pytest.skip("no NVIDIA GPU with its driver here")
+    assert re.fullmatch(r"\d+\.\d", find_gpu().compute_capability)
+    with pytest.raises(DeviceUnavailable, match="this machine has"):
+        find_gpu(64)
+    Cuda()

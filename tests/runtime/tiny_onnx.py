@@ -1,0 +1,34 @@
+"""Small real ONNX models for tests of measuring."""
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+
+def convolution(path, *, channels=8, layers=2, size=16, batch="batch", classes=10, seed=0, dtype=np.float32):
+    """Convolutions on [batch, 3, size, size], global average pooling and a linear layer; returns `path`."""
+    rng = np.random.default_rng(seed)
+    nodes, weights, previous, width = [], [], "input", 3
+    for i in range(layers):
+        weights.append(numpy_helper.from_array(rng.normal(0, 0.2, (channels, width, 3, 3)).astype(dtype), f"w{i}"))
+        nodes.append(helper.make_node("Conv", [previous, f"w{i}"], [f"c{i}"], pads=[1, 1, 1, 1]))
+        nodes.append(helper.make_node("Relu", [f"c{i}"], [f"r{i}"]))
+        previous, width = f"r{i}", channels
+    weights.append(numpy_helper.from_array(rng.normal(0, 1, (channels, classes)).astype(dtype), "head"))
+    nodes += [
+        helper.make_node("GlobalAveragePool", [previous], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "head"], ["logits"]),
+    ]
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("input", kind, [batch, 3, size, size])],
+        [helper.make_tensor_value_info("logits", kind, [batch, classes])],
+        weights,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+    return path

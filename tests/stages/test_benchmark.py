@@ -1,0 +1,154 @@
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny_onnx
+from pydantic import ValidationError
+
+from deployopt.artifact import Artifact
+from deployopt.bench import artifacts as bench_artifacts
+from deployopt.runtime.progress import SilentProgress
+from deployopt.stages import Expansion, Planning, Point, StageContext, StepOutput, benchmark
+from deployopt.tasks import classification
+
+DENSE = Point("torch", "dense", "float", step="00-finetune")
+QAT = Point("torch", "qat", "int8", step="01-qat")
+START = Point("torch", "start", "float", fans_out=False, step="00-start")
+CANONICAL = Point("onnx", "dense", "float", precision="fp32", step="02-export")
+
+
+def built(variant, precision, step, backend="onnxruntime"):
+    return Point("engine", variant, "int8" if precision == "int8" else "float", precision=precision, backend=backend, step=step)
+
+
+class Split:
+    def __init__(self, n):
+        rng = np.random.default_rng(n)
+        self._images = rng.integers(0, 256, (n, 16, 16, 3), np.uint8)
+        self.targets = rng.integers(0, 10, n)
+
+    def __len__(self):
+        return len(self._images)
+
+    def images(self, indices):
+        return self._images[np.asarray(indices)]
+
+
+@pytest.fixture
+def context(tmp_path, monkeypatch):
+    """A run whose sessions are the tests' own: NaN outputs for the backend "nan", ONNX Runtime's for all others, "torch" included."""
+    names = {"nan": "NanSession"}
+    monkeypatch.setattr(bench_artifacts, "opener", lambda backend: f"worker_openers:{names.get(backend, 'OnnxRuntimeSession')}")
+    (tmp_path / "step").mkdir()
+    dataset = SimpleNamespace(test=Split(40), classes=tuple("0123456789"))
+    return StageContext(
+        folder=tmp_path / "step",
+        name="benchmark",
+        base={},
+        seed=0,
+        device="cpu",
+        threads=1,
+        task=classification,
+        dataset=lambda: dataset,
+        progress=SilentProgress(),
+        choices=None,
+        run_folder=tmp_path,
+    )
+
+
+def output(context, point, record, **model):
+    folder = context.run_folder / point.step
+    folder.mkdir()
+    artifacts = {"model": Artifact.of("onnx", tiny_onnx.convolution(folder / "model.onnx", **model))} if model else {}
+    return StepOutput(point.step, "build", (point,), record, artifacts, folder, False, 1.0)
+
+
+def config(**options):
+    return benchmark.Config(min_seconds=0.1, max_spread=100.0, max_contention=100.0, max_steal_percent=100.0, **options)  # quiet is not what is tested
+
+
+def test_expand_reads_variants_and_what_was_built():
+    artifact = built("dense", "fp32", "03-build")
+    (expansion,) = benchmark.expand(benchmark.Config(), Planning([START, DENSE, CANONICAL, artifact], "benchmark"))
+    assert expansion.inputs == (DENSE, artifact)
+    assert expansion.makes == ()
+
+
+def test_config_takes_a_list_from_yaml():
+    assert benchmark.Config(batch_sizes=[1, 8], min_seconds=3).batch_sizes == (1, 8)
+
+
+@pytest.mark.parametrize("bad", [{"batch_sizes": []}, {"batch_sizes": [0]}, {"batch_sizes": ["1"]}, {"blocks": 19}, {"min_seconds": 0}, {"repeat": 3}])
+def test_config_is_strict(bad):
+    with pytest.raises(ValidationError):
+        benchmark.Config(**bad)
+
+
+def test_latency_is_never_cached():
+    assert benchmark.cacheable is False
+
+
+@pytest.fixture
+def record(context):
+    """A whole benchmark: two variants, artifacts that run, one that was only built, one unavailable, one unfinished, one with NaN outputs."""
+    fp32, int8 = built("dense", "fp32", "03"), built("qat", "int8", "04")
+    rtx, absent, lost = built("dense", "fp16", "05", "tensorrt_rtx"), built("dense", "fp32", "06", "tensorrt"), built("qat", "int8", "07", "openvino")
+    nan = built("qat", "int8", "08", "nan")
+    points = (DENSE, QAT, fp32, int8, rtx, absent, lost, nan)
+    verified = {"quantized_layers": 2, "quantizable_layers": 3}
+    outputs = [
+        output(context, DENSE, {}, layers=3),
+        output(context, QAT, {}, layers=2),
+        output(context, fp32, {"status": "ok"}, layers=3, channels=32),
+        output(context, int8, {"status": "ok", "verified": verified}, layers=2, channels=8),
+        output(context, rtx, {"status": "built", "reason": "no NVIDIA driver"}, layers=2),
+        output(context, absent, {"status": "unavailable", "reason": "tensorrt is not installed"}),
+        output(context, nan, {"status": "ok"}, layers=2),
+    ]
+    return benchmark.run(context, config(batch_sizes=(1, 2)), Expansion(inputs=points), outputs).record
+
+
+@pytest.mark.slow  # twelve children and as many comparisons: about 20 s
+def test_rows_are_complete(record, context):
+    rows = {f"{r['variant']}/{r['backend']}/{r['precision']}/b{r['batch']}": r for r in record["rows"]}
+    assert [r["batch"] for r in record["rows"]] == [1, 2] * 8
+    assert {key: r["status"] for key, r in rows.items() if key.endswith("b1")} == {
+        "dense/torch/fp32/b1": "ok",
+        "qat/torch/fp32/b1": "ok",
+        "dense/onnxruntime/fp32/b1": "ok",
+        "qat/onnxruntime/int8/b1": "ok",
+        "dense/tensorrt_rtx/fp16/b1": "built",
+        "dense/tensorrt/fp32/b1": "unavailable",
+        "qat/openvino/int8/b1": "failed",
+        "qat/nan/int8/b1": "failed",
+    }
+    assert rows["dense/tensorrt/fp32/b2"]["reason"] == "tensorrt is not installed"
+    assert rows["dense/tensorrt_rtx/fp16/b1"]["reason"] == "no NVIDIA driver"
+    assert "did not finish" in rows["qat/openvino/int8/b1"]["reason"]
+    assert "NaN" in rows["qat/nan/int8/b1"]["reason"]
+    int8 = rows["qat/onnxruntime/int8/b1"]
+    assert int8["verified"] == {"quantized_layers": 2, "quantizable_layers": 3}
+    assert int8["artifact"]["path"] == "04/model.onnx"
+    assert int8["speedup"] > 1
+    assert int8["speedup_ci95"][0] <= int8["speedup"] <= int8["speedup_ci95"][1]
+    assert int8["speedup_best_float"] == int8["speedup"]
+    assert int8["accuracy"]["n"] == 40
+    assert {"agreement", "max_abs_diff", "torch_agreement", "torch_max_abs_diff"} <= int8["accuracy"].keys()
+    assert rows["dense/onnxruntime/fp32/b2"]["speedup"] == 1.0
+    assert rows["qat/torch/fp32/b1"]["options"] == {"fake_quantized": True}
+    assert "agreement" in rows["qat/torch/fp32/b1"]["accuracy"]
+    assert "agreement" not in rows["dense/torch/fp32/b1"]["accuracy"]
+    assert sorted(record["details"]) == ["dense", "qat"]
+    samples = json.loads((context.run_folder / int8["samples"]).read_text())
+    assert len(samples["host_block_medians"]) == int8["contract"]["blocks"]
+    assert str(context.run_folder) not in json.dumps(record)
+
+
+def test_accuracy_can_be_left_out(context):
+    point = replace(DENSE)
+    record = benchmark.run(context, config(accuracy=False), Expansion(inputs=(point,)), [output(context, point, {}, layers=2)]).record
+    assert record["rows"][0]["status"] in {"ok", "invalid"}
+    assert record["rows"][0]["accuracy"] is None
+    assert record["details"] == {}

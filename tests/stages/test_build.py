@@ -1,0 +1,183 @@
+from types import SimpleNamespace
+
+import onnx
+import pytest
+from pydantic import BaseModel, ConfigDict, ValidationError
+from residual_onnx import LAYERS, quantized, residual
+
+from deployopt import plugins
+from deployopt.artifact import Artifact, Availability
+from deployopt.errors import BuildFailed
+from deployopt.graph.canonical import canonicalize
+from deployopt.runtime.progress import SilentProgress
+from deployopt.stages import Planning, Point, StepOutput, build
+
+
+class FakeOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    level: int = 3
+
+
+class Fake:
+    """A third party's backend that misbehaves on demand."""
+
+    extra, kind, distributions, build_depends_on_machine = "fake", "engine", ("numpy", "not-installed"), True
+    Options = FakeOptions
+
+    def __init__(self):
+        self.probes, self.fault, self.verified, self.runs, self.requests = 0, None, None, True, []
+
+    def probe(self):
+        self.probes += 1
+        reason = None if self.runs else "no driver"
+        return Availability(self.runs, True, "1.2", "Fake 3000", reason, {"fp32": None, "fp16": "no FP16 unit", "int8": None})
+
+    def prepare(self, canonical, precision, out):
+        out.write_bytes(canonical.read_bytes())
+        return out
+
+    def build(self, prepared, out, request, progress):
+        self.requests.append(request)
+        (out / "model.engine").write_bytes(prepared.read_bytes())
+        if self.fault:
+            raise self.fault
+        return Artifact.of("engine", out / "model.engine", metadata={"verified": self.verified, "verified_reason": "not told", "options": {"level": 3}})
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    backend = Fake()
+    entry = SimpleNamespace(name="fake", load=lambda: backend)
+    theirs = plugins._theirs
+    monkeypatch.setattr(plugins, "_theirs", lambda kind: {"fake": entry} if kind == "backends" else theirs(kind))
+    return backend
+
+
+def planning(*precisions):
+    trunk = Point("torch", "qat", "int8", step="00")
+    exported = [Point("onnx", "qat", "int8" if p == "int8" else "float", f"model_{p}", precision=p, step="01") for p in precisions]
+    return Planning([trunk, *exported], "build")
+
+
+def ran(tmp_path, config, expansion, model):
+    source, folder, logged = tmp_path / "export", tmp_path / "build", []
+    source.mkdir()
+    folder.mkdir()
+    onnx.save(model, source / "canonical.onnx")
+    artifact = Artifact.of("onnx", source / "canonical.onnx")
+    (point,) = expansion.inputs
+    given = StepOutput("01", "export", (point,), {}, {point.artifact: artifact}, source, False, 0.0)
+    progress = SilentProgress()
+    progress.log = logged.append
+    context = SimpleNamespace(folder=folder, threads=1, device="cpu", progress=progress)
+    return build.run(context, config, expansion, [given]), folder, logged
+
+
+def canonical():
+    model, scales = quantized()
+    return canonicalize(model, scales=scales)
+
+
+def test_one_step_for_each_model_and_backend(fake):
+    config = build.Config(backends=["fake", "onnxruntime"])
+    steps = build.expand(config, planning("fp32", "fp16", "int8"))
+    assert [s.label for s in steps] == [f"qat-{b}-{p}" for b in ("fake", "onnxruntime") for p in ("fp32", "fp16", "int8")]
+    assert [s.why_not for s in steps[:3]] == [None, "no FP16 unit", None]
+    assert "FP32" in steps[4].why_not
+    assert steps[2].makes == (Point("engine", "qat", "int8", "model", precision="int8", backend="fake"),)
+    assert steps[0].parameters["runtime"] == "1.2"
+    assert steps[0].parameters["device"] == "Fake 3000"
+    assert list(steps[0].parameters["distributions"]) == ["numpy"]
+    assert "device" not in steps[3].parameters
+    assert fake.probes == 1
+
+
+def test_a_precision_the_backend_does_not_know_is_said(fake):
+    (step,) = build.expand(build.Config(backends=["fake"]), planning("bf16"))
+    assert step.why_not == "fake does not know the precision bf16 (it has: fp32, fp16, int8)"
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_int8_is_built_and_verified(tmp_path, backend):
+    config = build.Config(backends=[backend], on_unverified="fail")
+    (step,) = build.expand(config, planning("int8"))
+    result, folder, logged = ran(tmp_path, config, step, canonical())
+    assert (result.record["status"], result.record["reason"], result.record["warning"], logged) == ("ok", None, None, [])
+    assert result.record["verified"]["quantized_layers"] == LAYERS
+    assert result.record["build_seconds"] > 0
+    assert result.artifacts["model"].inputs == (("image", ("batch", 3, 16, 16), "float32"),)
+    assert [p.name for p in folder.iterdir()] == ["model.onnx"]
+
+
+def test_an_int8_graph_without_scales_fails_its_row_only(tmp_path):
+    config = build.Config(backends=["onnxruntime"])
+    (step,) = build.expand(config, planning("int8"))
+    result, folder, _ = ran(tmp_path, config, step, canonicalize(quantized()[0]))
+    assert result.record["status"] == "failed"
+    assert "layer1.0.conv2" in result.record["reason"]
+    assert result.artifacts == {}
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [(BuildFailed("no kernel for 'c'", "use fp16"), "no kernel for 'c'\n  → use fp16"), (RuntimeError("bang"), "RuntimeError: bang")],
+)
+def test_a_backends_fault_becomes_the_reason(tmp_path, fake, fault, reason):
+    fake.fault = fault
+    config = build.Config(backends=["fake"])
+    (step,) = build.expand(config, planning("fp32"))
+    result, folder, logged = ran(tmp_path, config, step, residual())
+    assert result.record == {"status": "failed", "reason": reason}
+    assert result.artifacts == {}
+    assert list(folder.iterdir()) == []
+    assert any("bang" in line or "no kernel" in line for line in logged)
+
+
+def test_an_interrupt_is_no_fault(tmp_path, fake):
+    fake.fault = KeyboardInterrupt()
+    config = build.Config(backends=["fake"])
+    (step,) = build.expand(config, planning("fp32"))
+    with pytest.raises(KeyboardInterrupt):
+        ran(tmp_path, config, step, residual())
+
+
+def test_less_int8_than_asked_warns_or_fails(tmp_path, fake):
+    fake.verified = {"quantized_layers": 5, "quantizable_layers": 7, "executed": {"int8": 5, "fp32": 2}}
+    for policy, status in (("warn", "ok"), ("fail", "failed")):
+        config = build.Config(backends=["fake"], on_unverified=policy)
+        (step,) = build.expand(config, planning("int8"))
+        (tmp_path / policy).mkdir()
+        result, _, logged = ran(tmp_path / policy, config, step, canonical())
+        assert result.record["status"] == status
+        assert any("only 5 of 7 layers run in INT8 (2 in fp32, 5 in int8)" in line for line in logged)
+
+
+def test_what_cannot_run_here_is_built_with_the_reason(tmp_path, fake):
+    fake.runs = False
+    config = build.Config(backends=["fake"], options={"fake": {"level": 1}}, batch_sizes=[8, 1, 8])
+    (step,) = build.expand(config, planning("int8"))
+    result, _, _ = ran(tmp_path, config, step, canonical())
+    assert (result.record["status"], result.record["reason"]) == ("built", "no driver")
+    assert (result.record["verified"], result.record["verified_reason"], result.record["options"]) == (None, "not told", {"level": 3})
+    assert fake.requests[0].batch_sizes == (1, 8)
+    assert fake.requests[0].options == {"level": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ({"backends": []}, "at least 1"),
+        ({"backends": ["onxruntime"]}, "did you mean 'onnxruntime'"),
+        ({"backends": ["openvino", "openvino"]}, "named twice"),
+        ({"backends": ["openvino"], "options": {"fake": {}}}, r"options\.fake: unknown backend 'fake'"),
+        ({"backends": ["fake"], "options": {"fake": {"level": "high"}}}, r"options\.fake\.level: Input should be a valid integer"),
+        ({"backends": ["fake"], "options": {"fake": {"depth": 1}}}, r"options\.fake\.depth: .*available: level"),
+        ({"options": {"openvino": {"streams": 4}}}, r"options\.openvino\.streams: this backend has no options"),
+        ({"batch_sizes": [0, 1]}, "at least 1, found 0"),
+        ({"on_unverified": "ignore"}, "'warn' or 'fail'"),
+    ],
+)
+def test_wrong_options_are_found_at_planning(fake, config, wanted):
+    with pytest.raises(ValidationError, match=wanted):
+        build.Config(**config)
