@@ -143,7 +143,7 @@ def plan(
     common = {
         "seed": recipe.seed,
         "task": recipe.task,
-        "data": {"name": recipe.data.name, "config": bound.data_config.model_dump(mode="json"), "fingerprint": fingerprint},
+        "data": {"name": recipe.data.name, "config": bound.data_config.model_dump(mode="json", by_alias=True), "fingerprint": fingerprint},
         "model": _model_parts(recipe),
         "device": chosen_device.partition(":")[0],
         "threads": chosen_threads,
@@ -309,8 +309,8 @@ def _bind(recipe: Recipe) -> _Bound:
 def _resolved(recipe: Recipe, entries: Sequence[_Entry], data_config: BaseModel) -> dict[str, Any]:
     return {
         **recipe.model_dump(mode="json", include={"name", "seed", "task", "model", "budget"}),
-        "data": {"name": recipe.data.name, **data_config.model_dump(mode="json")},
-        "stages": [{e.stage_name: e.config.model_dump(mode="json"), "as": e.name} for e in entries],
+        "data": {"name": recipe.data.name, **data_config.model_dump(mode="json", by_alias=True)},
+        "stages": [{e.stage_name: e.config.model_dump(mode="json", by_alias=True), "as": e.name} for e in entries],
     }
 
 
@@ -376,7 +376,7 @@ def _expand(entries: Sequence[_Entry], common: Mapping[str, Any], recipe: Recipe
                 "label": expansion.label,
                 "deployopt": __version__,
                 "version": entry.stage.version,
-                "config": entry.config.model_dump(mode="json"),
+                "config": entry.config.model_dump(mode="json", by_alias=True),
                 "parameters": dict(expansion.parameters),
                 "inputs": [keys[i] for i in inputs],
                 "libraries": {d: _version(d) for d in entry.stage.distributions},
@@ -522,8 +522,11 @@ class _Runner:
             with cache.writing(step.key) as partial_folder:
                 began = time.perf_counter()
                 result = self._invoke(step, partial_folder, cache.choices(step.key))
+                seconds = time.perf_counter() - began
+                if result.record.get("status") == "failed":  # perhaps it works next time: tell it, do not keep it
+                    return StepOutput(step.id, step.stage_name, step.expansion.makes, result.record, {}, self._folder, cached=False, seconds=seconds)
                 atomic_write_json(partial_folder / RESULT, _result_json(result, partial_folder))
-                entry = cache.commit(partial_folder, step.key, step.parts, inputs, time.perf_counter() - began)
+                entry = cache.commit(partial_folder, step.key, step.parts, inputs, seconds)
         store.touch(entry)
         folder = self._folder / step.id
         store.link(entry, folder)

@@ -6,7 +6,6 @@ import copy
 import linecache
 import traceback
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +44,7 @@ def capture(network: nn.Module, example: Tensor) -> GraphModule:
             f"torch.export cannot trace the network {_culprit(exc)}: {_first_line(exc)}",
             "write that line with tensor operations only (no .item(), no branches on values, no fixed batch size)",
         ) from exc
-    graph_module = cast(GraphModule, program.module(check_guards=False))
+    graph_module = program.module(check_guards=False)
     for name in ("train", "eval"):  # torch.export replaces them by ones that raise
         vars(graph_module).pop(name, None)
     return graph_module.eval()

@@ -7,7 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from onnx import ModelProto
@@ -64,7 +64,7 @@ def to_onnx(graph_module: nn.Module, example: torch.Tensor, opset: int) -> Model
             raise ExportFailed(f"the network could not be written as ONNX opset {opset}: {reason.strip()}", "replace that operator in the network") from exc
     if program is None:
         raise ExportFailed(f"torch.onnx.export wrote nothing for opset {opset}")
-    return cast(ModelProto, program.model_proto)
+    return program.model_proto
 
 
 @contextlib.contextmanager

@@ -20,8 +20,10 @@ def fold_batchnorm(graph_module: GraphModule) -> GraphModule:
     graph = graph_module.graph
     for node in list(graph.nodes):
         norm = norm_of(node) if node.target is CONVOLUTION else None
-        weight = node.args[1] if norm else None
-        if norm is None or weight.op != "get_attr" or len(weight.users) > 1:
+        if norm is None:
+            continue
+        weight = node.args[1]
+        if weight.op != "get_attr" or len(weight.users) > 1:
             continue
         name = parameter_owner(weight)
         owner = graph_module.get_submodule(name)

@@ -12,7 +12,7 @@ from rich.table import Table
 def render(facts: Mapping[str, Any], console: Console) -> None:
     """One line a step that runs or is cached; unavailable ones by reason."""
     if facts["data_problem"]:
-        console.print(f"[red]data missing:[/] {facts['data_problem']}", soft_wrap=True)
+        console.print(f"data missing: {facts['data_problem']}", soft_wrap=True, markup=False, style="red")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, justify in (("step", "left"), ("", "left"), ("time", "right"), ("why", "left")):
         table.add_column(name, justify=justify, overflow="fold", no_wrap=name in ("", "time"))  # type: ignore[arg-type]
@@ -26,7 +26,7 @@ def render(facts: Mapping[str, Any], console: Console) -> None:
         if not step["cached"] and not step["runs"]:
             reasons.setdefault(step["why"], []).append(step["id"])
     for reason, steps in reasons.items():
-        console.print(f"[dim]not here ({len(steps)} step{'s' if len(steps) > 1 else ''}):[/] {reason}", soft_wrap=True)
+        console.print(f"not here ({len(steps)} step{'s' if len(steps) > 1 else ''}): {reason}", soft_wrap=True, markup=False, style="dim")
     total = _duration(facts["seconds"]) or "unknown (some steps never ran here)"
     console.print(f"on {facts['device']}, {facts['threads']} threads; time for what would run: {total}")
 

@@ -97,7 +97,8 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     precisions: list[Precision] = list(expansion.parameters["precisions"])
     network, variant = load_parent(inputs, context.threads), expansion.inputs[0].variant
     images = _first_images(context)
-    records, artifacts = {}, {}
+    records: dict[str, dict[str, Any]] = {}
+    artifacts: dict[str, Artifact] = {}
     with context.progress.track(f"export {variant}", 2 + len(precisions)) as bar:
         module = deployed(network)
         reference = evaluate.outputs(module, images)
@@ -187,22 +188,15 @@ def _parity(path: Path, precision: Precision, images: _Subset, reference: NDArra
     limit = LIMITS[precision]
     found = _infer(path, images, context.threads)
     agreement = context.task.agree(found, reference)
-    scale = max(1.0, float(abs(reference).max()))
-    facts = {
-        "checked": True,
-        "n": len(images),
-        "batches": list(BATCHES),
-        **agreement,
-        "max_abs_diff_limit": limit.relative * scale,
-        "agreement_limit": limit.agreement,
-    }
-    if not agreement["max_abs_diff"] <= facts["max_abs_diff_limit"] or not agreement["agreement"] >= limit.agreement:
+    largest = limit.relative * max(1.0, float(abs(reference).max()))
+    if not (agreement["max_abs_diff"] <= largest and agreement["agreement"] >= limit.agreement):
         raise ExportFailed(
             f"{path.name} disagrees with its torch parent on {len(images)} validation images: largest difference {agreement['max_abs_diff']:.3g} "
-            f"(limit {facts['max_abs_diff_limit']:.3g}), agreement {agreement['agreement']:.3f} (limit {limit.agreement})",
+            f"(limit {largest:.3g}), agreement {agreement['agreement']:.3f} (limit {limit.agreement})",
             "leave this precision out of export.precisions" if precision == "fp16" else "this is a defect of the export: please report it with the recipe",
         )
-    return facts
+    limits = {"max_abs_diff_limit": largest, "agreement_limit": limit.agreement}
+    return {"checked": True, "n": len(images), "batches": list(BATCHES), **agreement, **limits}
 
 
 def _infer(path: Path, images: _Subset, threads: int) -> NDArray[np.float32]:
