@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -166,12 +167,17 @@ class Group:
         self.failures: dict[str, Failure] = {}
 
     def __enter__(self) -> Group:
-        """Open the sessions one after the other: imports and compilation take memory and cores."""
+        """Open the sessions, at most one a core at a time: imports and compilation take memory and cores."""
         try:
-            with self._progress.track("open sessions", len(self._subjects)) as bar:
-                for subject in self._subjects.values():
-                    self._open(subject)
-                    bar.advance(1, subject.key)
+            workers = {}
+            for key, s in self._subjects.items():
+                workers[key] = self._stack.enter_context(Worker(s.opener, s.path, s.options, self._settings.timeout_s))
+                workers[key].spawn()
+            with self._progress.track("open sessions", len(workers)) as bar, ThreadPoolExecutor(host.usable_cores()) as pool:
+                opening = {pool.submit(worker.start): key for key, worker in workers.items()}
+                for future in as_completed(opening):
+                    self._opened(opening[future], workers[opening[future]], future)
+                    bar.advance(1, opening[future])
         except BaseException as exc:
             self._stack.__exit__(type(exc), exc, exc.__traceback__)
             raise
@@ -200,7 +206,7 @@ class Group:
         runs: dict[str, _Run] = {}
         started, before = utc_now(), Condition.now()
         with self._progress.track(f"warm up, batch {batch}", len(self._workers)) as bar:
-            for key in list(self._workers):
+            for key in [k for k in self._subjects if k in self._workers]:
                 buffers = make_buffers(images[key], settings.buffers, batch, settings.seed)
                 inputs = {"buffers": len(buffers), "shape": list(buffers.shape[1:]), "images": len(images[key]), "source": source}
                 try:
@@ -216,15 +222,14 @@ class Group:
                 results[key] = self._finish(run, batch, started, (before, after), sorted(runs.keys() - {key}))
         return {key: results.get(key) or self.failures[key] for key in self._subjects}
 
-    def _open(self, subject: Subject) -> None:
-        worker = self._stack.enter_context(Worker(subject.opener, subject.path, subject.options, self._settings.timeout_s))
+    def _opened(self, key: str, worker: Worker, opening: Future[Opened]) -> None:
         try:
-            self.opened[subject.key] = worker.start()
+            self.opened[key] = opening.result()
         except DeployoptError as exc:
             worker.kill()
-            self.failures[subject.key] = self._explain(subject, exc)
+            self.failures[key] = self._explain(self._subjects[key], exc)
         else:
-            self._workers[subject.key] = worker
+            self._workers[key] = worker
 
     def _explain(self, subject: Subject, error: DeployoptError) -> Failure:
         """The whole story goes to the log; a row gets its first line, without this machine's paths."""

@@ -47,8 +47,7 @@ class Block(NamedTuple):
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
+    gc.disable()  # no collect: with a framework loaded it takes longer than a block
     try:
         yield
     finally:

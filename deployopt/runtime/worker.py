@@ -113,8 +113,8 @@ class Worker:
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def start(self) -> Opened:
-        """Spawn the child and open the session there; `load_ms` is the opening alone, imports excluded."""
+    def spawn(self) -> None:
+        """Start the child, which then waits; from the main thread, for on Linux a child ends with the thread that started it."""
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as the child; close() closes it
         self._channel, theirs = socket.socketpair()
         self._channel.settimeout(self._timeout_s)
@@ -127,6 +127,11 @@ class Worker:
                 stderr=self._stderr,
                 start_new_session=True,  # the terminal's Ctrl-C is the parent's business
             )
+
+    def start(self) -> Opened:
+        """Open the session in the child, which is spawned if it is not; `load_ms` is the opening alone, imports excluded."""
+        if self._process is None:
+            self.spawn()
         content, _ = self._ask("open", opener=self._opener, path=str(self._path), options={**self._options._asdict(), "extra": dict(self._options.extra)})
         return Opened(_specs(content["inputs"]), _specs(content["outputs"]), content["provider"], content["load_ms"])
 

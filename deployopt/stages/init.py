@@ -30,7 +30,7 @@ def expand(config: Config, planning: Planning) -> list[Expansion]:
 def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
     import torch
 
-    from deployopt.nn import models
+    from deployopt.nn import checkpoint, models
 
     torch.set_num_threads(context.threads)
     dataset = context.dataset()
@@ -39,4 +39,6 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
         network = models.build(base, dataset.preprocessing, context.base.get("weights"), context.progress)
-    return finish(context, network, None, "float", curves=[])
+    if config.fan_out:
+        return finish(context, network, None, "float", curves=[])
+    return StepResult({"family": "float", "parent": None}, {"model": checkpoint.save(context.folder, network)})  # nothing to score yet

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from deployopt.nn.schedule import TrainingConfig
-from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
-from deployopt.stages._training import DISTRIBUTIONS, finish, load_parent
+from deployopt.stages import Expansion, Planning, StageConfig, StageContext, StepOutput, StepResult
+from deployopt.stages._training import DISTRIBUTIONS, finish, load_parent, next_point
 
 version = 1
 not_after: frozenset[str] = frozenset({"qat", "ptq", "export", "build", "benchmark"})
@@ -79,7 +79,7 @@ class Config(StageConfig):
 
 
 def expand(config: Config, planning: Planning) -> list[Expansion]:
-    return [Expansion(inputs=(planning.trunk,), makes=(Point("torch", planning.name, "float"),))]
+    return [Expansion((planning.trunk,), (next_point(planning, "float"),))]
 
 
 def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
