@@ -66,18 +66,17 @@ def run(
 
 
 def open_session(artifact: str | Path, backend: str | None = None, *, threads: int = 1, device: str = "cpu") -> Session:
-    """Open any artifact for inference: `.onnx`, an engine, or a torch model folder's `model.safetensors`.
+    """Open an artifact for inference in this process.
 
     Args:
-        backend: name of the runtime; None takes it from the file's ending (ONNX Runtime for `.onnx`).
+        artifact: `.onnx`, an engine, a torch model folder or its `model.safetensors`, "RUN:variant/backend/precision/b1", or a run folder (the
+            artifact that it recommends).
+        backend: name of the runtime; None takes it from the file's kind (ONNX Runtime for `.onnx`).
 
     Raises:
-        UsageError: a file of unknown kind. BackendUnavailable, ArtifactCorrupt, ArtifactMismatch.
+        UsageError: nothing is there, or a file of unknown kind. BackendUnavailable, DeviceUnavailable, ArtifactCorrupt, ArtifactMismatch.
     """
-    from deployopt.bench.artifacts import opener_for
+    from deployopt.bench.artifacts import open_artifact
     from deployopt.runtime.session import SessionOptions
-    from deployopt.runtime.worker import resolve
 
-    path = Path(artifact)
-    session: Session = resolve(opener_for(path, backend))(path, SessionOptions(threads=threads, device=device))
-    return session
+    return open_artifact(artifact, backend, SessionOptions(threads=threads, device=device))

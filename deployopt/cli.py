@@ -236,7 +236,9 @@ def eval_(
     if json_:
         _print_json(score)
     else:
-        print("  ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in score.items()))
+        facts = score.pop("artifact")
+        figures = [f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in score.items() if name != "primary"]
+        print("  ".join([*figures, f"({facts['path']} on {facts['backend']} {facts['precision']}, sha256 {facts['sha256'][:12]}…)"]))
 
 
 @app.command()
@@ -298,13 +300,15 @@ def compare(
     from deployopt.report import comparison as rendered
     from deployopt.runtime.files import atomic_write
 
+    slower = _quantity("--max-latency-regression", max_latency_regression, "%", 0.01)
+    worse = _quantity("--max-accuracy-drop", max_accuracy_drop, "pp", 1.0)
     result = compare_reports(
         reports.load(base),
         reports.load(new),
         base if base.is_dir() else base.parent,
         new if new.is_dir() else new.parent,
-        max_latency_regression=_quantity("--max-latency-regression", max_latency_regression, "%", 0.01),
-        max_accuracy_drop=_quantity("--max-accuracy-drop", max_accuracy_drop, "pp", 1.0),
+        max_latency_regression=slower,
+        max_accuracy_drop=worse,
     ).to_json()
     if markdown is not None:
         atomic_write(markdown, rendered.render_markdown(result))
@@ -314,7 +318,7 @@ def compare(
         _print_json(result)
     else:
         rendered.render_terminal(result, _console())
-    if not result["met"]:
+    if not result["gate"]["met"]:
         raise typer.Exit(1)
 
 
@@ -377,9 +381,14 @@ def _plan_facts(planned: Plan) -> dict[str, Any]:
 
 
 def _console(stderr: bool = False) -> Console:
+    import os
+
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False)
+    from deployopt.report import TERMINAL_WIDTH
+
+    piped = not (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, highlight=False, width=TERMINAL_WIDTH if piped and "COLUMNS" not in os.environ else None)
 
 
 def _print_json(value: Any) -> None:

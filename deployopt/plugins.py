@@ -50,6 +50,12 @@ def find(kind: Kind, name: str) -> Any:
     raise UsageError(unknown(kind.rstrip("s") if kind != "data" else "data set", name, names(kind)))
 
 
+def origin(kind: Kind, name: str) -> str | None:
+    """The third party's distribution that a name comes from, as "my-package 1.0"; None for ours."""
+    entry = None if name in _ours(kind) else _theirs(kind).get(name)
+    return None if entry is None or entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
+
+
 def unknown(what: str, name: str, available: Iterable[str]) -> str:
     """The sentence for a name that does not exist, with the nearest that does."""
     options = sorted(available)

@@ -171,6 +171,17 @@ class Cache:
         atomic_write_json(final / DONE, done)
         return self._read(final)
 
+    def remember_seconds(self, key: str, seconds: float) -> None:
+        """How long a step took that is never cached, for the next plan."""
+        folder = self.home / "durations"
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(folder / f"{key}.json", round(seconds, 3))
+
+    def seconds(self, key: str) -> float | None:
+        """What `remember_seconds` was told last; None if nothing."""
+        path = self.home / "durations" / f"{key}.json"
+        return float(json.loads(path.read_text())) if path.exists() else None
+
     def choices(self, key: str) -> StoredChoices:
         return StoredChoices(self.home / "choices" / f"{key}.json")
 

@@ -31,9 +31,14 @@ def test_a_committed_step_is_found_with_what_was_written(tmp_path: Path) -> None
 
 def test_an_unfinished_step_leaves_nothing(tmp_path: Path) -> None:
     cache = store.Cache(tmp_path)
-    with pytest.raises(RuntimeError, match="midway"), cache.writing("k1") as folder:
-        (folder / "half").write_text("x")
-        raise RuntimeError("midway")
+
+    def stop_midway() -> None:
+        with cache.writing("k1") as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        stop_midway()
     assert isinstance(cache.find("k1"), store.Miss)
     assert list((tmp_path / "steps").iterdir()) == []
 

@@ -144,7 +144,7 @@ def _preprocessing(prepared: Path) -> dict[str, Any] | None:
     import onnx
 
     properties = {p.key: p.value for p in onnx.load(prepared, load_external_data=False).metadata_props}
-    return json.loads(properties["preprocessing"]) if "preprocessing" in properties else None
+    return json.loads(properties["deployopt.preprocessing"]) if "deployopt.preprocessing" in properties else None
 
 
 def _specs(rows: list[list[Any]]) -> tuple[TensorSpec, ...]:

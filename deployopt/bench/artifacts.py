@@ -1,43 +1,33 @@
-"""Bench any artifact files, several at once and interleaved: what `deployopt bench` does."""
+"""Bench, score and run any artifacts: what `deployopt bench`, `eval` and `predict` do."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import importlib
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deployopt import plugins
-from deployopt.artifact import Artifact, Precision, Row
+from deployopt.artifact import Artifact, Row
+from deployopt.bench.accuracy import outputs_of, score
 from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject, speedup, with_figures
-from deployopt.errors import ArtifactMismatch, MissingDependency, UsageError
-from deployopt.runtime.progress import Progress
-from deployopt.runtime.session import SessionOptions, TensorSpec
+from deployopt.bench.targets import Description, Target, describe, measured_rows, opener, precision_of, resolve
+from deployopt.data import Dataset
+from deployopt.errors import ArtifactMismatch, UsageError
+from deployopt.runtime import preprocessing as pre
+from deployopt.runtime.preprocessing import Preprocessing
+from deployopt.runtime.progress import Bar, Progress
+from deployopt.runtime.session import Session, SessionOptions, TensorSpec
+from deployopt.runtime.worker import Opened, Worker
+from deployopt.tasks import Task
 
-BACKEND_OF_SUFFIX = {".onnx": "onnxruntime", ".engine": "tensorrt", ".plan": "tensorrt"}
-TORCH_OPENER = "deployopt.nn.session:open"
-UNKNOWN_PRECISION = "engine"  # an engine's precision is not in its file name; its manifest's is read by its backend
+__all__ = ["bench_artifacts", "evaluate", "natural_noise", "open_artifact", "opener", "precision_of", "predict"]
+
 SYNTHETIC = "synthetic 1/f noise, seeded (no data were given)"
-
-
-@dataclass(frozen=True)
-class _Target:
-    """An artifact to bench: a file, or a row of a finished run."""
-
-    name: str
-    path: Path
-    backend: str
-    precision: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-def opener(backend: str) -> str:
-    """Where a worker finds a backend's `open`. Raises UsageError for an unknown backend."""
-    return TORCH_OPENER if backend == "torch" else f"{plugins.find('backends', backend).__name__}:open"
+EVALUATION_BATCH = 32
 
 
 def bench_artifacts(
@@ -55,8 +45,8 @@ def bench_artifacts(
     """Time artifacts against each other; the first is the baseline of the speed-ups.
 
     Args:
-        artifacts: files, or rows of finished runs as "RUN:variant/backend/precision/b1" (their batch does not matter here).
-        backend: opens all files; None takes the one of each file's suffix. A row keeps its own.
+        artifacts: as `targets.resolve` takes them; a run folder stands for everything that the run measured.
+        backend: opens all of them; None takes the one of each file's kind or row.
         images: real samples uint8 [n, H, W, C]; None makes natural-looking noise of each model's size and the contract says so.
 
     Returns:
@@ -64,17 +54,15 @@ def bench_artifacts(
         where it is not unique: the same file twice is an A/A comparison.
 
     Raises:
-        UsageError: nothing is there, or a suffix that no backend opens.
-        ArtifactCorrupt: a run's artifact is not what its report vouches for.
+        UsageError, ArtifactError: as `targets.resolve`.
     """
-    targets = _numbered([_target(a, backend) for a in artifacts])
+    targets = _numbered([resolve(each, backend) for a in artifacts for each in _expanded(a)])
     subjects, rows = [], {}
     for target in targets:
-        artifact = Artifact.of("onnx" if target.path.suffix == ".onnx" else "engine", target.path)
-        options = SessionOptions(threads, device, "fp32" if target.precision == UNKNOWN_PRECISION else target.precision, target.options)
-        subjects.append(Subject(target.name, opener(target.backend), target.path, options))
-        facts = {"path": target.path.name, "sha256": artifact.sha256, "bytes": artifact.size_bytes}
-        rows[target.name] = Row(target.name, target.backend, target.precision, 0, "failed", options=dict(target.options), threads=threads, artifact=facts)
+        subjects.append(Subject(target.name, opener(target.backend), target.path, target.session_options(threads, device)))
+        rows[target.name] = Row(
+            target.name, target.backend, target.precision, 0, "failed", options=dict(target.options), threads=threads, artifact=_facts(target)
+        )
     with Group(subjects, Settings(min_seconds=seconds, seed=seed), progress) as group:
         results = {batch: _measure(group, batch, images, seed) for batch in batch_sizes}
     return [_row(rows[key], batch, results[batch], subjects[0].key) for key in rows for batch in batch_sizes]
@@ -113,66 +101,181 @@ def natural_noise(n: int, height: int, width: int, channels: int, seed: int) -> 
     return noise
 
 
-def precision_of(path: Path) -> Precision:
-    """What an ONNX file is typed as: int8 if it quantises anything, else its narrowest float initializers.
-
-    Raises:
-        MissingDependency: onnx is not installed.
-        ArtifactMismatch: the file is no ONNX model.
-    """
-    try:
-        import onnx
-    except ImportError:
-        raise MissingDependency("onnx", "runtimes", "to read an ONNX file") from None
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # comes with onnx
-
-    try:
-        graph = onnx.load(str(path), load_external_data=False).graph
-    except DecodeError as exc:
-        raise ArtifactMismatch(f"{path.name} is not an ONNX model: {exc}") from exc
-    if any(node.op_type.startswith(("QuantizeLinear", "DequantizeLinear", "QLinear")) for node in graph.node):
-        return "int8"
-    types = {tensor.data_type for tensor in graph.initializer}
-    if onnx.TensorProto.FLOAT16 in types:
-        return "fp16"
-    return "bf16" if onnx.TensorProto.BFLOAT16 in types else "fp32"
+def _expanded(artifact: str | Path) -> Sequence[str | Path]:
+    """A run folder as its measured rows, anything else as it is."""
+    return measured_rows(Path(artifact)) if (Path(artifact) / "report.json").is_file() else [artifact]
 
 
-def _target(artifact: str | Path, backend: str | None) -> _Target:
-    path = Path(artifact)
-    if path.is_file():
-        name = backend or _backend_of(path)
-        return _Target(path.stem, path, name, precision_of(path) if path.suffix == ".onnx" else UNKNOWN_PRECISION)
-    run, colon, address = str(artifact).rpartition(":")
-    if not colon:
-        raise UsageError(f"wanted an artifact file, found nothing at '{artifact}'", "give a file, or RUN:variant/backend/precision/b1 for a row of a run")
-    return _row_of_run(Path(run), address)
-
-
-def _row_of_run(run: Path, address: str) -> _Target:
-    """The artifact behind a row of a run's report, its bytes checked against the report."""
-    report = run / "report.json"
-    if not report.is_file():
-        raise UsageError(f"wanted a run folder, found no report.json in '{run}'", "deployopt run RECIPE writes one when it ends")
-    rows = [Row(**row) for row in json.loads(report.read_text())["rows"]]
-    found = [row for row in rows if address in {row.key, row.key.rpartition("/")[0]}]
-    if not found:
-        raise UsageError(plugins.unknown("row", address, (row.key for row in rows)))
-    row = found[0]
-    if row.artifact is None:
-        raise UsageError(f"row '{row.key}' has no artifact to open ({row.status}: {row.reason})")
-    path = run / row.artifact["path"]
-    Artifact("engine", path, row.artifact["sha256"], row.artifact["bytes"]).verified()
-    return _Target(row.key.rpartition("/")[0], path, row.backend, row.precision, row.options)
-
-
-def _backend_of(path: Path) -> str:
-    if path.suffix not in BACKEND_OF_SUFFIX:
-        known = ", ".join(BACKEND_OF_SUFFIX)
-        raise UsageError(f"no backend is known for '{path.name}' (known suffixes: {known})", f"--backend {'|'.join(plugins.names('backends'))}")
-    return BACKEND_OF_SUFFIX[path.suffix]
-
-
-def _numbered(targets: Sequence[_Target]) -> list[_Target]:
+def _numbered(targets: Sequence[Target]) -> list[Target]:
     names = [t.name for t in targets]
     return [t if names.count(t.name) == 1 else replace(t, name=f"{t.name}#{names[: i + 1].count(t.name)}") for i, t in enumerate(targets)]
+
+
+def _facts(target: Target) -> dict[str, Any]:
+    found = Artifact.of(target.kind, target.path)
+    return {"path": target.path.name, "sha256": found.sha256, "bytes": found.size_bytes}
+
+
+def open_artifact(path: str | Path, backend: str | None = None, options: SessionOptions | None = None) -> Session:
+    """A session in this process, without a worker's protection from crashes of native code.
+
+    Args:
+        path: as `targets.resolve` takes it.
+        options: threads and device; the precision is the artifact's own.
+
+    Raises:
+        UsageError, ArtifactError: as `targets.resolve`. BackendUnavailable, DeviceUnavailable.
+    """
+    target, given = resolve(path, backend), options or SessionOptions()
+    module, _, function = opener(target.backend).partition(":")
+    extra = {**target.options, **given.extra}
+    session: Session = getattr(importlib.import_module(module), function)(target.path, given._replace(precision=target.precision, extra=extra))
+    return session
+
+
+def evaluate(
+    artifact: str | Path, dataset: Dataset, task: Task, *, backend: str | None = None, threads: int = 1, device: str = "cpu", progress: Progress
+) -> dict[str, Any]:
+    """Score an artifact on the whole test split.
+
+    Returns:
+        {"primary": name, its metrics, "n", "artifact": {"path", "sha256", "bytes", "backend", "precision"}}.
+
+    Raises:
+        UsageError: the data are not preprocessed as the artifact's were, have other classes or are not of this task.
+        ArtifactMismatch: the artifact does not take such images, or has another number of outputs than the task needs.
+        WorkerDied and what `targets.resolve` raises.
+    """
+    target = resolve(artifact, backend)
+    described = describe(target)
+    _check_data(target, described, dataset)
+    width = task.head_width(dataset.test.targets, dataset.classes)
+    with Worker(opener(target.backend), target.path, target.session_options(threads, device)) as worker:
+        opened = worker.start()
+        found = _width(target, opened)
+        if found not in (width, None):
+            raise ArtifactMismatch(f"{target.path.name} has {found} outputs, these data need {width}", "evaluate it on the data set that it was trained for")
+        batch = _batch(opened, described.max_batch)
+        with progress.track(f"score {target.name}", len(dataset.test)) as bar:
+            figures, _ = score(lambda images: _infer(worker, opened, images, bar), dataset.test, task, batch=batch)
+    return {**figures, "artifact": {**_facts(target), "backend": target.backend, "precision": target.precision}}
+
+
+def predict(
+    artifact: str | Path, images: Sequence[str | Path], *, backend: str | None = None, top: int = 3, threads: int = 1, device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """Run image files through the preprocessing that evaluation used and then through the artifact.
+
+    Args:
+        top: classes for each image, the most probable first.
+
+    Returns:
+        For each image {"image": path, "classes": [{"name", "probability"}]}; a regression has {"image", "outputs": [K numbers]}. Without
+        recorded names a class is called by its index.
+
+    Raises:
+        ArtifactMismatch: the artifact records no preprocessing, or takes other images than it says.
+        UsageError: images that are not there. ArtifactError: an image that cannot be decoded; names it.
+        WorkerDied and what `targets.resolve` raises.
+    """
+    missing = [str(image) for image in images if not Path(image).is_file()]
+    if missing:
+        raise UsageError(f"wanted image files, found nothing at {', '.join(missing)}")
+    target = resolve(artifact, backend)
+    described = describe(target)
+    if described.preprocessing is None:
+        raise ArtifactMismatch(
+            f"{target.path.name} records no preprocessing (its input shape gives the size, but not how an image is resized and cropped to it)",
+            "predict with the .onnx of the same run, or export the model with `deployopt run`, which records it",
+        )
+    decoded = _ImageFiles(images, described.preprocessing)
+    with Worker(opener(target.backend), target.path, target.session_options(threads, device)) as worker:
+        opened = worker.start()
+        classes = _classes(target, described, _width(target, opened))
+        batch = _batch(opened, described.max_batch, len(decoded))
+        outputs = outputs_of(lambda pixels: _infer(worker, opened, pixels), decoded, batch)
+    if classes is None and outputs.shape[1] > 1:
+        classes = tuple(map(str, range(outputs.shape[1])))
+    return [{"image": str(path), **_prediction(row, classes, top)} for path, row in zip(images, outputs, strict=True)]
+
+
+class _ImageFiles:
+    """Image files as an `ImageSet` without targets, decoded when they are asked for."""
+
+    def __init__(self, paths: Sequence[str | Path], preprocessing: Preprocessing) -> None:
+        self.targets: NDArray[Any] = np.empty(0)
+        self._paths, self._preprocessing = paths, preprocessing
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def images(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+        distinct, places = np.unique(np.asarray(indices), return_inverse=True)
+        pixels: NDArray[np.uint8] = np.stack([pre.apply(self.raw(i), self._preprocessing) for i in distinct.tolist()])
+        return pixels[places]
+
+    def raw(self, index: int) -> NDArray[np.uint8]:
+        return pre.decode(self._paths[index], self._preprocessing.channels)
+
+
+def _check_data(target: Target, described: Description, dataset: Dataset) -> None:
+    """Raises UsageError where a score would not be about this artifact: other preprocessing (normalisation is inside it), or other classes."""
+    wanted, found = described.preprocessing, dataset.preprocessing
+    if wanted is not None:
+        differ = [k for k in ("image_size", "channels", "resize") if getattr(wanted, k) != getattr(found, k)]
+        if differ:
+            said = ", ".join(f"{k} {getattr(wanted, k)} (the data: {getattr(found, k)})" for k in differ)
+            options = ",".join(f"{k}={'null' if getattr(wanted, k) is None else getattr(wanted, k)}" for k in differ)
+            raise UsageError(f"{target.path.name} was evaluated with {said}", f"--data NAME:{options}")
+    if described.classes is not None and described.classes != dataset.classes:
+        raise UsageError(
+            f"{target.path.name} knows the classes {_listed(described.classes)}, the data have {_listed(dataset.classes)}",
+            "evaluate it on the data set that it was trained for",
+        )
+
+
+def _listed(classes: Sequence[str]) -> str:
+    return f"[{', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}] ({len(classes)})"
+
+
+def _width(target: Target, opened: Opened) -> int | None:
+    """K of the only output [N, K]; None if the artifact leaves it open.
+
+    Raises:
+        ArtifactMismatch: several outputs, or one of another shape.
+    """
+    if len(opened.outputs) != 1 or len(opened.outputs[0].shape) != 2:
+        found = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in opened.outputs)
+        raise ArtifactMismatch(f"wanted a model with one output [N, K], found in {target.path.name}: {found}")
+    width = opened.outputs[0].shape[1]
+    return width if isinstance(width, int) else None
+
+
+def _batch(opened: Opened, limit: int | None, wanted: int = EVALUATION_BATCH) -> int:
+    """Images at once: the batch that the artifact fixes, else as many as are wanted within its limit."""
+    fixed = opened.inputs[0].shape[0]
+    return fixed if isinstance(fixed, int) else max(1, min(wanted, EVALUATION_BATCH, limit or EVALUATION_BATCH))
+
+
+def _infer(worker: Worker, opened: Opened, images: NDArray[np.uint8], bar: Bar | None = None) -> NDArray[Any]:
+    outputs = worker.infer(images)[opened.outputs[0].name]
+    if bar is not None:
+        bar.advance(len(images))
+    return outputs
+
+
+def _classes(target: Target, described: Description, width: int | None) -> tuple[str, ...] | None:
+    """Recorded names, () for a regression, None if nothing is recorded. Raises ArtifactMismatch for another number of them than of outputs."""
+    classes = described.classes
+    if classes and width is not None and len(classes) != width:
+        raise ArtifactMismatch(f"{target.path.name} has {width} outputs, but {len(classes)} classes are recorded with it")
+    return classes
+
+
+def _prediction(outputs: NDArray[np.float32], classes: Sequence[str] | None, top: int) -> dict[str, Any]:
+    if not classes:
+        return {"outputs": outputs.tolist()}
+    exponentials = np.exp(outputs.astype(np.float64) - outputs.max())  # softmax, shifted so that nothing overflows
+    probabilities = exponentials / exponentials.sum()
+    best = np.argsort(-probabilities, kind="stable")[:top]
+    return {"classes": [{"name": classes[i], "probability": float(probabilities[i])} for i in best]}

@@ -10,7 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from deployopt.data._arrays import ArraySet, stratified_split
 from deployopt.runtime.preprocessing import Preprocessing
+
+__all__ = ["ArraySet", "DataConfig", "DataSource", "Dataset", "ImageSet", "stratified_split"]
 
 
 class DataConfig(BaseModel):

@@ -1,9 +1,9 @@
-"""Fetch one file of a data set and check it before anyone sees it."""
+"""Fetch one file of a data set and check it before anyone sees it; the checksums that publishers give."""
 
 from __future__ import annotations
 
 import hashlib
-import urllib.error
+import http.client
 import urllib.request
 from pathlib import Path
 
@@ -15,16 +15,25 @@ def fetch(url: str, path: Path, md5: str) -> None:
     """Download `url` to `path`; nothing is left there unless the bytes have the published MD5.
 
     Raises:
-        DataNotFound: the server cannot be reached.
+        DataNotFound: the server cannot be reached, or breaks off.
         ArtifactCorrupt: other bytes than published.
     """
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             data: bytes = response.read()
-    except (urllib.error.URLError, OSError) as exc:
+    except (OSError, http.client.HTTPException) as exc:
         raise DataNotFound(f"{path.name} could not be downloaded: {exc}", "check the network, or place the file by hand and set data.folder") from exc
-    found = hashlib.md5(data, usedforsecurity=False).hexdigest()  # MD5 is what the publishers give
+    found = _md5(data)
     if found != md5:
         raise ArtifactCorrupt(f"{path.name}: wanted MD5 {md5}, downloaded {len(data)} bytes with {found}", "try again; a proxy may have answered instead")
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, data)
+
+
+def md5_file(path: Path) -> str:
+    """MD5 of a file's bytes, comparable with the publishers' checksums."""
+    return _md5(path.read_bytes())
+
+
+def _md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()  # MD5 is what the publishers give

@@ -7,6 +7,8 @@ a record is one label byte, then 1,024 red, 1,024 green and 1,024 blue bytes, ea
 from __future__ import annotations
 
 import tarfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +17,18 @@ from pydantic import Field
 
 from deployopt.data import DataConfig, Dataset
 from deployopt.data._arrays import ArraySet, stratified_split, stratified_subset
-from deployopt.data._download import fetch
+from deployopt.data._download import fetch, md5_file
 from deployopt.errors import ArtifactError, DataNotFound
-from deployopt.runtime.files import atomic_write
 from deployopt.runtime.hashing import sha256_json
 from deployopt.runtime.preprocessing import Preprocessing
 
 extra = None
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DEFAULT_FOLDER = Path("data/cifar-10-batches-bin")
-URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+ARCHIVE = "cifar-10-binary.tar.gz"
+URL = f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # published beside the archive
-TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
-TEST_FILE = "test_batch.bin"
+BATCH_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 RECORD_BYTES = 1 + 3 * 32 * 32
 
 
@@ -35,9 +36,9 @@ class Config(DataConfig):
     """CIFAR-10 from its binary files."""
 
     folder: str | None = None
-    """Folder of data_batch_1.bin … test_batch.bin; None is ./data/cifar-10-batches-bin."""
+    """Folder of data_batch_1.bin … test_batch.bin, or of cifar-10-binary.tar.gz as published; None is ./data/cifar-10-batches-bin."""
     download: bool = False
-    """Fetch and unpack the archive (about 170 MB) if the files are missing."""
+    """Fetch the archive (about 170 MB) into the folder if neither is there."""
     image_size: int = Field(default=32, ge=8, le=512)
     """Height and width that the 32×32 images are resized to."""
     limit: int | None = Field(default=None, ge=20)
@@ -53,13 +54,19 @@ class Config(DataConfig):
 
 
 def fingerprint(config: Config) -> str:
-    stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in _files(config)}
-    return sha256_json({"files": stats, **config.model_dump(exclude={"folder", "download"})})
+    """Of the files' contents; of the published archive's checksum while it is still to be downloaded."""
+    archive, files = _archive(config), _files(config)
+    if files:
+        contents = {path.name: md5_file(path) for path in files}
+    elif archive.is_file() or config.download:
+        contents = {ARCHIVE: md5_file(archive) if archive.is_file() else MD5}
+    else:
+        raise _not_found(config)
+    return sha256_json({"files": contents, **config.model_dump(exclude={"folder", "download"})})
 
 
 def load(config: Config) -> Dataset:
-    *train_files, test_file = _files(config)
-    batches = [read_batch(path) for path in train_files]
+    *batches, tested = [read_batch(name, data) for name, data in _contents(config)]
     images, targets = np.concatenate([b[0] for b in batches]), np.concatenate([b[1] for b in batches])
     preprocessing = Preprocessing(config.image_size, 3, None, tuple(config.mean), tuple(config.std))
     if config.limit is not None:
@@ -67,50 +74,63 @@ def load(config: Config) -> Dataset:
         images, targets = images[chosen], targets[chosen]
     kept, held = stratified_split(targets, config.validation_fraction, config.split_seed)
     train, validation = (ArraySet(images[rows], targets[rows], preprocessing) for rows in (kept, held))
-    return Dataset(train, validation, ArraySet(*read_batch(test_file), preprocessing), CLASSES, preprocessing)
+    return Dataset(train, validation, ArraySet(*tested, preprocessing), CLASSES, preprocessing)
 
 
-def read_batch(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def read_batch(name: str, data: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images uint8 [N, 32, 32, 3] and targets int64 [N] of one binary batch.
 
     Raises:
         ArtifactError: empty, truncated, or a label above 9; names the file.
     """
-    data = np.fromfile(path, np.uint8)
     remedy = "delete it and set data.download: true, or unpack the binary archive again"
-    if data.size == 0 or data.size % RECORD_BYTES:
-        raise ArtifactError(f"{path.name}: {data.size} bytes are not a whole number of {RECORD_BYTES}-byte records", remedy)
-    records = data.reshape(-1, RECORD_BYTES)
+    if not data or len(data) % RECORD_BYTES:
+        raise ArtifactError(f"{name}: {len(data)} bytes are not a whole number of {RECORD_BYTES}-byte records", remedy)
+    records = np.frombuffer(data, np.uint8).reshape(-1, RECORD_BYTES)
     labels = records[:, 0].astype(np.int64)
     if labels.max() >= len(CLASSES):
-        raise ArtifactError(f"{path.name}: label {labels.max()} in record {int(labels.argmax())}, wanted 0–9", remedy)
+        raise ArtifactError(f"{name}: label {labels.max()} in record {int(labels.argmax())}, wanted 0–9", remedy)
     planes = records[:, 1:].reshape(-1, 3, 32, 32)  # [N, C, H, W]
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels
 
 
+def _contents(config: Config) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of the five training files and the test file, in that order, unpacked or straight from the archive."""
+    archive, files = _archive(config), _files(config)
+    if files:
+        yield from ((path.name, path.read_bytes()) for path in files)
+        return
+    if not archive.is_file():
+        if not config.download:
+            raise _not_found(config)
+        fetch(URL, archive, MD5)
+    try:
+        with tarfile.open(archive) as tar:  # one pass: seeking back in a gzipped archive unpacks it again
+            members = {Path(member.name).name: tar.extractfile(member).read() for member in tar if member.isfile()}  # type: ignore[union-attr]
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as exc:
+        raise ArtifactError(f"{archive.name} cannot be unpacked: {exc}", "delete it and set data.download: true") from exc
+    if lacking := [name for name in BATCH_FILES if name not in members]:
+        raise ArtifactError(f"{archive.name} holds no {', '.join(lacking)}", "replace it by the published binary version")
+    yield from ((name, members[name]) for name in BATCH_FILES)
+
+
+def _folder(config: Config) -> Path:
+    return DEFAULT_FOLDER if config.folder is None else Path(config.folder)
+
+
+def _archive(config: Config) -> Path:
+    return _folder(config) / ARCHIVE
+
+
 def _files(config: Config) -> list[Path]:
-    """The five training files and the test file, in that order."""
-    folder = DEFAULT_FOLDER if config.folder is None else Path(config.folder)
-    paths = [folder / name for name in (*TRAIN_FILES, TEST_FILE)]
-    if config.download and not all(p.is_file() for p in paths):
-        _download(folder)
-    missing = [p.name for p in paths if not p.is_file()]
-    if missing:
-        raise DataNotFound(
-            f"CIFAR-10's binary files were not found in {folder} (missing: {', '.join(missing)})",
-            "set data.download: true, or unpack cifar-10-binary.tar.gz there and set data.folder",
-        )
-    return paths
+    """The unpacked files, or none if one is missing."""
+    paths = [_folder(config) / name for name in BATCH_FILES]
+    return paths if all(p.is_file() for p in paths) else []
 
 
-def _download(folder: Path) -> None:
-    archive = folder.parent / URL.rsplit("/", 1)[1]
-    fetch(URL, archive, MD5)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive) as tar:
-        for name in (*TRAIN_FILES, TEST_FILE):
-            member = tar.extractfile(f"cifar-10-batches-bin/{name}")
-            if member is None:
-                raise ArtifactError(f"{archive.name} holds no regular file {name}")
-            atomic_write(folder / name, member.read())
-    archive.unlink()
+def _not_found(config: Config) -> DataNotFound:
+    missing = [name for name in BATCH_FILES if not (_folder(config) / name).is_file()]
+    return DataNotFound(
+        f"CIFAR-10's binary files were not found in {_folder(config)} (missing: {ARCHIVE}, or {', '.join(missing)})",
+        "set data.download: true, or put cifar-10-binary.tar.gz there, or set data.folder",
+    )

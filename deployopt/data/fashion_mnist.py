@@ -16,7 +16,7 @@ from pydantic import Field
 
 from deployopt.data import DataConfig, Dataset
 from deployopt.data._arrays import ArraySet, stratified_split, stratified_subset
-from deployopt.data._download import fetch
+from deployopt.data._download import fetch, md5_file
 from deployopt.errors import ArtifactError, DataNotFound
 from deployopt.runtime.hashing import sha256_json
 from deployopt.runtime.preprocessing import Preprocessing
@@ -26,7 +26,7 @@ CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 TORCHVISION = Path("data/FashionMNIST/raw")
 MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-MD5 = {  # as in torchvision.datasets.FashionMNIST
+MD5 = {  # of the gzipped files, as in torchvision.datasets.FashionMNIST
     "train-images-idx3-ubyte": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
     "train-labels-idx1-ubyte": "25c81989df183df01b3e8a0aad5dffbe",
     "t10k-images-idx3-ubyte": "bef4ecab320f06d8554ea6380940ec79",
@@ -57,16 +57,15 @@ class Config(DataConfig):
 
 
 def fingerprint(config: Config) -> str:
-    if config.download:
-        _download(config)
-    files = _files(config)
-    stats = {name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in files.items()}
-    return sha256_json({"files": stats, **config.model_dump(exclude={"folder", "download"})})
+    """Of the files' contents; of the published checksums for those still to be downloaded."""
+    files = _found(_download_folder(config)) if _to_download(config) else _files(config)
+    contents = {**MD5, **{name: md5_file(path) for name, path in files.items()}}
+    return sha256_json({"files": contents, **config.model_dump(exclude={"folder", "download"})})
 
 
 def load(config: Config) -> Dataset:
-    if config.download:
-        _download(config)
+    if _to_download(config):
+        _download(_download_folder(config))
     files = _files(config)
     images, targets = _pair(files, "train")
     tested, test_targets = _pair(files, "t10k")
@@ -138,9 +137,14 @@ def _files(config: Config) -> dict[str, Path]:
     )
 
 
-def _download(config: Config) -> None:
-    if any(len(_found(folder)) == len(MD5) for folder in _folders(config)):
-        return
-    folder = _folders(config)[-1]
+def _to_download(config: Config) -> bool:
+    return config.download and not any(len(_found(folder)) == len(MD5) for folder in _folders(config))
+
+
+def _download_folder(config: Config) -> Path:
+    return _folders(config)[-1]
+
+
+def _download(folder: Path) -> None:
     for name in sorted(set(MD5) - set(_found(folder))):
         fetch(f"{MIRROR}{name}.gz", folder / f"{name}.gz", MD5[name])

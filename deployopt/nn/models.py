@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,7 +130,7 @@ def _imagenet(arch: str) -> dict[str, Tensor]:
 
     try:
         state: dict[str, Tensor] = torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(progress=False, check_hash=True)
-    except OSError as exc:
+    except (OSError, http.client.HTTPException, RuntimeError) as exc:  # RuntimeError: other bytes than published
         raise DataNotFound(f"ImageNet weights of {arch} could not be downloaded: {exc}", "set model.weights to a local .pth or .safetensors file") from exc
     return state
 
@@ -164,6 +165,8 @@ def _load_body(body: nn.Module, state: dict[str, Tensor], source: str, progress:
     """Load strictly, but for a head of another width: the last linear layer then stays as initialised."""
     found = {key.removeprefix("module.").removeprefix("body."): value for key, value in state.items()}
     wanted = body.state_dict()
+    counters = {key: value for key, value in wanted.items() if key.endswith(".num_batches_tracked")}
+    found = counters | found  # files older than PyTorch 0.4.1 have none
     head = [name for name, module in body.named_modules() if isinstance(module, nn.Linear)][-1:]
     misshaped = {key for key in found.keys() & wanted.keys() if found[key].shape != wanted[key].shape}
     head_keys = {f"{name}.{part}" for name in head for part in ("weight", "bias")}

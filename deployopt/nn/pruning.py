@@ -99,7 +99,7 @@ def prune(
     def cost(kept: Sequence[int]) -> int:
         candidate = copy.deepcopy(shadow)
         replay(candidate, _join(groups, kept))
-        return macs.count(candidate, network.input_shape)[0 if metric == "params" else 1]
+        return macs.count_on_meta(candidate, network.input_shape)[0 if metric == "params" else 1]
 
     def keep(ratio: float) -> list[int]:
         return _kept(groups, ratio, across_layers, round_to, max_layer_ratio)

@@ -45,7 +45,7 @@ class TrainingConfig(_Strict):
     """Nesterov momentum (sgd)."""
     weight_decay: float = Field(default=5e-4, ge=0)
     """On weights of convolutions and linear layers only; never on BatchNorm and biases."""
-    warmup_epochs: float = Field(default=1.0, ge=0)
+    warmup_epochs: float = Field(default=0.5, ge=0)
     """Learning rate rises linearly from zero over these epochs."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after the warm-up: a half cosine down to zero, or constant."""

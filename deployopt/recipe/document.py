@@ -42,8 +42,8 @@ class Document:
         from ruamel.yaml import YAML
 
         stream = StringIO()
-        yaml = YAML(typ="safe", pure=True)
-        yaml.default_flow_style = False  # type: ignore[assignment]
+        yaml: Any = YAML(typ="safe", pure=True)  # its attributes are typed as the None they start with
+        yaml.default_flow_style = False
         yaml.sort_base_mapping_type_on_output = False
         yaml.dump(self.data, stream)
         return stream.getvalue()

@@ -32,8 +32,9 @@ class ModelConfig(Section):
     """Name of the network: torchvision's ResNets, or your own through the entry point `deployopt.models`; see `deployopt list models`."""
     weights: str | None = None
     """null starts at random; "imagenet" takes torchvision's default weights (downloaded); else the path of a .safetensors or .pth state dict."""
-    stem: Literal["imagenet", "small", "cifar"] = "imagenet"
-    """First layers: imagenet is 7×7 stride 2 and max-pool; small 3×3 stride 2 without max-pool; cifar 3×3 stride 1 without max-pool."""
+    stem: Literal["imagenet", "small", "cifar"] | None = None
+    """First layers: null is the network's own (imagenet for torchvision's ResNets, cifar for the CIFAR ones); imagenet is 7×7 stride 2
+    and max-pool; small 3×3 stride 2 without max-pool; cifar 3×3 stride 1 without max-pool."""
     options: dict[str, JsonValue] = {}
     """Keyword arguments of your own network."""
 

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from deployopt.report import charts, summary, units
 from deployopt.report.summary import JsonRow, Report
-from deployopt.report.verdict import headline
+from deployopt.report.verdict import headline, limit_sentences
 
 CLASSES_DRAWN = 30  # a confusion matrix with more is unreadable; its worst pairs are listed instead
 WORST_PAIRS = 15
@@ -307,7 +307,7 @@ def _row_table(report: Report) -> list[dict[str, Any]]:
                 "p50_ci": units.interval(host.get("p50_ci95")),
                 "p99": units.significant(host.get("p99")) if host else "",
                 "speedup": units.factor(row["speedup"]) if row.get("speedup") is not None else "",
-                "speedup_ci": units.interval(row.get("speedup_ci95"), decimals=2),
+                "speedup_ci": "" if row.get("speedup_ci95") == [1.0, 1.0] else units.interval(row.get("speedup_ci95"), decimals=2),
                 "speedup_best_float": units.factor(row["speedup_best_float"]) if row.get("speedup_best_float") is not None else "",
                 "quantized": summary.quantized_cell(row),
                 "size": units.size(summary.size_bytes(row)) if summary.size_bytes(row) else "",
@@ -362,13 +362,13 @@ def render(report: Report) -> str:
         version=report.get("deployopt") or "",
         headline=headline(report),
         violations=(report.get("budget") or {}).get("violations") or [],
-        limits=(report.get("budget") or {}).get("limits") or {},
+        limits=limit_sentences((report.get("budget") or {}).get("limits") or {}, task),
         recommended=recommended,
         best=best,
         best_key=summary.row_key(best) if best else "",
         dataset=", ".join(f"{v} {k}" if k != "name" else str(v) for k, v in dataset.items()),
         environment=summary.environment_line(report.get("environment") or {}),
-        contract=summary.contract_lines(report["rows"]),
+        contract=summary.contract_lines(report["rows"], report.get("environment") or {}),
         sections=[s for s in sections if s],
         absences=summary.absences(report["rows"]),
         metric=units.metric_name(task["primary"]),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,9 +21,16 @@ from deployopt.report.summary import split_remedy
 from deployopt.runtime.progress import Bar, ContextManagerOfBar
 
 LINE_EVERY_S = 10.0  # off a terminal, a bar logs this often
-FINISHED_SHOWN = 8
-PENDING_SHOWN = 4
-MARKS = {"pending": ("·", "dim"), "running": ("▸", "bold cyan"), "done": ("✓", "green"), "cached": ("✓", "green"), "unavailable": ("○", "yellow")}
+STARTED_AFTER_S = 2.0  # off a terminal, a step that takes longer says that it started
+MARGIN = 2  # lines of a terminal that the list leaves free
+MARKS = {
+    "pending": ("·", "dim"),
+    "running": ("▸", "bold cyan"),
+    "done": ("✓", "green"),
+    "cached": ("✓", "green"),
+    "built": ("✓", "green"),
+    "unavailable": ("○", "yellow"),
+}
 FAILED_MARK = ("✗", "bold red")
 
 
@@ -30,23 +39,65 @@ class _Step:
     id: str
     title: str
     state: str = "pending"
-    seconds: float | None = None
+    seconds: float = 0.0
     reason: str = ""
 
-    def line(self) -> Text:
-        mark, style = MARKS.get(self.state, FAILED_MARK)
-        text = Text(f"{mark} ", style=style, no_wrap=True, overflow="ellipsis")
-        text.append(self.title, style="dim" if self.state == "pending" else "")
-        return text.append(f"  {self.note}", style=style) if self.note else text
+    @property
+    def stage(self) -> str:
+        """The stage instance: a title is its name, and what it makes of it."""
+        return self.title.partition(" ")[0]
+
+    @property
+    def label(self) -> str:
+        return self.title.partition(" ")[2]
+
+    @property
+    def over(self) -> bool:
+        return self.state not in {"pending", "running"}
+
+    @property
+    def failed(self) -> bool:
+        return self.over and self.state not in MARKS
 
     @property
     def note(self) -> str:
-        """What is said beside the title."""
-        if self.state in {"pending", "running"}:
-            return ""
+        """What became of it."""
         if self.state == "done":
             return units.seconds(self.seconds)
         return f"{self.state}: {self.reason}" if self.reason else self.state
+
+
+def _held_back(steps: Iterable[_Step]) -> list[str]:
+    """Steps that ended short of a measurable result, one line a stage, state and reason: "build: 2 unavailable (a, b): no driver"."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for step in steps:
+        if step.over and not step.failed and step.reason:
+            groups.setdefault((step.stage, step.state, step.reason), []).append(step.label)
+    lines = []
+    for (stage, state, reason), labels in groups.items():
+        which = ", ".join(label for label in labels if label)
+        lines.append(f"{stage}: {len(labels)} {state}{f' ({which})' if which else ''}: {reason}")
+    return lines
+
+
+def _stage_line(steps: Sequence[_Step]) -> Text:
+    """One line for all steps of a stage: how many are done, what runs, how long it took, how the rest ended."""
+    over, running = [s for s in steps if s.over], next((s for s in steps if s.state == "running"), None)
+    failed = next((s for s in steps if s.failed), None)
+    state = failed.state if failed else "running" if running or 0 < len(over) < len(steps) else "done" if over else "pending"
+    if not failed and over and all(s.state == "unavailable" for s in steps):
+        state = "unavailable"
+    mark, style = MARKS.get(state, FAILED_MARK)
+    text = Text(f"{mark} ", style=style, no_wrap=True, overflow="ellipsis")
+    text.append(steps[0].stage, style="dim" if state == "pending" else "")
+    if len(steps) > 1:
+        text.append(f" {len(over)}/{len(steps)}", style="dim" if state == "pending" else "")
+    said = [f"{running.label}" if running and running.label else "", units.seconds(sum(s.seconds for s in over)) if over else ""]
+    counts = Counter(s.state for s in over if s.state != "done")
+    said += [f"{number} {name}" if len(steps) > 1 else name for name, number in counts.items()]
+    if failed:
+        said.append(f"{failed.label or failed.stage}: {failed.reason}")
+    return text.append(f"  {', '.join(part for part in said if part)}", style=style) if any(said) else text
 
 
 class _LiveBar:
@@ -99,6 +150,7 @@ class LiveProgress:
     def __init__(self, console: Console, steps: Sequence[tuple[str, str]], quiet: bool = False) -> None:
         self._console, self._quiet = console, quiet
         self._steps = {step_id: _Step(step_id, title) for step_id, title in steps}
+        self._timer = threading.Timer(0, _plain)  # says that a step started; none is running yet
         self._bars = Progress(
             TextColumn("  {task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -117,53 +169,68 @@ class LiveProgress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Restore the terminal, also after an exception or Ctrl-C; what finished stays as plain lines."""
+        self._timer.cancel()
+        steps = list(self._steps.values())
         if self._live:
             self._live.stop()
-            for step in self._steps.values():
-                if step.state not in {"pending", "running"}:
-                    self._console.print(step.line())
+            for stage in self._stages():
+                if any(s.over for s in stage):
+                    self._console.print(_stage_line(stage))
+        if self._quiet:
+            return
+        for line in _held_back(steps):
+            if self._live:
+                self._console.print(Text(f"  {line}", style="yellow"), soft_wrap=True)
+            else:
+                _plain(self._console, line)
+
+    def _stages(self) -> list[list[_Step]]:
+        """Steps by stage, in the order of the stages."""
+        stages: dict[str, list[_Step]] = {}
+        for step in self._steps.values():
+            stages.setdefault(step.stage, []).append(step)
+        return list(stages.values())
 
     def _render(self) -> RenderableType:
-        """At most about 20 lines however many steps there are: earlier finished and later pending ones are counted."""
-        steps = list(self._steps.values())
-        finished = [s for s in steps if s.state not in {"pending", "running"}]
-        running = [s for s in steps if s.state == "running"]
-        pending = [s for s in steps if s.state == "pending"]
-        lines: list[RenderableType] = []
-        folded = finished[: max(0, len(finished) - FINISHED_SHOWN)]
-        if folded:
-            seconds = sum(s.seconds or 0.0 for s in folded)
-            lines.append(Text(f"✓ {units.plural(len(folded), 'earlier step')}, {units.seconds(seconds)}", style="green"))
-        lines += [s.line() for s in finished[len(folded) :]]
-        lines += [s.line() for s in running]
-        if self._bars.tasks:
-            lines.append(self._bars.get_renderable())
-        lines += [s.line() for s in pending[:PENDING_SHOWN]]
-        if len(pending) > PENDING_SHOWN:
-            lines.append(Text(f"· {len(pending) - PENDING_SHOWN} more", style="dim"))
-        return Group(*lines)
+        """One line a stage and one a bar, never more than the terminal is high: what is further from the running stage is left out."""
+        stages = self._stages()
+        lines = [_stage_line(stage) for stage in stages]
+        running = next((i for i, stage in enumerate(stages) if any(s.state == "running" for s in stage)), sum(all(s.over for s in st) for st in stages))
+        room = max(1, self._console.height - MARGIN - len(self._bars.tasks) - 2)  # 2: what says that lines are left out
+        first = min(max(0, running - room + 2), max(0, len(lines) - room))
+        shown: list[RenderableType] = [Text(f"✓ {units.plural(first, 'earlier stage')}", style="green")] if first else []
+        for i, line in list(enumerate(lines))[first : first + room]:
+            shown.append(line)
+            if i == running and self._bars.tasks:
+                shown.append(self._bars.get_renderable())
+        if running >= len(lines) and self._bars.tasks:
+            shown.append(self._bars.get_renderable())
+        later = len(lines) - first - room
+        return Group(*shown, *([Text(f"· {units.plural(later, 'later stage')}", style="dim")] if later > 0 else []))
 
     def step_started(self, step_id: str, title: str) -> None:
         """A step begins to run; one that was not planned is added to the list."""
         step = self._steps.setdefault(step_id, _Step(step_id, title))
         step.title, step.state = title, "running"
         if not self._live and not self._quiet:
-            _plain(self._console, f"{title}: started")
+            self._timer = threading.Timer(STARTED_AFTER_S, _plain, (self._console, f"{title}: started"))
+            self._timer.daemon = True
+            self._timer.start()
 
     def step_finished(self, step_id: str, seconds: float, cached: bool, status: str, reason: str | None = None) -> None:
-        """A step ended.
+        """A step ended. One that ended short of a result, with a reason, is told at the end, together with others of that reason.
 
         Args:
             seconds: it took now.
             cached: it was read back, not run.
-            status: "ok", or any other of a report's step states ("unavailable", "failed").
+            status: "ok", or any other of a report's step states ("built", "unavailable", "failed").
             reason: for a status other than "ok".
         """
+        self._timer.cancel()
         step = self._steps.setdefault(step_id, _Step(step_id, step_id))
         step.state = status if status not in {"ok", "done"} else "cached" if cached else "done"
         step.seconds, step.reason = seconds, split_remedy(reason)[0] if reason else ""
-        failed = step.state not in MARKS
-        if not self._live and (failed or not self._quiet):
+        if not self._live and (step.failed or not (self._quiet or step.reason)):
             _plain(self._console, f"{step.title}: {step.note}")
 
     def log(self, message: str) -> None:

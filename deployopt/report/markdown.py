@@ -98,6 +98,9 @@ def render(report: Report) -> str:
     ]
     parts.append(table(["variant", "params", "MACs", "size", name, "took"], figures) if figures else "")
     parts += [_rows(report), _reasons(report["rows"])]
-    contract = [*(cell(line) for line in summary.contract_lines(report["rows"])), cell(summary.environment_line(report.get("environment") or {}))]
+    contract = [
+        *(cell(line) for line in summary.contract_lines(report["rows"], report.get("environment") or {})),
+        cell(summary.environment_line(report.get("environment") or {})),
+    ]
     parts.append(folded("How it was measured", "\n".join(f"- {line}" for line in contract)))
     return "\n\n".join(p for p in parts if p) + "\n"

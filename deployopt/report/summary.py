@@ -11,6 +11,8 @@ from deployopt.report import units
 Report = Mapping[str, Any]
 JsonRow = Mapping[str, Any]
 FLAGS_SHOWN = 2  # of all rows together; each row's contract has its own
+SAID_BY_FIGURES = ("the warm-up did not settle", "other processes used")  # flags of `bench.harness` that the lines give as figures
+SEPARATOR = " · "
 DEFAULT_TASK: Mapping[str, Any] = {"name": "classification", "primary": "top1", "unit": "", "higher_is_better": True}
 
 
@@ -115,7 +117,7 @@ def split_remedy(reason: str | None) -> tuple[str, str]:
 
 
 class Absence(NamedTuple):
-    """Rows that did not run for one reason. `where` is a backend, with the precisions if its reasons differ."""
+    """Rows that did not run for one reason. `where` is a backend and its precisions."""
 
     where: str
     status: str
@@ -130,12 +132,10 @@ def absences(rows: Sequence[JsonRow]) -> list[Absence]:
     for row in rows:
         if row["status"] == "unavailable" or (row["status"] == "built" and row.get("reason")):
             groups.setdefault((row["backend"], row["status"], row.get("reason")), []).append(row)
-    reasons_of = [(backend, status) for backend, status, _ in groups]
     found = []
     for (backend, status, reason), members in groups.items():
         precisions = ", ".join(dict.fromkeys(r["precision"] for r in members))
-        where = f"{backend} {precisions}" if reasons_of.count((backend, status)) > 1 else backend
-        found.append(Absence(where, "built, not run" if status == "built" else status, len(members), *split_remedy(reason)))
+        found.append(Absence(f"{backend} {precisions}", "built, not run" if status == "built" else status, len(members), *split_remedy(reason)))
     return found
 
 
@@ -147,37 +147,79 @@ def _span(values: Iterable[Any], show: Any = str) -> str:
     return show(known[0]) if len(known) == 1 else f"{show(known[0])}–{show(known[-1])}"
 
 
-def contract_lines(rows: Sequence[JsonRow]) -> list[str]:
-    """The measurement contract of all measured rows in at most three sentences."""
+def contract_lines(rows: Sequence[JsonRow], environment: Mapping[str, Any] | None = None) -> list[str]:
+    """The measurement contract of all measured rows: what was timed, how long, and how steady the machine was; one line each.
+
+    Args:
+        environment: where; None leaves the processor out.
+    """
     contracts = [r["contract"] for r in rows if r["status"] in {"ok", "invalid"} and r.get("contract")]
     if not contracts:
         return []
-
-    def of(key: str) -> list[Any]:
-        return [c.get(key) for c in contracts]
-
-    warm_up = [c.get("warm_up") or {} for c in contracts]
-    clocks = ", ".join(dict.fromkeys(str(c) for c in of("clock") if c)) or "not recorded"
-    copies = dict.fromkeys(str(c) for c in of("copies") if c is not None)
-    what = f"Clock: {clocks}" + (f" (copies: {', '.join(copies)})" if copies else "")
-    threads = _span(of("threads"))
-    if threads:
-        what += f"; threads: {threads}"
-    how = f"{_span(of('blocks')) or '?'} blocks × {_span(of('iterations')) or '?'} iterations"
-    duration = _span(of("duration_s"), units.significant)
-    if duration:
-        how += f", {duration} s a row"
-    together = max((len(c.get("interleaved_with") or []) + 1 for c in contracts), default=1)
-    how += f", interleaved with up to {units.plural(together - 1, 'other row')}" if together > 1 else ", not interleaved"
-    warm = f"Warm-up: {_span(w.get('runs') for w in warm_up) or '?'} runs, {_span((w.get('seconds') for w in warm_up), units.significant) or '?'} s"
-    unsettled = sum(w.get("settled") is False for w in warm_up)
-    if unsettled:
-        warm += f" ({units.plural(unsettled, 'row')} did not settle)"
-    flags = list(dict.fromkeys(str(f) for c in contracts for f in c.get("flags") or []))
+    what = [_clock(contracts), _spans(contracts, "threads", "thread"), _processor(environment) if environment else ""]
+    lines = [
+        SEPARATOR.join(part for part in what if part),
+        SEPARATOR.join([_blocks(contracts), *_inputs(contracts)]),
+        SEPARATOR.join([_warm_up(contracts), *_load(contracts), "intervals: 95 % bootstrap of block medians"]),
+    ]
+    flags = list(dict.fromkeys(str(f) for c in contracts for f in c.get("flags") or [] if not str(f).startswith(SAID_BY_FIGURES)))
     if flags:
         more = f" and {len(flags) - FLAGS_SHOWN} more" if len(flags) > FLAGS_SHOWN else ""
-        warm += f"; flags: {', '.join(flags[:FLAGS_SHOWN])}{more}"
-    return [f"{what}.", f"{how}.", f"{warm}; intervals are 95 % bootstrap of block medians."]
+        lines.append(f"flags: {', '.join(flags[:FLAGS_SHOWN])}{more}")
+    return lines
+
+
+def _clock(contracts: Sequence[Mapping[str, Any]]) -> str:
+    clocks = ", ".join(dict.fromkeys(str(c["clock"]) for c in contracts if c.get("clock"))) or "unrecorded"
+    copies = ", ".join(dict.fromkeys(str(c["copies"]).removesuffix(" by the host clock") for c in contracts if c.get("copies") is not None))
+    return f"{clocks} clock" + (f", copies {copies}" if copies else "")
+
+
+def _spans(contracts: Iterable[Mapping[str, Any]], key: str, noun: str) -> str:
+    """ "2 threads", "1–2 threads", or "" if it is not recorded."""
+    text = _span(c.get(key) for c in contracts)
+    return f"{text} {noun}{'' if text == '1' else 's'}" if text else ""
+
+
+def _processor(environment: Mapping[str, Any]) -> str:
+    cpu = environment.get("cpu") or {}
+    isa = ", ".join(str(i) for i in cpu.get("isa") or [])
+    return str(cpu.get("model") or "unknown CPU") + (f" ({isa})" if isa else "")
+
+
+def _blocks(contracts: Sequence[Mapping[str, Any]]) -> str:
+    text = f"{_span(c.get('blocks') for c in contracts) or '?'} blocks × {_span(c.get('iterations') for c in contracts) or '?'} iterations"
+    duration = _span((c.get("duration_s") for c in contracts), lambda v: units.significant(v, 2))
+    if duration:
+        text += f", {duration} s a row"
+    others = max(len(c.get("interleaved_with") or []) for c in contracts)
+    shuffled = " in shuffled rounds" if all(c.get("shuffled") for c in contracts) else ""
+    return text + SEPARATOR + (f"interleaved{shuffled} with up to {units.plural(others, 'other')}" if others else "not interleaved")
+
+
+def _inputs(contracts: Sequence[Mapping[str, Any]]) -> list[str]:
+    inputs = [c["inputs"] for c in contracts if c.get("inputs")]
+    source = ", ".join(dict.fromkeys(str(i["source"]) for i in inputs if i.get("source")))
+    return [f"images: {source}, {_span(i.get('buffers') for i in inputs)} buffers rotated"] if source else []
+
+
+def _warm_up(contracts: Sequence[Mapping[str, Any]]) -> str:
+    warm_up = [c.get("warm_up") or {} for c in contracts]
+    seconds = _span((w.get("seconds") for w in warm_up), lambda v: units.significant(v, 2))
+    unsettled = sum(w.get("settled") is False for w in warm_up)
+    return f"warm-up: {_span(w.get('runs') for w in warm_up) or '?'} runs, {seconds or '?'} s" + (
+        f" ({units.plural(unsettled, 'row')} did not settle)" if unsettled else ""
+    )
+
+
+def _load(contracts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The worst that other processes and other guests took from any row."""
+    found = []
+    for key, noun in (("other_cpu_percent", "other processes"), ("steal_percent", "steal")):
+        values = [float(v) for c in contracts if (v := (c.get("load") or {}).get(key)) is not None]
+        if values:
+            found.append(f"{noun} ≤ {max(values):.0f} %")
+    return found
 
 
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
@@ -209,7 +251,7 @@ def environment_line(environment: Mapping[str, Any]) -> str:
         parts.append(str(environment["os"]))
     if environment.get("container"):
         parts.append("in a container" if environment["container"] is True else f"in {environment['container']}")
-    return " · ".join(parts)
+    return SEPARATOR.join(parts)
 
 
 def accuracy_cell(row: JsonRow, reference: float | None, task: Mapping[str, Any]) -> tuple[str, str]:
@@ -219,6 +261,8 @@ def accuracy_cell(row: JsonRow, reference: float | None, task: Mapping[str, Any]
 
 
 def quantized_cell(row: JsonRow) -> str:
-    """Layers that really run in INT8: "21/21"."""
+    """Layers that really run in INT8: "21/21"; – where none is wanted, ? where the runtime does not tell."""
     verified = row.get("verified")
-    return f"{verified['quantized_layers']}/{verified['quantizable_layers']}" if verified else ""
+    if row["precision"] != "int8" and not (verified and verified["quantized_layers"]):
+        return units.UNKNOWN
+    return f"{verified['quantized_layers']}/{verified['quantizable_layers']}" if verified else "?"

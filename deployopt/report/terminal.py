@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
@@ -50,6 +51,30 @@ def _print_prose(console: Console, markup: str) -> None:
     console.print(Text.from_markup(markup))
 
 
+def _print_item(console: Console, head: Text, body: str | Text) -> None:
+    """Head and body on one line if they fit, else the body indented below."""
+    body = Text(body) if isinstance(body, str) else body
+    if head.cell_len + 1 + body.cell_len <= console.width:
+        console.print(Text.assemble(head, " ", body))
+    else:
+        console.print(head)
+        for line in body.wrap(console, console.width - 2):
+            line.rstrip()
+            console.print(Text("  ") + line)
+
+
+def _print_parts(console: Console, line: str, style: str) -> None:
+    """A line of parts joined by " · ", broken only between parts where it must be."""
+    shown = ""
+    for part in line.split(summary.SEPARATOR):
+        longer = f"{shown}{summary.SEPARATOR}{part}" if shown else part
+        if shown and cell_len(longer) > console.width:
+            console.print(Text(shown, style=style))
+            longer = f"  {part}"
+        shown = longer
+    console.print(Text(shown, style=style))
+
+
 def _variants(report: Report, console: Console) -> None:
     variants, task = report["variants"], summary.task_of(report)
     if not variants:
@@ -80,7 +105,7 @@ def _rows(report: Report, console: Console) -> None:
         shown = [(index, r) for index, r in enumerate(rows) if r["batch"] == batch and r["status"] != "unavailable"]
         if not shown:
             continue
-        console.print(Text.assemble((f"batch {batch}", "bold"), ("  ms on the host clock, speed-up over dense FP32 there; ±, –: 95 % intervals", "dim")))
+        console.print(Text.assemble((f"batch {batch}", "bold"), ("  ms (host clock); speed-up over its dense FP32; ±, [ ]: 95 % CI", "dim")))
         bases = [summary.dense_row(rows, variants, r["backend"], batch) is r for _, r in shown]
         columns = _row_columns([r for _, r in shown], bases, reference, task)
         console.print(table(columns, console, ["bold green" if i == recommended else "" for i, _ in shown]))
@@ -129,18 +154,16 @@ def _half_width(row: JsonRow) -> str:
     return f"{100 * max(bounds[1] - median, median - bounds[0]) / median:.1f}%"
 
 
-def _reasons(rows: Sequence[JsonRow], console: Console) -> None:
+def _reasons(rows: Sequence[JsonRow], console: Console, key: Callable[[JsonRow], str] = summary.row_key) -> None:
     for absence in summary.absences(rows):
-        remedy = f" → {escape(absence.remedy)}" if absence.remedy else ""
-        _print_prose(
-            console, f"[yellow]{absence.status}[/] [bold]{escape(absence.where)}[/] ({units.plural(absence.rows, 'row')}): {escape(absence.reason)}{remedy}"
-        )
+        remedy = f" → {absence.remedy}" if absence.remedy else ""
+        head = Text.assemble((absence.status, "yellow"), " ", (absence.where, "bold"), f" ({units.plural(absence.rows, 'row')}):")
+        _print_item(console, head, f"{absence.reason}{remedy}")
     for row in rows:
         if row["status"] in {"failed", "invalid"}:
             what, remedy = summary.split_remedy(row.get("reason"))
-            mend = f" → {escape(remedy)}" if remedy else ""
-            style = STATUS_STYLE[row["status"]]
-            _print_prose(console, f"[{style}]{row['status']}[/] [bold]{escape(summary.row_key(row))}[/]: {escape(what)}{mend}")
+            head = Text.assemble((row["status"], STATUS_STYLE[row["status"]]), " ", (key(row), "bold"), ":")
+            _print_item(console, head, f"{what} → {remedy}" if remedy else what)
     if any(r["status"] != "ok" for r in rows):
         console.print()
 
@@ -154,14 +177,15 @@ def render(report: Report, console: Console, run_dir: Path | None = None) -> Non
     budget, rows = report.get("budget") or {}, report["rows"]
     for violation in budget.get("violations") or []:
         _print_prose(console, f"[bold red]BUDGET MISSED[/] {escape(violation['sentence'])}")
-    console.print(Text(headline(report), style="bold"))
-    console.print(Text(summary.environment_line(report.get("environment") or {}), style="dim"))
+    subject, colon, bought = headline(report).partition(": ")
+    _print_item(console, Text(f"{subject}{colon.strip()}", style="bold"), Text(bought, style="bold"))
+    _print_parts(console, summary.environment_line(report.get("environment") or {}), "dim")
     console.print()
     _variants(report, console)
     _rows(report, console)
     _reasons(rows, console)
-    for line in summary.contract_lines(rows):
-        console.print(Text(line, style="dim"))
+    for line in summary.contract_lines(rows, report.get("environment") or {}):
+        _print_parts(console, line, "dim")
     _closing(report, console, Path(run_dir) if run_dir is not None else Path(str(report.get("run") or ".")))
 
 
@@ -177,3 +201,65 @@ def _closing(report: Report, console: Console, folder: Path) -> None:
             console.print(Text(f"  {folder / artifact}"), soft_wrap=True)
     for name in ("report.json", "report.md", "report.html"):
         console.print(Text(f"{folder / name}"), soft_wrap=True)
+
+
+def render_bench(rows: Sequence[JsonRow], console: Console) -> None:
+    """What `deployopt bench` measured: a table a batch size, who is faster than the first, what failed and why, and the contract.
+
+    Args:
+        rows: `artifact.Row`s as JSON; `variant` is the artifact's name, the first one is the baseline.
+    """
+    for batch in summary.batches(rows):
+        shown = [r for r in rows if r["batch"] == batch]
+        console.print(Text.assemble((f"batch {batch}", "bold"), ("  ms (host clock); speed-up over the first; [ ]: 95 % CI", "dim")))
+        console.print(table(_bench_columns(shown), console))
+        for row in shown[1:]:
+            console.print(Text(bench_verdict(row, shown[0])))
+        console.print()
+    _reasons(rows, console, lambda r: f"{r['variant']} b{r['batch']}")
+    for line in summary.contract_lines(rows):
+        _print_parts(console, line, "dim")
+
+
+def _bench_columns(rows: Sequence[JsonRow]) -> list[Column]:
+    def each(figure: Callable[[JsonRow], str]) -> list[str]:
+        return [figure(r) for r in rows]
+
+    def host(name: str) -> list[str]:
+        return each(lambda r: units.significant(summary.host(r).get(name)) if summary.host(r) else "")
+
+    def bracketed(bounds: list[float] | None, decimals: int | None = None) -> str:
+        text = units.interval(bounds, decimals)
+        return f"[{text}]" if text else ""
+
+    return spaced(
+        [
+            Column("artifact", each(lambda r: r["variant"]), right=False),
+            Column("backend", each(lambda r: r["backend"]), 5, right=False),
+            Column("prec", each(lambda r: r["precision"]), 3, right=False),
+            Column("p50", each(lambda r: units.significant(summary.p50_ms(r)) if summary.host(r) else r["status"])),
+            Column("[95 %]", each(lambda r: bracketed(summary.host(r).get("p50_ci95"))), 2),
+            Column("p90", host("p90"), 6),
+            Column("p99", host("p99"), 4),
+            Column("images/s", each(lambda r: units.significant(r["throughput_per_s"]) if r.get("throughput_per_s") else ""), 7),
+            Column("speed", each(lambda r: units.factor(r["speedup"]) if r.get("speedup") is not None else "")),
+            Column("[95 %]", ["", *(bracketed(r.get("speedup_ci95"), 2) for r in rows[1:])], 1),
+        ]
+    )
+
+
+def bench_verdict(row: JsonRow, first: JsonRow) -> str:
+    """One sentence: "qat is 5.2x faster than finetune, 5.1–5.3", or that noise hides the difference, or why nothing can be said."""
+    name, base, speedup, bounds = row["variant"], first["variant"], row.get("speedup"), row.get("speedup_ci95")
+    if speedup is None:
+        lacking = " and ".join(r["variant"] for r in (first, row) if not summary.host(r))
+        return f"{name} cannot be compared with {base}: {lacking} was not measured"
+    doubtful = [r["variant"] for r in (first, row) if r["status"] == "invalid"]
+    doubt = f" (doubtful: {'both' if len(doubtful) > 1 else doubtful[0]} invalid)" if doubtful else ""
+    if not bounds:
+        return f"{name}: {units.factor(speedup)} the speed of {base}, from too few blocks for an interval{doubt}"
+    if bounds[0] <= 1 <= bounds[1]:
+        return f"no difference between {name} and {base}: {units.interval(bounds, 2)} covers 1{doubt}"
+    if speedup > 1:
+        return f"{name} is {units.significant(speedup)}x faster than {base}, {units.interval(bounds, 2)}{doubt}"
+    return f"{name} is {units.significant(1 / speedup)}x slower than {base}, {units.interval([1 / bounds[1], 1 / bounds[0]], 2)}{doubt}"

@@ -29,10 +29,14 @@ class Limit(NamedTuple):
         excess = found - self.wanted if self.upper else self.wanted - found
         return max(0.0, excess) / max(abs(self.wanted), 1e-9)
 
+    @property
+    def bound(self) -> str:
+        return f"{'at most' if self.upper else 'at least'} {self.show(self.wanted)}"
+
     def violation(self, row: JsonRow | None) -> dict[str, Any]:
         """The miss as JSON, its `sentence` ready to print."""
         found = None if row is None else self.figure(row)
-        bound = f"{'at most' if self.upper else 'at least'} {self.show(self.wanted)}"
+        bound = self.bound
         if row is None:
             sentence = f"{self.noun}: wanted {bound}, but no row outside PyTorch was measured"
             return {"limit": self.name, "wanted": self.wanted, "found": None, "row": None, "sentence": sentence}
@@ -116,10 +120,22 @@ def judge(
     return verdict, _recommend(rows, candidates, within, limits, reference=reference, task=task)
 
 
+def limit_sentences(budget: Mapping[str, Any], task: Mapping[str, Any]) -> list[str]:
+    """A budget's limits in words: "speed-up over dense FP32 at least 2.00x"."""
+    limits = _row_limits(budget, None, task)
+    if budget.get("min_quantized_layers") is not None:
+        limits.append(_quantization_limit(budget["min_quantized_layers"]))
+    return [f"{limit.noun} {limit.bound}" for limit in limits]
+
+
+def _quantization_limit(share: float) -> Limit:
+    return Limit("min_quantized_layers", share, quantized_share, False, _percent, "layers in INT8")
+
+
 def _quantization_violations(rows: Sequence[JsonRow], share: float | None) -> list[dict[str, Any]]:
     if share is None:
         return []
-    limit = Limit("min_quantized_layers", share, quantized_share, False, _percent, "layers in INT8")
+    limit = _quantization_limit(share)
     checked = [r for r in rows if r["precision"] == "int8" and r["status"] in {"ok", "built"} and quantized_share(r) is not None]
     return [limit.violation(r) for r in checked if limit.miss(r)]
 
@@ -178,7 +194,7 @@ def headline(report: Mapping[str, Any]) -> str:
     sentence = f"{model} → {summary.describe(row, variants)} on {row['backend']}, batch {row['batch']}: {_speed_phrase(row, dense)}"
     difference = summary.accuracy_change(summary.primary_score(row, task), summary.dense_score(rows, variants, task), task)
     if row is not dense and difference is not None:
-        unit = "points" if units.is_fraction(task) else task["unit"]
+        unit = "pp" if units.is_fraction(task) else task["unit"]
         sentence += f", {units.signed(difference, 2 if units.is_fraction(task) else 3)} {unit} {units.metric_name(task['primary'])}"
     size, dense_size = summary.size_bytes(row), summary.size_bytes(dense) if dense else None
     if row is not dense and size and dense_size:

@@ -56,6 +56,8 @@ def decode(source: Union[str, Path, bytes], channels: int = 3) -> Image:
     try:
         with pillow.Image.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as opened:
             upright = pillow.ImageOps.exif_transpose(opened)
+            if upright.mode.startswith("I"):  # 16-bit grey, which `convert` clips at 255 instead of scaling
+                upright = pillow.Image.fromarray(np.rint(np.clip(np.asarray(upright) / 257.0, 0, 255)).astype(np.uint8))
             pixels = np.array(upright.convert("RGB" if channels == 3 else "L"))
     except FileNotFoundError as exc:
         raise ArtifactError("{}: no such image".format(name)) from exc

@@ -21,6 +21,22 @@ if TYPE_CHECKING:
     from deployopt.data import Dataset
     from deployopt.tasks import Task
 
+__all__ = [
+    "Choices",
+    "Expansion",
+    "Family",
+    "Planning",
+    "Point",
+    "Stage",
+    "StageConfig",
+    "StageContext",
+    "StepOutput",
+    "StepResult",
+    "finish",
+    "load_parent",
+    "next_point",
+]
+
 Family = Literal["float", "int8"]
 T = TypeVar("T")
 
@@ -189,3 +205,7 @@ class Stage(Protocol):
 
     def run(self, context: StageContext, config: Any, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
         """Do one step. `inputs` are the outputs of the steps of `expansion.inputs`, in that order."""
+
+
+# what every trunk stage begins and ends with; it needs the types above
+from deployopt.stages._training import finish, load_parent, next_point  # noqa: E402

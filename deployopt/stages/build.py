@@ -22,7 +22,7 @@ from deployopt.errors import BuildFailed, DeployoptError, UsageError
 from deployopt.runtime.progress import Progress
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
 
-version = 1
+version = 2
 not_after: frozenset[str] = frozenset()
 after = frozenset({"export"})
 cacheable = True

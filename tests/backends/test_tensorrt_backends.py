@@ -228,7 +228,7 @@ def test_artifact_and_manifest_describe_the_engine(int8):
 
 def test_preprocessing_in_the_onnx_reaches_the_manifest(tmp_path):
     model = Graph("fp32").model()
-    onnx.helper.set_model_props(model, {"preprocessing": '{"image_size": 8, "channels": 3, "resize": null, "mean": [0.5], "std": [0.2]}'})
+    onnx.helper.set_model_props(model, {"deployopt.preprocessing": '{"image_size": 8, "channels": 3, "resize": null, "mean": [0.5], "std": [0.2]}'})
     onnx.save(model, tmp_path / "model.onnx")
     built = tensorrt_rtx.build(tmp_path / "model.onnx", tmp_path, BuildRequest("fp32", options={"compute_capabilities": [8.6]}), SilentProgress())
     assert manifest.read(built.path).preprocessing == Preprocessing(8, mean=(0.5,), std=(0.2,))

@@ -1,4 +1,5 @@
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -7,6 +8,7 @@ from deployopt.report import live
 from deployopt.report.live import LiveProgress
 
 STEPS = [(f"{i:02d}", f"step {i}") for i in range(20)]
+STAGES = [("init", "init"), *((f"{i:02d}-export", f"export v{i}") for i in range(3)), *((f"{i:02d}-build", f"build v{i}") for i in range(24))]
 
 
 def plain_console() -> tuple[Console, io.StringIO]:
@@ -14,7 +16,12 @@ def plain_console() -> tuple[Console, io.StringIO]:
     return Console(file=stream, width=100, force_terminal=False), stream
 
 
-def test_off_a_terminal_each_step_is_two_lines() -> None:
+def said(stream: io.StringIO) -> list[str]:
+    """Log lines without their time."""
+    return [line[9:] for line in stream.getvalue().splitlines()]
+
+
+def test_off_a_terminal_each_step_is_one_line_and_what_fell_short_is_told_at_the_end() -> None:
     console, stream = plain_console()
     with LiveProgress(console, STEPS) as progress:
         progress.step_started("00", "fine-tune")
@@ -22,11 +29,25 @@ def test_off_a_terminal_each_step_is_two_lines() -> None:
             for _ in range(3):
                 bar.advance(note="loss 0.3")
         progress.step_finished("00", 1.25, cached=False, status="ok")
-        progress.step_finished("01", 0.0, cached=True, status="ok")
-        progress.step_finished("02", 0.0, cached=False, status="unavailable", reason="no driver\n  → install it")
-    lines = [line[9:] for line in stream.getvalue().splitlines()]
-    assert lines == ["fine-tune: started", "fine-tune: 1.2 s", "step 1: cached", "step 2: unavailable: no driver"]
+        for i, reason in ((1, "no driver\n  → install it"), (2, "no driver"), (3, "no kernels")):
+            progress.step_started(f"{i:02d}", f"build v{i}")
+            progress.step_finished(f"{i:02d}", 0.0, cached=False, status="unavailable", reason=reason)
+        progress.step_finished("04", 0.0, cached=True, status="ok")
+    assert said(stream) == ["fine-tune: 1.2 s", "step 4: cached", "build: 2 unavailable (v1, v2): no driver", "build: 1 unavailable (v3): no kernels"]
     assert "\x1b" not in stream.getvalue()
+
+
+def test_off_a_terminal_a_long_step_says_that_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "STARTED_AFTER_S", 0.05)
+    console, stream = plain_console()
+    with LiveProgress(console, STEPS) as progress:
+        progress.step_started("00", "fine-tune")
+        time.sleep(0.3)
+        progress.step_finished("00", 0.3, cached=False, status="ok")
+        progress.step_started("01", "export")
+        progress.step_finished("01", 0.0, cached=False, status="ok")
+    time.sleep(0.1)
+    assert said(stream) == ["fine-tune: started", "fine-tune: 0.3 s", "export: 0.0 s"]
 
 
 def test_a_bar_logs_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,28 +72,48 @@ def test_quiet_says_only_failures() -> None:
     assert len(stream.getvalue().splitlines()) == 1
 
 
-def test_many_steps_stay_compact_and_an_exception_restores_the_terminal() -> None:
+def drawn(progress: LiveProgress, height: int) -> list[str]:
     stream = io.StringIO()
-    console = Console(file=stream, width=100, height=50, force_terminal=True)
+    Console(file=stream, width=100, height=height).print(progress._render())
+    return stream.getvalue().splitlines()
+
+
+def test_steps_of_a_stage_share_a_line_and_an_exception_restores_the_terminal() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=100, height=24, force_terminal=True)
 
     def fail() -> None:
-        with LiveProgress(console, STEPS) as progress:
-            for step_id, title in STEPS[:12]:
+        with LiveProgress(console, STAGES) as progress:
+            for step_id, title in STAGES[:12]:
                 progress.step_started(step_id, title)
-                progress.step_finished(step_id, 1.0, cached=False, status="ok")
-            progress.step_started("12", "[build] of 12")
+                progress.step_finished(step_id, 1.0, cached=False, status="ok" if step_id != "01-build" else "unavailable", reason=None)
+            progress.step_started("08-build", "build [v8]")
             with progress.track("calibrating", 10) as bar:
                 bar.advance(4, note="batch 4")
-                drawn = io.StringIO()
-                Console(file=drawn, width=100).print(progress._render())
-                lines = drawn.getvalue().splitlines()
-                assert len(lines) <= live.FINISHED_SHOWN + live.PENDING_SHOWN + 4
-                assert any("4 earlier steps" in line for line in lines)
-                assert any("[build] of 12" in line for line in lines)
-                assert any("calibrating" in line and "40%" in line for line in lines)
+                lines = drawn(progress, 24)
+                assert [line.split("  ")[0] for line in lines] == ["✓ init", "✓ export 3/3", "▸ build 8/24", ""]
+                assert "[v8], 8.0 s, 1 unavailable" in lines[2]
+                assert "calibrating" in lines[3]
                 raise RuntimeError("stage broke")
 
     with pytest.raises(RuntimeError, match="stage broke"):
         fail()
     assert stream.getvalue().rindex("\x1b[?25h") > stream.getvalue().rindex("\x1b[?25l")  # the cursor is shown again
-    assert "step 11" in stream.getvalue()
+    assert "export 3/3" in stream.getvalue()
+
+
+@pytest.mark.parametrize("height", [8, 12, 24])
+@pytest.mark.parametrize("running", [0, 15, 29])
+def test_the_list_never_exceeds_the_terminal(height: int, running: int) -> None:
+    stages = [(f"{i:02d}", f"stage{i}") for i in range(30)]
+    with LiveProgress(Console(file=io.StringIO(), width=100, height=height, force_terminal=True), stages) as progress:
+        for step_id, title in stages[:running]:
+            progress.step_started(step_id, title)
+            progress.step_finished(step_id, 1.0, cached=False, status="ok")
+        progress.step_started(*stages[running])
+        with progress.track("epochs", 10):
+            lines = drawn(progress, height)
+    assert len(lines) < height
+    assert any(f"stage{running}" in line for line in lines)
+    assert any("epochs" in line for line in lines)
+    assert any("later stage" in line for line in lines) == (running < 29)

@@ -37,8 +37,8 @@ def test_eighty_columns_keep_one_line_a_row_and_the_main_figures(report: dict[st
 def test_absences_are_one_line_each_with_remedy(report: dict[str, Any]) -> None:
     text = " ".join(printed(report, 100).split())
     assert text.count("unavailable") == 1
-    assert "unavailable tensorrt (10 rows): no NVIDIA driver answers → install the driver" in text
-    assert "built, not run tensorrt_rtx (10 rows)" in text
+    assert "unavailable tensorrt fp32, fp16, int8 (10 rows): no NVIDIA driver answers → install the driver" in text
+    assert "built, not run tensorrt_rtx fp32, fp16, int8 (10 rows)" in text
     assert "SIGSEGV in libonnxruntime [core dumped]" in text  # brackets are no markup
     assert "MAD/median 0.12 exceeds its limit" in text
 
@@ -66,3 +66,35 @@ def test_no_escape_codes_off_a_terminal(report: dict[str, Any], monkeypatch: pyt
 def test_a_report_without_rows(report: dict[str, Any]) -> None:
     report.update(rows=[], variants=[], recommended=None, budget={"met": True, "violations": []})
     assert "no deployable row was measured" in printed(report, 100)
+
+
+def bench_row(name: str, p50: float, speedup: float | None, bounds: list[float] | None, **other: Any) -> dict[str, Any]:
+    host = {"n": 2000, "p50": p50, "p90": p50 * 1.1, "p99": p50 * 1.3, "p50_ci95": [p50 * 0.99, p50 * 1.01]}
+    row = {"variant": name, "backend": "onnxruntime", "precision": "fp32", "batch": 1, "status": "ok", "reason": None, "latency_ms": {"host": host}}
+    return {**row, "throughput_per_s": 1e3 / p50, "speedup": speedup, "speedup_ci95": bounds, "verified": None, "contract": None, **other}
+
+
+def benched(rows: list[dict[str, Any]], width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    terminal.render_bench(rows, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_bench_says_who_is_faster_who_is_not_and_who_failed() -> None:
+    failed = bench_row("broken", 1.0, None, None, status="failed", reason="no such kernel → install it", latency_ms=None, throughput_per_s=None)
+    rows = [bench_row("finetune", 4.0, 1.0, [1.0, 1.0]), bench_row("qat", 0.77, 5.2, [5.1, 5.3]), bench_row("same", 4.0, 1.0, [0.98, 1.03]), failed]
+    slow = bench_row("slow", 8.0, 0.5, [0.49, 0.51], status="invalid", reason="MAD/median is 0.40 (limit 0.25)")
+    text = benched([*rows, slow])
+    assert "qat is 5.20x faster than finetune, 5.10–5.30" in text
+    assert "no difference between same and finetune: 0.98–1.03 covers 1" in text
+    assert "slow is 2.00x slower than finetune, 1.96–2.04 (doubtful: slow invalid)" in text
+    assert "broken cannot be compared with finetune: broken was not measured" in text
+    assert "failed broken b1: no such kernel → install it" in text
+    line = next(line for line in text.splitlines() if line.startswith("qat "))
+    assert line.split() == ["qat", "onnxruntime", "fp32", "0.770", "[0.762–0.778]", "0.847", "1.00", "1299", "5.20x", "[5.10–5.30]"]
+
+
+def test_bench_fits_a_narrow_terminal() -> None:
+    text = benched([bench_row("finetune", 4.0, 1.0, [1.0, 1.0]), bench_row("qat", 0.77, 5.2, [5.1, 5.3])], width=60)
+    assert max(map(len, text.splitlines())) <= 60
+    assert "5.20x" in text

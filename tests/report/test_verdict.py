@@ -111,7 +111,7 @@ def test_a_metric_where_less_is_better() -> None:
 
 
 def test_headline_says_what_was_bought(report: dict[str, Any]) -> None:
-    assert verdict.headline(report) == "ResNet-18 → pruned INT8 on openvino, batch 1: 7.9x faster than dense FP32, −0.08 points top-1, 0.10x the size"
+    assert verdict.headline(report) == "ResNet-18 → pruned INT8 on openvino, batch 1: 7.9x faster than dense FP32, −0.08 pp top-1, 0.10x the size"
 
 
 def test_headline_is_honest(report: dict[str, Any]) -> None:

@@ -1,52 +1,101 @@
-"""init → finetune → prune on real digits: every variant leaves the record that reports need."""
+"""init → finetune → prune on real digits: every variant leaves the record that reports need, and every run the same bits."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
+from pydantic import ValidationError
 
-from deployopt.data import Dataset, digits
+from deployopt.data import Dataset
+from deployopt.data._arrays import ArraySet
+from deployopt.errors import UsageError
 from deployopt.nn import checkpoint
-from deployopt.runtime.progress import SilentProgress
-from deployopt.stages import Planning, Point, StageContext, StepOutput, finetune, init, prune
-from deployopt.tasks import classification
+from deployopt.stages import Planning, Point, StepOutput, finetune, init, prune
+from deployopt.tasks import regression
+
+START = [(init, init.Config(fan_out=False)), (finetune, finetune.Config(epochs=2, batch_size=32, warmup_epochs=0.5))]
 
 
-class NoChoices:
-    def get_or_make(self, name, make):  # type: ignore[no-untyped-def]
-        return make()
+def pruning(**options: Any) -> prune.Config:
+    recovery = {"epochs": 1, "warmup_epochs": 0.0, "batch_size": 32}
+    return prune.Config.model_validate({"target": {"macs_ratio": 0.5}, "round_to": 1, "finetune": recovery, **options})
 
 
-def run_trunk(folder: Path) -> list[StepOutput]:
-    data: Dataset = digits.load(digits.Config(image_size=8))
-    steps: list[StepOutput] = []
-    points: list[Point] = []
-    plan = [
-        (init, init.Config(fan_out=False)),
-        (finetune, finetune.Config(epochs=2)),
-        (
-            prune,
-            prune.Config.model_validate(
-                {"target": {"macs_ratio": 0.5}, "round_to": 1, "global": True, "importance": "taylor", "finetune": {"epochs": 1, "warmup_epochs": 0}}
-            ),
-        ),
-    ]
-    for stage, config in plan:
-        name = stage.__name__.rpartition(".")[2]
-        context = StageContext(folder / name, name, {"arch": "resnet20"}, 0, "cpu", 1, classification, lambda: data, SilentProgress(), NoChoices(), folder)
-        expansion = stage.expand(config, Planning(points, name))[0]
-        result = stage.run(context, config, expansion, steps[-1:])
-        points += expansion.makes
-        steps.append(StepOutput(name, name, expansion.makes, result.record, result.artifacts, context.folder, False, 0.0))
-    return steps
+@pytest.fixture(scope="module")
+def trained(run_stages, tmp_path_factory: pytest.TempPathFactory) -> list[StepOutput]:  # type: ignore[no-untyped-def]
+    return run_stages(tmp_path_factory.mktemp("trunk"), START)
 
 
-def test_the_trunk_trains_prunes_and_repeats_bit_for_bit(tmp_path: Path) -> None:
-    first, second = run_trunk(tmp_path / "a"), run_trunk(tmp_path / "b")
-    assert [s.artifacts["model"].sha256 for s in first] == [s.artifacts["model"].sha256 for s in second]
-    start, trained, pruned = (s.record for s in first)
-    assert trained["accuracy"]["top1"] > start["accuracy"]["top1"] + 0.3
-    assert trained["accuracy"]["n"] == 539
-    assert pruned["macs"] <= 0.5 * trained["macs"]
-    assert [s.record["parent"] for s in first] == [None, "init", "finetune"]
-    assert len(trained["curves"]) == 2
-    assert checkpoint.load(first[-1].folder)(torch.rand(2, 3, 8, 8)).shape == (2, 10)
+def test_records_hold_what_reports_need(trained: list[StepOutput]) -> None:
+    start, tuned = (s.record for s in trained)
+    assert start == {"family": "float", "parent": None}
+    assert tuned["accuracy"]["top1"] > 0.8
+    assert tuned["accuracy"]["n"] == np.sum(tuned["details"]["confusion"])
+    assert [r["epoch"] for r in tuned["curves"]] == [1, 2]
+    assert tuned["validation"]["top1"] == tuned["curves"][tuned["kept_epoch"] - 1]["validation_top1"]
+    assert (tuned["family"], tuned["parent"]) == ("float", "init")
+    assert tuned["size_bytes"] == trained[1].artifacts["model"].path.stat().st_size
+
+
+def test_a_repeated_run_writes_the_same_bytes(run_stages, trained: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    plan = [(prune, pruning(importance="taylor", **{"global": True}))]
+    again = run_stages(tmp_path / "start", START)
+    one, two = run_stages(tmp_path / "one", plan, trained)[-1], run_stages(tmp_path / "two", plan, again)[-1]
+    assert again[-1].artifacts["model"].sha256 == trained[-1].artifacts["model"].sha256
+    assert one.artifacts["model"].sha256 == two.artifacts["model"].sha256
+    assert one.record == two.record
+
+
+@pytest.mark.parametrize(("target", "metric", "ratio"), [({"params_ratio": 0.4}, "params", 0.4), ({"speedup": 2.5}, "macs", 0.4)])
+def test_pruning_in_steps_reaches_its_target_and_recovers_after_each(  # type: ignore[no-untyped-def]
+    run_stages, trained: list[StepOutput], tmp_path: Path, target: dict[str, float], metric: str, ratio: float
+) -> None:
+    step = run_stages(tmp_path, [(prune, pruning(target=target, iterations=2))], trained)[-1]
+    assert step.record["pruning"]["target"] == {metric: pytest.approx(ratio)}
+    assert step.record["pruning"]["reached"][metric] <= ratio
+    assert [r["phase"] for r in step.record["curves"]] == ["prune 1/2", "prune 2/2"]
+    loaded = checkpoint.load(step.folder)
+    assert len(loaded.lineage) == 2
+    assert loaded(torch.rand(2, 3, 8, 8)).shape == (2, 3)
+
+
+def test_pruning_without_recovery_leaves_the_network_as_cut(run_stages, trained: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    step = run_stages(tmp_path, [(prune, pruning(finetune=None))], trained)[-1]
+    assert step.record["curves"] == []
+    assert step.record["macs"] <= 0.5 * trained[-1].record["macs"]
+
+
+def test_an_untrained_start_is_scored_when_it_fans_out(run_stages, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (step,) = run_stages(tmp_path, [(init, init.Config())])
+    assert step.record["parent"] is None
+    assert step.record["accuracy"]["n"] > 100
+
+
+def test_regression_goes_the_same_way(run_stages, small_digits: Dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    def brightness(images: ArraySet) -> ArraySet:
+        stored = np.stack([images.raw(i) for i in range(len(images))])
+        return ArraySet(stored, (stored.mean((1, 2))[:, :1] / 255).astype(np.float32), small_digits.preprocessing)
+
+    data = dataclasses.replace(small_digits, classes=(), **{name: brightness(getattr(small_digits, name)) for name in ("train", "validation", "test")})
+    steps = run_stages(tmp_path, [*START, (prune, pruning(importance="taylor"))], data=data, task=regression)
+    for step in steps[1:]:
+        assert set(step.record["accuracy"]) == {"mae", "rmse", "r2", "n"}
+        assert step.record["accuracy"]["mae"] < 0.2
+    with pytest.raises(UsageError, match="task: classification"):
+        run_stages(tmp_path / "wrong", START[:1], task=regression)
+
+
+@pytest.mark.parametrize("target", [{}, {"macs_ratio": 0.5, "speedup": 2.0}, {"macs_ratio": 1.0}, {"speedup": 1.0}])
+def test_a_target_is_exactly_one_possible_figure(target: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        prune.Target(**target)
+
+
+def test_each_trunk_stage_makes_one_variant_from_the_latest() -> None:
+    latest = Point("torch", "init", "float", fans_out=False)
+    (step,) = prune.expand(prune.Config(), Planning([latest], "thin"))
+    assert step.inputs == (latest,)
+    assert step.makes == (Point("torch", "thin", "float"),)

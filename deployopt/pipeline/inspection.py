@@ -1,0 +1,52 @@
+"""Questions outside a run: what can this machine do, how good is that artifact."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from deployopt import __version__, plugins
+from deployopt.bench.environment import environment, versions
+from deployopt.pipeline.binding import data_of
+from deployopt.runtime import host
+from deployopt.runtime.progress import Progress
+from deployopt.tasks import Task
+
+REPORTED = ("torch", "torchvision", "torch-pruning", "torchao", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13", "numpy")
+
+
+def evaluate(
+    artifact: str | Path, data_spec: str, *, task: str = "classification", backend: str | None = None, threads: int | None = None, progress: Progress
+) -> dict[str, Any]:
+    """Score an artifact on the test split of a data set; see `bench.artifacts.evaluate`.
+
+    Args:
+        data_spec: "NAME" or "NAME:KEY=VALUE,KEY=VALUE" with the options of a recipe's `data` section, VALUE in YAML.
+
+    Raises:
+        RecipeError: every problem of the data options at once.
+        UsageError, DataNotFound, MissingDependency, ArtifactError, WorkerDied.
+    """
+    from deployopt.bench import artifacts
+
+    source, config = data_of(data_spec)
+    scorer: Task = plugins.find("tasks", task)
+    return artifacts.evaluate(artifact, source.load(config), scorer, backend=backend, threads=threads or host.usable_cores(), progress=progress)
+
+
+def diagnose() -> dict[str, Any]:
+    """What this machine can train, build and run, and what to install for the rest."""
+    return {
+        "deployopt": __version__,
+        "environment": environment(REPORTED),
+        "backends": {name: asdict(plugins.find("backends", name).probe()) for name in plugins.names("backends")},
+        "missing": {extra: gone for extra, needs in EXTRAS.items() if (gone := [d for d, v in versions(needs).items() if v is None])},
+    }
+
+
+# What each extra brings, for `diagnose`; a test compares it with pyproject.toml.
+EXTRAS = {
+    "train": ("torch", "torchvision", "torch-pruning", "torchao", "onnx", "onnxscript", "safetensors", "scikit-learn", "pillow"),
+    "runtimes": ("onnx", "openvino", "pillow"),
+}

@@ -1,0 +1,242 @@
+"""Recipe → plan: every step, in order, cached or not, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from deployopt import __version__, plugins, store
+from deployopt.bench.environment import versions
+from deployopt.data import DataSource
+from deployopt.errors import DataNotFound, DeviceUnavailable, UsageError
+from deployopt.nn import ARCHITECTURES
+from deployopt.pipeline.binding import Entry, bind_recipe
+from deployopt.recipe import Recipe
+from deployopt.runtime import host
+from deployopt.runtime.hashing import sha256_file, sha256_json
+from deployopt.stages import Expansion, Planning, Point, Stage, StageConfig
+from deployopt.tasks import Task
+
+
+@dataclass(frozen=True)
+class Step:
+    """One planned step.
+
+    Attributes:
+        id: its folder in the run ("03-export-prune").
+        entry_name: of the stage instance.
+        parts, key: what the result depends on, and its sha256; None for a step that is never cached.
+        cached: a verified result lies in the cache.
+        why: reason of a miss, or why the step cannot run here.
+        seconds: it took when it was last run (the nearest relative's for a miss); None if unknown.
+    """
+
+    id: str
+    stage_name: str
+    entry_name: str
+    stage: Stage
+    config: StageConfig
+    expansion: Expansion
+    inputs: tuple[str, ...]
+    parts: Mapping[str, Any]
+    key: str | None
+    cached: bool = False
+    why: str | None = None
+    seconds: float | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.entry_name} {self.expansion.label}".strip()
+
+    @property
+    def kind(self) -> str:
+        """Hash of what this step does, whatever it reads: steps of one kind take about as long."""
+        return sha256_json({name: part for name, part in self.parts.items() if name != "inputs"})
+
+    @property
+    def runnable(self) -> bool:
+        return self.expansion.why_not is None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe bound to this machine: every step, in order.
+
+    Attributes:
+        data_problem: why the data are not here (then nothing can run or be cached), else None.
+    """
+
+    recipe: Recipe
+    task: Task
+    data: DataSource
+    data_config: Any
+    data_problem: DataNotFound | None
+    steps: tuple[Step, ...]
+    device: str
+    threads: int
+    resolved: Mapping[str, Any] = field(repr=False)
+    cache: store.Cache = field(repr=False)
+
+    @property
+    def seconds(self) -> float | None:
+        """About how long a run will take; None if a step that must run was never run before."""
+        to_run = [s.seconds for s in self.steps if not s.cached and s.runnable]
+        return None if any(s is None for s in to_run) else sum(s for s in to_run if s is not None)
+
+
+def plan(
+    recipe: Recipe, *, device: str = "auto", threads: int | None = None, until: str | None = None, fresh: bool = False, cache_home: Path | None = None
+) -> Plan:
+    """Bind a recipe to this machine. Imports no torch; runs nothing.
+
+    Args:
+        device: "auto" (a GPU when there is one), "cpu", "cuda" or "cuda:N".
+        threads: CPU threads for training and of every session; None takes the cores this process may use.
+        until: name of the last stage instance to run.
+        fresh: plan as if the cache were empty.
+
+    Raises:
+        RecipeError: with every problem of every stage at once.
+        UsageError: unknown `until`. DeviceUnavailable.
+    """
+    bound = bind_recipe(recipe)
+    entries = _until(bound.entries, until)
+    chosen_device, chosen_threads = _device(device), threads or host.usable_cores()
+    data_problem, fingerprint = None, None
+    try:
+        fingerprint = bound.data.fingerprint(bound.data_config)
+    except DataNotFound as error:
+        data_problem = error
+    common = {
+        "seed": recipe.seed,
+        "task": {"name": recipe.task, "package": plugins.origin("tasks", recipe.task)},
+        "data": {"name": recipe.data.name, "config": bound.data_config.model_dump(mode="json", by_alias=True), "fingerprint": fingerprint},
+        "model": _model_parts(recipe),
+        "device": chosen_device.partition(":")[0],
+        "threads": chosen_threads,
+    }
+    cache = store.Cache(cache_home)
+    steps = _expand(entries, common, recipe)
+    return Plan(
+        recipe=recipe,
+        task=bound.task,
+        data=bound.data,
+        data_config=bound.data_config,
+        data_problem=data_problem,
+        steps=tuple(_consult(steps, cache, fresh or data_problem is not None)),
+        device=chosen_device,
+        threads=chosen_threads,
+        resolved=bound.resolved,
+        cache=cache,
+    )
+
+
+def _until(entries: tuple[Entry, ...], until: str | None) -> tuple[Entry, ...]:
+    if until is None:
+        return entries
+    names = [e.name for e in entries]
+    if until not in names:
+        raise UsageError(plugins.unknown("stage", until, names))
+    return entries[: names.index(until) + 1]
+
+
+def _device(asked: str) -> str:
+    gpus = host.gpus()
+    if asked == "auto":
+        return "cuda:0" if gpus else "cpu"
+    if asked == "cpu":
+        return "cpu"
+    kind, _, index = asked.partition(":")
+    if kind != "cuda" or not (index or "0").isdecimal():
+        raise UsageError(f"unknown device '{asked}' (available: auto, cpu, cuda, cuda:N)")
+    if int(index or 0) >= len(gpus):
+        raise DeviceUnavailable(f"wanted {asked}, found {len(gpus)} NVIDIA GPUs with a working driver", "--device cpu, or `deployopt doctor`")
+    return f"cuda:{index or 0}"
+
+
+def _model_parts(recipe: Recipe) -> dict[str, Any]:
+    """The model section as key parts: a local weights file counts by content, not by name, a third party's network by its package's version."""
+    parts = recipe.model.model_dump(mode="json")
+    if recipe.model.arch not in ARCHITECTURES:
+        parts["package"] = plugins.origin("models", recipe.model.arch)
+    path = recipe.weights_path
+    if path is not None:
+        parts["weights"] = sha256_file(path) if path.is_file() else "missing"
+    return parts
+
+
+@cache
+def _machine() -> dict[str, Any]:
+    """What timing depends on."""
+    cpu = host.cpu()
+    return {"cpu": cpu["model"], "isa": list(cpu["isa"]), "gpus": [{k: g.get(k) for k in ("name", "driver")} for g in host.gpus()]}
+
+
+def _expand(entries: Sequence[Entry], common: Mapping[str, Any], recipe: Recipe) -> list[Step]:
+    points: list[Point] = []
+    keys: dict[str, str | None] = {}
+    steps: list[Step] = []
+    for number, entry in enumerate(entries):
+        following = entries[number + 1].stage_name if number + 1 < len(entries) else None
+        for expansion in entry.stage.expand(entry.config, Planning(points, entry.name, following)):
+            stem = "init" if entry.stage_name == "init" else f"{number - 1:02d}-{entry.name}"
+            step_id = f"{stem}-{expansion.label}" if expansion.label else stem
+            inputs = tuple(dict.fromkeys(p.step for p in expansion.inputs))
+            parts = {
+                "stage": entry.stage_name,
+                "label": expansion.label,
+                "deployopt": __version__,
+                "version": entry.stage.version,
+                "config": entry.config.model_dump(mode="json", by_alias=True),
+                "parameters": dict(expansion.parameters),
+                "inputs": [keys[i] for i in inputs],
+                "libraries": versions(entry.stage.distributions),
+                **common,
+                **({"machine": _machine()} if entry.stage.timed else {}),
+            }
+            keys[step_id] = sha256_json(parts)
+            steps.append(
+                Step(
+                    step_id,
+                    entry.stage_name,
+                    entry.name,
+                    entry.stage,
+                    entry.config,
+                    expansion,
+                    inputs,
+                    parts,
+                    keys[step_id] if entry.stage.cacheable else None,
+                    why=expansion.why_not,
+                )
+            )
+            points += [replace(p, step=step_id) for p in expansion.makes]
+    return steps
+
+
+def _consult(steps: Iterable[Step], cache: store.Cache, fresh: bool) -> Iterable[Step]:
+    """Ask the cache about each step, following the digests of its inputs."""
+    digests: dict[str, str | None] = {}
+    for step in steps:
+        digests[step.id] = None
+        if not step.runnable:
+            yield step
+        elif step.key is None:
+            yield replace(step, why="measured anew in every run", seconds=cache.seconds(step.kind))
+        elif fresh:
+            yield replace(step, why="not looked up")
+        else:
+            known = [digests[i] for i in step.inputs]
+            inputs = tuple(d for d in known if d is not None) if None not in known else None
+            found = cache.find(step.key, inputs)
+            if isinstance(found, store.Entry) and inputs is None:
+                found = store.Miss("an input must be made anew", found.seconds)
+            elif isinstance(found, store.Miss) and found.why == "not run before":
+                found = cache.explain(step.parts, step.expansion.label)
+            if isinstance(found, store.Entry):
+                digests[step.id] = found.digest
+                yield replace(step, cached=True, seconds=found.seconds)
+            else:
+                yield replace(step, why=found.why, seconds=found.seconds)

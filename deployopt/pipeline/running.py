@@ -1,0 +1,195 @@
+"""Plan → run folder: the one loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from deployopt import report, store
+from deployopt.artifact import Artifact
+from deployopt.bench.environment import environment, utc_now
+from deployopt.data import Dataset
+from deployopt.pipeline.document import assemble
+from deployopt.pipeline.inspection import REPORTED
+from deployopt.pipeline.planning import Plan, Step
+from deployopt.runtime.files import atomic_write, atomic_write_json
+from deployopt.runtime.hashing import sha256_json
+from deployopt.runtime.progress import Progress, SilentProgress
+from deployopt.stages import StageContext, StepOutput, StepResult
+
+log = logging.getLogger(__name__)
+
+RESULT = "result.json"
+
+
+class Observer(Progress, Protocol):
+    """Who watches a run: progress, and the beginning and end of each step."""
+
+    def step_started(self, step_id: str, title: str) -> None: ...
+
+    def step_finished(self, step_id: str, seconds: float, cached: bool, status: str, reason: str | None) -> None: ...
+
+
+class SilentObserver(SilentProgress):
+    """For library use and tests."""
+
+    def step_started(self, step_id: str, title: str) -> None:
+        pass
+
+    def step_finished(self, step_id: str, seconds: float, cached: bool, status: str, reason: str | None) -> None:
+        pass
+
+
+def execute(planned: Plan, run_dir: Path | None = None, observer: Observer | None = None, *, fresh: bool = False) -> dict[str, Any]:
+    """Run a plan and return its report; everything is written into the run folder.
+
+    Args:
+        run_dir: the run folder itself; one that exists is continued. None makes `runs/<recipe>-<utc>-<hash8>`.
+        fresh: take nothing from the cache.
+
+    Raises:
+        DataNotFound, MissingDependency, StageFailed, RunLocked.
+    """
+    if planned.data_problem is not None:
+        raise planned.data_problem
+    watcher = observer or SilentObserver()
+    sha = sha256_json(planned.resolved)
+    folder = run_dir or store.new_run_folder(Path("runs"), planned.recipe.name, sha)
+    with store.locked(folder), _log_into(folder / "log.txt"):
+        started = utc_now()
+        atomic_write(folder / "recipe.yaml", planned.recipe.document.to_yaml())
+        where = environment(sorted({d for s in planned.steps for d in s.stage.distributions} | set(REPORTED)))
+        atomic_write_json(folder / "environment.json", where)
+        runner = _Runner(planned, folder, watcher, fresh)
+        outputs = [runner.run(step) for step in planned.steps]
+        document = assemble(planned, outputs, runner.dataset_facts(), where, started, folder.name, sha)
+        report.write_all(document, folder)
+        return document
+
+
+class _Runner:
+    """Runs the steps of one plan in one run folder, remembering what they left."""
+
+    def __init__(self, planned: Plan, folder: Path, observer: Observer, fresh: bool) -> None:
+        self._plan = planned
+        self._folder = folder
+        self._observer = observer
+        self._fresh = fresh
+        self._outputs: dict[str, StepOutput] = {}
+        self._digests: dict[str, str] = {}
+        self._dataset: Dataset | None = None
+
+    def dataset(self) -> Dataset:
+        if self._dataset is None:
+            self._dataset = self._plan.data.load(self._plan.data_config)
+        return self._dataset
+
+    def dataset_facts(self) -> dict[str, Any]:
+        data = self.dataset()
+        return {
+            "dataset": {"name": self._plan.recipe.data.name, "train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
+            "classes": list(data.classes),
+        }
+
+    def run(self, step: Step) -> StepOutput:
+        self._observer.step_started(step.id, step.title)
+        began = time.perf_counter()
+        if not step.runnable:
+            output = self._not_run(step)
+        elif step.key is None:
+            output = self._uncached(step)
+        else:
+            output = self._cached(step)
+        self._outputs[step.id] = output
+        status = str(output.record.get("status", "ok"))
+        reason = output.record.get("reason")
+        log.info("%s: %s%s in %.1f s%s", step.id, status, " (cached)" if output.cached else "", time.perf_counter() - began, f": {reason}" if reason else "")
+        self._observer.step_finished(step.id, time.perf_counter() - began, output.cached, status, reason)
+        return output
+
+    def _not_run(self, step: Step) -> StepOutput:
+        record = {"status": "unavailable", "reason": step.expansion.why_not}
+        return StepOutput(step.id, step.stage_name, step.expansion.makes, record, {}, self._folder, cached=False, seconds=0.0)
+
+    def _uncached(self, step: Step) -> StepOutput:
+        folder = self._folder / step.id
+        folder.mkdir(exist_ok=True)
+        began = time.perf_counter()
+        result = self._invoke(step, folder, self._plan.cache.choices(f"run-{step.id}"))
+        seconds = time.perf_counter() - began
+        atomic_write_json(folder / RESULT, _result_json(result, folder))
+        self._plan.cache.remember_seconds(step.kind, seconds)
+        return self._output(step, folder, cached=False, seconds=seconds)
+
+    def _cached(self, step: Step) -> StepOutput:
+        assert step.key is not None
+        inputs = tuple(self._digests[i] for i in step.inputs if i in self._digests)
+        cache = self._plan.cache
+        entry = None if self._fresh else cache.find(step.key, inputs)
+        hit = isinstance(entry, store.Entry)
+        if not isinstance(entry, store.Entry):
+            if isinstance(entry, store.Miss):
+                log.info("%s: not cached: %s", step.id, entry.why)
+            with cache.writing(step.key) as partial_folder:
+                began = time.perf_counter()
+                result = self._invoke(step, partial_folder, cache.choices(step.key))
+                seconds = time.perf_counter() - began
+                if result.record.get("status") == "failed":  # perhaps it works next time: tell it, do not keep it
+                    return StepOutput(step.id, step.stage_name, step.expansion.makes, result.record, {}, self._folder, cached=False, seconds=seconds)
+                atomic_write_json(partial_folder / RESULT, _result_json(result, partial_folder))
+                entry = cache.commit(partial_folder, step.key, step.parts, inputs, seconds)
+        store.touch(entry)
+        folder = self._folder / step.id
+        store.link(entry, folder)
+        self._digests[step.id] = entry.digest
+        return self._output(step, folder, cached=hit, seconds=entry.seconds)
+
+    def _invoke(self, step: Step, folder: Path, choices: store.StoredChoices) -> StepResult:
+        recipe = self._plan.recipe
+        weights = recipe.weights_path
+        context = StageContext(
+            folder=folder,
+            name=step.entry_name,
+            base={**recipe.model.model_dump(mode="json"), **({"weights": str(weights)} if weights else {})},
+            seed=recipe.seed,
+            device=self._plan.device,
+            threads=self._plan.threads,
+            task=self._plan.task,
+            dataset=self.dataset,
+            progress=self._observer,
+            choices=choices,
+            run_folder=self._folder,
+        )
+        inputs = [self._outputs[p.step] for p in step.expansion.inputs]
+        return step.stage.run(context, step.config, step.expansion, inputs)
+
+    def _output(self, step: Step, folder: Path, *, cached: bool, seconds: float) -> StepOutput:
+        result = json.loads((folder / RESULT).read_text())
+        artifacts = {name: Artifact.from_json(data, folder) for name, data in result["artifacts"].items()}
+        return StepOutput(step.id, step.stage_name, step.expansion.makes, result["record"], artifacts, folder, cached, seconds)
+
+
+def _result_json(result: StepResult, folder: Path) -> dict[str, Any]:
+    return {"record": dict(result.record), "artifacts": {name: a.to_json(folder) for name, a in result.artifacts.items()}}
+
+
+@contextmanager
+def _log_into(path: Path) -> Iterator[None]:
+    """Everything deployopt logs meanwhile goes into this file."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("deployopt")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        handler.close()

@@ -1,0 +1,109 @@
+"""qat, ptq and export on a tiny trained network: INT8 keeps the accuracy, repeats bit for bit, and is written as the torch parent computes."""
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deployopt.errors import ExportFailed
+from deployopt.nn import checkpoint
+from deployopt.nn.capture import example_input
+from deployopt.nn.export import deployed, to_onnx
+from deployopt.nn.models import Network
+from deployopt.runtime.preprocessing import Preprocessing
+from deployopt.stages import StepOutput, export, finetune, init, prune, ptq, qat
+
+TRAIN = {"batch_size": 32, "warmup_epochs": 0.0}
+START = [(init, init.Config(fan_out=False)), (finetune, finetune.Config(epochs=2, **TRAIN))]
+PRUNE = (prune, prune.Config.model_validate({"target": {"macs_ratio": 0.5}, "round_to": 1, "finetune": {"epochs": 1, **TRAIN}}))
+QAT = (qat, qat.Config(epochs=2, calibration_images=64, **TRAIN))
+DISTILLED = (qat, qat.Config.model_validate({"epochs": 1, "calibration_images": 64, "distill": {"weight": 0.5}, **TRAIN}))
+
+
+@pytest.fixture(scope="module")
+def pruned(run_stages, tmp_path_factory: pytest.TempPathFactory) -> list[StepOutput]:  # type: ignore[no-untyped-def]
+    return run_stages(tmp_path_factory.mktemp("float"), [*START, PRUNE])
+
+
+@pytest.fixture(scope="module")
+def trained_int8(run_stages, pruned: list[StepOutput], tmp_path_factory: pytest.TempPathFactory) -> list[StepOutput]:  # type: ignore[no-untyped-def]
+    return run_stages(tmp_path_factory.mktemp("int8"), [QAT], pruned)
+
+
+def test_qat_keeps_the_accuracy_and_records_its_epochs(pruned: list[StepOutput], trained_int8: list[StepOutput]) -> None:
+    parent, quantized = pruned[-1].record, trained_int8[-1].record
+    assert (quantized["family"], quantized["parent"]) == ("int8", "prune")
+    assert quantized["accuracy"]["top1"] >= parent["accuracy"]["top1"] - 0.05
+    assert [r["phase"] for r in quantized["curves"]] == ["qat", "qat"]
+    assert quantized["kept_epoch"] == 2
+    assert quantized["macs"] == parent["macs"]
+    assert [e["op"] for e in checkpoint.load(trained_int8[-1].folder).lineage] == ["prune", "quantize"]
+
+
+def test_qat_twice_writes_the_same_bytes(run_stages, pruned: list[StepOutput], trained_int8: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    again, first = run_stages(tmp_path, [QAT], pruned)[-1], trained_int8[-1]
+    for name in (checkpoint.WEIGHTS, checkpoint.DESCRIPTION):
+        assert (again.folder / name).read_bytes() == (first.folder / name).read_bytes()
+    assert again.record == first.record
+
+
+def test_distillation_learns_from_the_float_parent(run_stages, pruned: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    step = run_stages(tmp_path, [DISTILLED], pruned)[-1]
+    assert step.record["accuracy"]["top1"] >= pruned[-1].record["accuracy"]["top1"] - 0.05
+    weights = [checkpoint.load(s.folder).get_parameter("body.conv1.weight") for s in (step, pruned[-1])]
+    assert not torch.equal(*weights)
+
+
+def test_ptq_leaves_the_weights_and_keeps_the_accuracy(run_stages, pruned: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    step = run_stages(tmp_path, [(ptq, ptq.Config(calibration_images=64))], pruned)[-1]
+    floating, quantized = checkpoint.load(pruned[-1].folder), checkpoint.load(step.folder)
+    assert all(torch.equal(value, quantized.state_dict()[name]) for name, value in floating.state_dict().items())
+    assert step.record["curves"] == []
+    assert step.record["accuracy"]["top1"] >= pruned[-1].record["accuracy"]["top1"] - 0.05
+
+
+def test_a_pruned_and_quantised_network_is_exported_as_torch_computes_it(run_stages, trained_int8: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    step = run_stages(tmp_path, [(export, export.Config(precisions=("int8",)))], trained_int8)[-1]
+    record = step.record["precisions"]["int8"]
+    assert record["parity"]["checked"]
+    assert record["parity"]["agreement"] >= 0.95
+    assert record["macs"] == trained_int8[-1].record["macs"]
+    assert record["nodes"]["QuantizeLinear"] > 20
+    model = onnx.load(step.folder / "int8.onnx")
+    metadata = {p.key: p.value for p in model.metadata_props}
+    assert json.loads(metadata["deployopt.classes"]) == ["0", "1", "2"]
+    assert Preprocessing.from_json(json.loads(metadata["deployopt.preprocessing"])).image_size == 8
+    assert step.artifacts["int8"].verified().metadata["precision"] == "int8"
+
+
+def test_a_float_network_is_exported_in_every_float_precision(run_stages, pruned: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    step = run_stages(tmp_path, [(export, export.Config())], pruned)[-1]
+    assert set(step.artifacts) == {"fp32", "fp16", "bf16"}
+    parity = {name: record["parity"] for name, record in step.record["precisions"].items()}
+    assert parity["fp32"]["max_abs_diff"] < 1e-3
+    assert parity["fp16"]["max_abs_diff"] < parity["fp16"]["max_abs_diff_limit"]
+    assert not parity["bf16"]["checked"]
+    assert step.record["precisions"]["bf16"]["opset"] >= 22
+    assert step.artifacts["fp16"].size_bytes < 0.6 * step.artifacts["fp32"].size_bytes
+
+
+class Bessel(nn.Module):
+    """Uses an operation that has no ONNX form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = self.head(x.mean((2, 3)))
+        return torch.special.bessel_j0(means)
+
+
+def test_an_operator_without_onnx_form_is_named() -> None:
+    preprocessing = Preprocessing(8)
+    module = deployed(Network(Bessel(), {"arch": "bessel", "outputs": 3}, preprocessing))
+    with pytest.raises(ExportFailed, match=r"(?s)could not be written as ONNX opset 21: .*bessel_j0"):
+        to_onnx(module, example_input(preprocessing), 21)

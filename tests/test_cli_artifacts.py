@@ -1,0 +1,127 @@
+"""`bench`, `eval`, `predict`, `report` and `compare` on a real small model, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+DIGITS = [str(i) for i in range(10)]
+PREPROCESSING = {"image_size": 8, "channels": 3, "resize": None, "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+
+
+def deployopt(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "deployopt", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "NO_COLOR": "1"})
+
+
+def linear(path: Path, classes: list[str] = DIGITS) -> Path:
+    """A linear classifier of 8×8 images that records its preprocessing and classes as the export stage does."""
+    weight = np.random.default_rng(0).normal(0, 0.1, (3 * 8 * 8, len(classes))).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Flatten", ["input"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["output"])],
+        "linear",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 8, 8])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", len(classes)])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    helper.set_model_props(model, {"deployopt.preprocessing": json.dumps(PREPROCESSING), "deployopt.classes": json.dumps(classes)})
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return linear(tmp_path_factory.mktemp("model") / "linear.onnx")
+
+
+@pytest.fixture(scope="module")
+def rows(model: Path) -> list[dict[str, Any]]:
+    done = deployopt("bench", model, model, "--seconds", "0.1", "--json", "--quiet", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, model: Path, rows: list[dict[str, Any]]) -> Path:
+    """A run of what was really benched; on a busy machine its rows would be invalid."""
+    variants = [{"name": r["variant"], "stage": "finetune", "family": "float", "parent": None} for r in rows]
+    placed = [{**r, "status": "ok", "reason": None, "artifact": {**r["artifact"], "path": "model.onnx"}} for r in rows]
+    document = {"schema": 1, "run": tmp_path.name, "variants": variants, "rows": placed, "recommended": {"row": 0, "why": "fastest"}}
+    (tmp_path / "report.json").write_text(json.dumps({**document, "budget": {"met": True, "limits": {}, "violations": []}}))
+    (tmp_path / "model.onnx").write_bytes(model.read_bytes())
+    return tmp_path
+
+
+def test_bench_speaks_json_and_prose(model: Path, rows: list[dict[str, Any]]) -> None:
+    assert [r["variant"] for r in rows] == ["linear#1", "linear#2"]
+    assert all(r["latency_ms"]["host"]["p50"] > 0 for r in rows)
+    done = deployopt("bench", model, model, "--seconds", "0.1", "--batch", "1,2", "--quiet", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "batch 1" in done.stdout
+    assert "batch 2" in done.stdout
+    assert "linear#2" in done.stdout
+    assert "host clock, copies included · 1 thread" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_eval_scores_and_refuses(model: Path) -> None:
+    done = deployopt("eval", model, "--data", "digits:image_size=8,mean=[0.1,0.2,0.3]", "--json")
+    assert done.returncode == 0, done.stderr
+    score = json.loads(done.stdout)
+    assert score["primary"] == "top1"
+    assert 0 <= score["top1"] <= 1
+    assert score["n"] == 539
+    wrong = deployopt("eval", model, "--data", "digits:imge_size=8,test_fraction=2")
+    assert wrong.returncode == 2
+    assert "did you mean 'image_size'" in wrong.stderr
+    assert "test_fraction: wants less than 1" in wrong.stderr
+    other = deployopt("eval", model, "--data", "digits")
+    assert other.returncode == 2
+    assert "image_size 8 (the data: 32)" in other.stderr
+
+
+def test_predict_names_classes_and_bad_images(run_folder: Path, tmp_path: Path) -> None:
+    image = tmp_path / "digit.png"
+    Image.fromarray(np.full((20, 20), 128, np.uint8)).save(image)
+    done = deployopt("predict", run_folder, image, "--top", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    assert len(found["classes"]) == 2
+    assert found["classes"][0]["name"] in DIGITS
+    assert deployopt("predict", run_folder, image).stdout.startswith(f"{image}: {found['classes'][0]['name']} ")
+    missing = deployopt("predict", run_folder, tmp_path / "absent.png")
+    assert missing.returncode == 2
+    assert "absent.png" in missing.stderr
+
+
+def test_report_and_compare_read_a_run(run_folder: Path) -> None:
+    shown = deployopt("report", run_folder)
+    assert shown.returncode == 0, shown.stderr
+    assert "linear#1" in shown.stdout
+    assert "\x1b" not in shown.stdout
+    same = deployopt("compare", run_folder, run_folder, "--max-latency-regression", "5%")
+    assert same.returncode == 0, same.stderr
+    assert "2 same within noise" in same.stdout
+    document = json.loads((run_folder / "report.json").read_text())
+    slower = run_folder / "slower"
+    slower.mkdir()
+    for row in document["rows"]:
+        host = row["latency_ms"]["host"]
+        row["latency_ms"]["host"] = {**host, "p50": 3 * host["p50"], "p50_ci95": [3 * bound for bound in host["p50_ci95"]]}
+    (slower / "report.json").write_text(json.dumps(document))
+    missed = deployopt("compare", run_folder, slower, "--max-latency-regression", "5%")
+    assert missed.returncode == 1, missed.stderr
+    assert "2 slower" in missed.stdout
