@@ -16,6 +16,7 @@ __all__ = ["__version__", "load_recipe", "open_session", "plan", "run"]
 if TYPE_CHECKING:
     from deployopt.pipeline import Observer, Plan
     from deployopt.recipe import Recipe
+    from deployopt.report import Report
     from deployopt.runtime.session import Session
 
 
@@ -50,8 +51,8 @@ def run(
     until: str | None = None,
     fresh: bool = False,
     observer: Observer | None = None,
-) -> dict[str, Any]:
-    """Run a recipe. Returns the report, as in its `report.json`.
+) -> Report:
+    """Run a recipe. Returns the report: the dict of its `report.json`, with `rows`, `met` and `recommended`.
 
     Args:
         run_dir: the run folder; one that exists is continued. None makes one under `runs/`.

@@ -110,7 +110,7 @@ def run(
         _print_json(document)
     else:
         terminal.render(document, _console(), run_dir=folder)
-    if not document["budget"]["met"]:
+    if not document.met:
         raise typer.Exit(1)
 
 

@@ -45,7 +45,7 @@ class SilentObserver(SilentProgress):
         pass
 
 
-def execute(planned: Plan, run_dir: Path | None = None, observer: Observer | None = None, *, fresh: bool = False) -> dict[str, Any]:
+def execute(planned: Plan, run_dir: Path | None = None, observer: Observer | None = None, *, fresh: bool = False) -> report.Report:
     """Run a plan and return its report; everything is written into the run folder.
 
     Args:
@@ -69,7 +69,7 @@ def execute(planned: Plan, run_dir: Path | None = None, observer: Observer | Non
         outputs = [runner.run(step) for step in planned.steps]
         document = assemble(planned, outputs, runner.dataset_facts(), where, started, folder.name, sha)
         report.write_all(document, folder)
-        return document
+        return report.load(folder)
 
 
 class _Runner:

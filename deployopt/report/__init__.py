@@ -21,7 +21,33 @@ TERMINAL_WIDTH = 100  # of a terminal report that is written to a file
 RERUN = "deployopt run RECIPE --run-dir RUN continues the run and writes its report again"
 
 
-def load(path: Path) -> dict[str, Any]:
+class Report(dict[str, Any]):
+    """A run's `report.json` as it is, with the questions that are asked most.
+
+    Attributes:
+        folder: of the run, where the paths in it lead; None for a report that is not on disk.
+    """
+
+    folder: Path | None = None
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Every row: measured, built, unavailable, failed and invalid."""
+        rows: list[dict[str, Any]] = self["rows"]
+        return rows
+
+    @property
+    def met(self) -> bool:
+        """Whether the recipe's budget was met."""
+        return bool(self["budget"]["met"])
+
+    @property
+    def recommended(self) -> dict[str, Any] | None:
+        """The recommended row, None if no row was measured."""
+        return None if self["recommended"] is None else self.rows[self["recommended"]["row"]]
+
+
+def load(path: Path) -> Report:
     """Read a report.
 
     Args:
@@ -49,7 +75,9 @@ def load(path: Path) -> dict[str, Any]:
     missing = [key for key in REQUIRED if not isinstance(report.get(key), list)]
     if missing:
         raise ArtifactError(f"{file}: the report has no list {' and '.join(repr(k) for k in missing)}", RERUN)
-    return report
+    loaded = Report(report)
+    loaded.folder = file.parent
+    return loaded
 
 
 def render(report: Mapping[str, Any], format: str) -> str:
