@@ -125,6 +125,7 @@ class Row:
     threads: int | None = None
     scenario: str = "single_stream"
     reason: str | None = None
+    notes: list[str] = field(default_factory=list)  # what a reader should know of a row that counts all the same
     artifact: dict[str, Any] | None = None  # {"path", "sha256", "bytes"}
     accuracy: dict[str, Any] | None = None  # {"primary": "top1", "top1", "n", "agreement", "max_abs_diff", …}
     verified: dict[str, Any] | None = None  # {"quantized_layers", "quantizable_layers", "executed"}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -52,13 +54,35 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in _MACHINES_FAULTS:
+            _report_bug()
+        print(f"error: {error.filename or 'a file'}: {error.strerror}{_MACHINES_FAULTS[error.errno]}", file=sys.stderr)
+        sys.exit(3)
     except Exception as error:
         code = _click_exit_code(error)
         if code is None:
-            traceback.print_exc()
-            print("error: this is a bug of deployopt; please report it with the lines above", file=sys.stderr)
-            code = 4
+            _report_bug()
         sys.exit(code)
+
+
+_MACHINES_FAULTS = {  # what the machine refuses, and what mends it
+    errno.ENOSPC: "\n  → free space; `deployopt cache prune --max-size 5GB` removes finished steps",
+    errno.EDQUOT: "\n  → free space; `deployopt cache prune --max-size 5GB` removes finished steps",
+    errno.ENOENT: "",
+    errno.EACCES: "",
+    errno.EPERM: "",
+    errno.EROFS: "",
+    errno.ENOTDIR: "",
+    errno.EISDIR: "",
+    errno.ENAMETOOLONG: "",
+}
+
+
+def _report_bug() -> NoReturn:
+    traceback.print_exc()
+    print("error: this is a bug of deployopt; please report it with the lines above", file=sys.stderr)
+    sys.exit(4)
 
 
 def _click_exit_code(error: Exception) -> int | None:
@@ -104,7 +128,8 @@ def run(
         raise planned.data_problem
     folder = run_dir or store.new_run_folder(Path("runs"), planned.recipe.name, sha256_json(planned.resolved))
     steps = [(s.id, s.title) for s in planned.steps]
-    with _resume_hint(recipe, set_ or [], folder), LiveProgress(_console(stderr=True), steps, quiet=quiet) as live:
+    resume = _command("run", recipe, set_, run_dir=folder, until=until, device=None if device == "auto" else device, threads=threads)
+    with _resume_hint(resume), LiveProgress(_console(stderr=True), steps, quiet=quiet) as live:
         document = pipeline.execute(planned, folder, live, fresh=fresh)
     if json_:
         _print_json(document)
@@ -353,17 +378,26 @@ def cache_prune(max_size: Annotated[str, typer.Option(metavar="SIZE", help="Keep
 
 
 @contextmanager
-def _resume_hint(recipe: Path, overrides: list[str], folder: Path) -> Iterator[None]:
+def _resume_hint(command: str) -> Iterator[None]:
     """After a failure, print the command that goes on from the last finished step."""
-    import shlex
-
     try:
         yield
-    except (DeployoptError, KeyboardInterrupt) as error:
-        if not isinstance(error, UsageError):
-            sets = "".join(f" --set {shlex.quote(o)}" for o in overrides)
-            print(f"to go on from the last finished step: deployopt run {shlex.quote(str(recipe))}{sets} --run-dir {shlex.quote(str(folder))}", file=sys.stderr)
+    except UsageError:
         raise
+    except (Exception, KeyboardInterrupt):
+        print(f"to go on from the last finished step: {command}", file=sys.stderr)
+        raise
+
+
+def _command(name: str, recipe: Path, overrides: list[str] | None, **options: object) -> str:
+    """A command line that can be pasted; options that are None are left out."""
+    words = ["deployopt", name, str(recipe)]
+    for override in overrides or ():
+        words += ["--set", override]
+    for option, value in options.items():
+        if value is not None:
+            words += [f"--{option.replace('_', '-')}", str(value)]
+    return shlex.join(words)
 
 
 def _plan_facts(planned: Plan) -> dict[str, Any]:

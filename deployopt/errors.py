@@ -9,7 +9,6 @@ DeployoptError                  4   anything of ours
 │   ├── DataNotFound            3   files of a data set
 │   ├── BackendUnavailable      3   a runtime that cannot work here, and why
 │   └── DeviceUnavailable       3   a CUDA device that is not there
-├── GateMissed                  1   a budget or a regression gate
 ├── StageFailed                 4   a stage ended without its result
 │   ├── TrainingDiverged        4
 │   ├── PruningImpossible       4
@@ -105,12 +104,6 @@ class BackendUnavailable(LackingEnvironment):
 
 class DeviceUnavailable(LackingEnvironment):
     """A device that was asked for by name and is not there."""
-
-
-class GateMissed(DeployoptError):
-    """A budget of the recipe or a gate of `compare` was missed."""
-
-    exit_code = 1
 
 
 class StageFailed(DeployoptError):

@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import sys
 from collections.abc import Iterable
 from functools import lru_cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, distributions
 from typing import Any, Literal
 
 from deployopt.errors import UsageError
@@ -27,8 +28,14 @@ def _ours(kind: Kind) -> frozenset[str]:
     return frozenset(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
 
 
+@lru_cache
+def _installed(path: tuple[str, ...]) -> EntryPoints:
+    """All entry points on a search path: reading every package's takes a while."""
+    return EntryPoints(entry for distribution in distributions() for entry in distribution.entry_points)
+
+
 def _theirs(kind: Kind) -> dict[str, EntryPoint]:
-    return {e.name: e for e in entry_points(group=f"deployopt.{kind}")}
+    return {e.name: e for e in _installed(tuple(sys.path)).select(group=f"deployopt.{kind}")}
 
 
 def names(kind: Kind) -> list[str]:

@@ -133,19 +133,30 @@ class Cache:
         return Miss("; ".join(changes[nearest.key]) or "not finished before", nearest.seconds)
 
     @contextmanager
+    def holding(self, key: str, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Keep other processes from making, replacing or pruning this key. Calls `on_wait` if one of them does just now."""
+        lock = self._lock(key)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            on_wait()
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
     def writing(self, key: str) -> Iterator[Path]:
-        """Hold the key's lock and give a fresh folder to write into; the caller ends with `commit`. Removed if it does not."""
-        locks = self.home / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
+        """A fresh folder to write into; the caller holds the key and ends with `commit`. Removed if it does not."""
         self._steps.mkdir(parents=True, exist_ok=True)
-        with FileLock(locks / f"{key}.lock"):
-            partial = self._steps / f"{key}.partial"
-            shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
-            partial.mkdir()
-            try:
-                yield partial
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+        partial = self._steps / f"{key}.partial"
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
+        partial.mkdir()
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def commit(self, partial: Path, key: str, parts: Mapping[str, Any], inputs: tuple[str, ...], seconds: float) -> Entry:
         """Make the partial folder the entry of `key`."""
@@ -182,8 +193,12 @@ class Cache:
         path = self.home / "durations" / f"{key}.json"
         return float(json.loads(path.read_text())) if path.exists() else None
 
-    def choices(self, key: str) -> StoredChoices:
-        return StoredChoices(self.home / "choices" / f"{key}.json")
+    def choices(self, key: str, *, fresh: bool = False) -> StoredChoices:
+        """Decisions of a step; `fresh` forgets those made before."""
+        path = self.home / "choices" / f"{key}.json"
+        if fresh:
+            path.unlink(missing_ok=True)
+        return StoredChoices(path)
 
     def entries(self) -> list[Entry]:
         """All readable entries, unverified; damaged ones are left out."""
@@ -212,17 +227,40 @@ class Cache:
         return sorted(rows, key=lambda row: str(row["used"]), reverse=True)
 
     def prune(self, max_bytes: int) -> tuple[int, int]:
-        """Remove the longest unused entries until at most `max_bytes` are left. Returns (entries removed, bytes left)."""
+        """Remove what killed runs left, then the longest unused entries until at most `max_bytes` are left.
+
+        An entry that another process holds is kept. Returns (entries removed, bytes left).
+        """
+        for left_behind in [p for p in self._steps.glob("*") if not (p / DONE).exists()] if self._steps.exists() else []:
+            self._remove(left_behind)
         sized = [(e, e.size_bytes) for e in self.entries()]
         sized.sort(key=lambda pair: (pair[0].folder / DONE).stat().st_mtime)
         left, removed = sum(size for _, size in sized), 0
         for entry, size in sized:
             if left <= max_bytes:
                 break
-            (entry.folder / DONE).unlink()  # first, so that a reader never sees a half-removed entry
-            shutil.rmtree(entry.folder)
-            left, removed = left - size, removed + 1
+            if self._remove(entry.folder):
+                left, removed = left - size, removed + 1
         return removed, left
+
+    def _lock(self, key: str) -> FileLock:
+        locks = self.home / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        return FileLock(locks / f"{key}.lock")
+
+    def _remove(self, folder: Path) -> bool:
+        """Whether the folder is gone; False if a process holds its key."""
+        lock = self._lock(folder.name.removesuffix(".partial"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        try:
+            (folder / DONE).unlink(missing_ok=True)  # first, so that a reader never sees a half-removed entry
+            shutil.rmtree(folder)
+        finally:
+            lock.release()
+        return True
 
     @staticmethod
     def _read(folder: Path) -> Entry:

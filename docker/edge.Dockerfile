@@ -1,5 +1,5 @@
 # Runs and times artifacts; no torch: docker build -f docker/edge.Dockerfile -t deployopt:edge .
-#   docker run -v "$PWD/runs:/workspace/runs" deployopt:edge bench runs/RUN/03-build-qat-onnxruntime-int8/model.onnx
+#   docker run -v "$PWD/runs:/workspace/runs" deployopt:edge bench runs/RUN/04-build-qat-onnxruntime-int8/model.onnx
 FROM python:3.12-slim-bookworm
 
 RUN useradd --create-home --uid 1000 deployopt

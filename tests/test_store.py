@@ -11,9 +11,17 @@ import pytest
 from deployopt import store
 from deployopt.errors import RunLocked
 
+HOLD = """
+import pathlib, sys, time
+from deployopt import store
+with store.Cache(pathlib.Path(sys.argv[1])).holding(sys.argv[2]):
+    print("in", flush=True)
+    time.sleep(float(sys.argv[3]))
+"""
+
 
 def put(cache: store.Cache, key: str, parts: dict | None = None, inputs: tuple[str, ...] = (), content: bytes = b"weights") -> store.Entry:
-    with cache.writing(key) as folder:
+    with cache.holding(key), cache.writing(key) as folder:
         (folder / "deep").mkdir()
         (folder / "deep" / "model.bin").write_bytes(content)
         return cache.commit(folder, key, parts or {"stage": "finetune", "label": ""}, inputs, 1.5)
@@ -107,6 +115,31 @@ def test_prune_removes_the_longest_unused_first(tmp_path: Path) -> None:
     assert cache.prune(0) == (2, 0)
 
 
+def test_prune_takes_what_killed_runs_left_and_spares_what_is_held(tmp_path: Path) -> None:
+    cache = store.Cache(tmp_path)
+    put(cache, "held")
+    put(cache, "free")
+    (tmp_path / "steps" / "k.partial").mkdir()
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path), "held", "60"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "in\n"
+        assert cache.prune(0)[0] == 1
+        assert {p.name for p in (tmp_path / "steps").iterdir()} == {"held"}
+        other.kill()
+    assert cache.prune(0) == (1, 0)
+
+
+def test_a_second_maker_waits_and_says_so(tmp_path: Path) -> None:
+    cache = store.Cache(tmp_path)
+    waited: list[str] = []
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path), "k", "1"], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "in\n"
+        with cache.holding("k", lambda: waited.append("waiting")):
+            assert other.wait() == 0
+    assert waited == ["waiting"]
+
+
 def test_a_linked_run_survives_pruning(tmp_path: Path) -> None:
     cache = store.Cache(tmp_path / "cache")
     entry = put(cache, "k1")
@@ -126,6 +159,8 @@ def test_choices_outlive_the_process_that_made_them(tmp_path: Path) -> None:
     assert store.Cache(tmp_path).choices("k").get_or_make("round_to", measure) == [8, 16]
     assert store.Cache(tmp_path).choices("k").get_or_make("round_to", measure) == [8, 16]
     assert len(made) == 1
+    store.Cache(tmp_path).choices("k", fresh=True).get_or_make("round_to", measure)
+    assert len(made) == 2
 
 
 def test_the_second_process_in_a_run_folder_is_refused_by_name(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from deployopt.artifact import Artifact, Availability
 from deployopt.runtime.progress import Progress
@@ -35,14 +35,10 @@ class Backend(Protocol):
     """The attributes of a backend module.
 
     Attributes:
-        extra: the extra of deployopt that installs it.
-        kind: what `build` makes: "onnx" (the runtime compiles on opening) or "engine".
         distributions: packages whose versions matter to what it builds.
         build_depends_on_machine: True if an artifact built here fits only this CPU or GPU model.
     """
 
-    extra: str
-    kind: Literal["onnx", "engine"]
     distributions: tuple[str, ...]
     build_depends_on_machine: bool
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from deployopt.artifact import Artifact, Verified
 from deployopt.backends import BuildRequest
-from deployopt.errors import BuildFailed, DeployoptError, ExportFailed, MissingDependency
+from deployopt.backends._shared import load
+from deployopt.errors import BuildFailed
 from deployopt.runtime.child import run_in_child
 from deployopt.runtime.clock import now_ns, seconds_since
 from deployopt.runtime.files import atomic_write
@@ -17,34 +18,7 @@ from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import TensorSpec
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, ValueInfoProto
-
-
-def sentence(error: DeployoptError) -> str:
-    """An error as a reason: on one line, with its remedy."""
-    return error.message if error.remedy is None else f"{error.message}: {error.remedy}"
-
-
-def load(path: Path) -> ModelProto:
-    """Parse an ONNX file.
-
-    Raises:
-        ExportFailed: the file holds no ONNX graph.
-        MissingDependency: onnx is not installed.
-    """
-    try:
-        import onnx
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-    except ImportError as exc:
-        raise MissingDependency("onnx", "runtimes", "to prepare models for a runtime") from exc
-    remedy = "deployopt run RECIPE --fresh --until export"
-    try:
-        model = onnx.load_from_string(path.read_bytes())
-    except DecodeError as exc:
-        raise ExportFailed(f"{path.name} is not an ONNX model", remedy) from exc
-    if not model.graph.output:
-        raise ExportFailed(f"{path.name} holds no graph", remedy)
-    return model
+    from onnx import ValueInfoProto
 
 
 def prepare(canonical: Path, precision: str, out: Path) -> Path:

@@ -8,15 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from deployopt.artifact import Artifact, Verified
 from deployopt.backends import BuildRequest
+from deployopt.backends._shared import load
+from deployopt.config import Strict
 from deployopt.errors import BackendUnavailable, BuildFailed, DeployoptError, ExportFailed
 from deployopt.runtime import manifest
 from deployopt.runtime.child import run_in_child
 from deployopt.runtime.cuda import Gpu, device_index, find_gpu
 from deployopt.runtime.files import atomic_write
+from deployopt.runtime.preprocessing import PREPROCESSING_KEY
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions, TensorSpec
 from deployopt.runtime.tensorrt import BuildOptions, load_vendor
@@ -27,10 +30,8 @@ if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto, TensorProto
 
 
-class BuildOptionsModel(BaseModel):
+class BuildOptionsModel(Strict):
     """Base of a backend's `Options`: strict, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 M = TypeVar("M", bound=BuildOptionsModel)
@@ -61,20 +62,10 @@ def prepare(canonical: Path, out: Path) -> Path:
     """The canonical ONNX as it is: its Q/DQ already stand where TensorRT 10 and TensorRT-RTX want them. What they would misread is refused.
 
     Raises:
-        ExportFailed: names the first node that quantises asymmetrically, to UINT8, or a bias.
+        ExportFailed: no ONNX graph; or names the first node that quantises asymmetrically, to UINT8, or a bias.
     """
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
-    data = canonical.read_bytes()
-    try:
-        graph = onnx.load_from_string(data).graph
-    except DecodeError as exc:
-        raise ExportFailed(f"{canonical.name} is not an ONNX model", "deployopt run RECIPE --fresh --until export") from exc
-    if not graph.output:
-        raise ExportFailed(f"{canonical.name} holds no graph", "deployopt run RECIPE --fresh --until export")
-    check_quantization(graph)
-    atomic_write(out, data)
+    check_quantization(load(canonical).graph)
+    atomic_write(out, canonical.read_bytes())
     return out
 
 
@@ -141,10 +132,8 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, 
 
 def _preprocessing(prepared: Path) -> dict[str, Any] | None:
     """What the exporter wrote into the ONNX of its input images, if it did."""
-    import onnx
-
-    properties = {p.key: p.value for p in onnx.load(prepared, load_external_data=False).metadata_props}
-    return json.loads(properties["deployopt.preprocessing"]) if "deployopt.preprocessing" in properties else None
+    properties = {p.key: p.value for p in load(prepared).metadata_props}
+    return json.loads(properties[PREPROCESSING_KEY]) if PREPROCESSING_KEY in properties else None
 
 
 def _specs(rows: list[list[Any]]) -> tuple[TensorSpec, ...]:

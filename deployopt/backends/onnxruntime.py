@@ -5,18 +5,16 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Literal
 
 from deployopt.artifact import Artifact, Availability, Precision
 from deployopt.backends import BuildRequest, _onnx
+from deployopt.backends._shared import load, sentence
 from deployopt.errors import BackendUnavailable
 from deployopt.runtime import host
 from deployopt.runtime.onnxruntime_session import NOT_OFFERED, PROVIDER, create_exact, load_vendor, open_session
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
 
-extra = "runtimes"
-kind: Literal["onnx"] = "onnx"
 distributions = ("onnxruntime", "onnxruntime-gpu", "onnx")
 build_depends_on_machine = False
 
@@ -30,7 +28,7 @@ def probe() -> Availability:
     try:
         ort = load_vendor()
     except BackendUnavailable as exc:
-        return Availability(False, False, None, None, _onnx.sentence(exc))
+        return Availability(False, False, None, None, sentence(exc))
     return Availability(True, True, ort.__version__, host.cpu()["model"], None, {"fp32": None, "int8": None, **NOT_OFFERED})
 
 
@@ -51,5 +49,5 @@ def count_layers(path: str, precision: str, progress: Progress) -> dict[str, int
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         create_exact(Path(path), threads=1, optimized=optimized)
-        kinds = [node.op_type for node in _onnx.load(optimized).graph.node]
+        kinds = [node.op_type for node in load(optimized).graph.node]
     return dict(Counter(_PRECISION_OF[kind] for kind in kinds if kind in _PRECISION_OF))

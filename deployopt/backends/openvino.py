@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from deployopt.artifact import FLOAT_PRECISIONS, Artifact, Availability
 from deployopt.backends import BuildRequest, _onnx
+from deployopt.backends._shared import sentence
 from deployopt.errors import BackendUnavailable
 from deployopt.runtime.openvino_session import DEVICE, compile_model, load_vendor, not_offered, open_session
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
 
-extra = "runtimes"
-kind: Literal["onnx"] = "onnx"
 distributions = ("openvino", "onnx")
 build_depends_on_machine = False
 
@@ -26,7 +25,7 @@ def probe() -> Availability:
     try:
         ov = load_vendor()
     except BackendUnavailable as exc:
-        return Availability(False, False, None, None, _onnx.sentence(exc))
+        return Availability(False, False, None, None, sentence(exc))
     core = ov.Core()
     if DEVICE not in core.available_devices:
         return Availability(False, False, ov.__version__, None, f"OpenVINO finds no CPU plugin (devices: {', '.join(core.available_devices) or 'none'})")

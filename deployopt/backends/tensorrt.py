@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
 from deployopt.artifact import Artifact, Availability
 from deployopt.backends import BuildRequest, _tensorrt
+from deployopt.backends._shared import sentence
 from deployopt.errors import BackendUnavailable
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
 from deployopt.runtime.tensorrt import BuildOptions, load_vendor
 
-extra = "tensorrt"
-kind: Literal["engine"] = "engine"
 distributions = ("tensorrt",)
 build_depends_on_machine = True
 
@@ -36,15 +34,11 @@ def probe() -> Availability:
     try:
         trt = load_vendor(_VENDOR)
     except BackendUnavailable as exc:
-        return Availability(False, False, None, None, _sentence(exc))
+        return Availability(False, False, None, None, sentence(exc))
     gpu, reason = _tensorrt.gpu_or_reason()
     if gpu is None:
         return Availability(False, False, trt.__version__, None, reason, _PRECISIONS)
     return Availability(True, True, trt.__version__, gpu.name, None, _PRECISIONS)
-
-
-def _sentence(exc: BackendUnavailable) -> str:
-    return f"{exc.message}: {exc.remedy}"
 
 
 def prepare(canonical: Path, precision: str, out: Path) -> Path:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
 from deployopt.artifact import Artifact, Availability
 from deployopt.backends import BuildRequest, _tensorrt
+from deployopt.backends._shared import sentence
 from deployopt.errors import BackendUnavailable, BuildFailed
 from deployopt.runtime.cuda import Gpu
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
 from deployopt.runtime.tensorrt import BuildOptions, compute_capabilities, load_vendor
 
-extra = "tensorrt-rtx"
-kind: Literal["engine"] = "engine"
 distributions = ("tensorrt-rtx-cu13", "tensorrt-rtx")
 build_depends_on_machine = False
 
@@ -43,7 +42,7 @@ def probe() -> Availability:
     try:
         trt = load_vendor(_VENDOR)
     except BackendUnavailable as exc:
-        return Availability(False, False, None, None, f"{exc.message}: {exc.remedy}")
+        return Availability(False, False, None, None, sentence(exc))
     gpu, reason = _tensorrt.gpu_or_reason()
     if gpu is None:
         return Availability(False, True, trt.__version__, None, f"{reason}; engines are built ahead of time and not run", _PRECISIONS)

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from deployopt.runtime import host
 from deployopt.runtime.host import CpuTimes
+
+# not behind a letter, dot, colon or slash: those are relative paths and URLs
+_FOLDERS = re.compile(r"""(?<![\w.:/~-])/(?P<root>[^\s/'":;,()<>|]+)/(?:[^\s/'":;,()<>|]+/)*""")
+
+
+def without_folders(text: str, *folders: Path) -> str:
+    """A message with files by their names alone: no `folders`, and no other absolute path's.
+
+    Names of graph nodes ("/layer1/conv1/Conv") stay: only what begins with a folder in this machine's root is a path.
+    """
+    for folder in folders:
+        text = text.replace(f"{folder}/", "")
+    return _FOLDERS.sub(lambda found: "" if Path("/", found["root"]).is_dir() else found[0], text)
 
 
 def utc_now() -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deployopt.artifact import Row
-from deployopt.bench.environment import Condition, Load, contract_load, gpu_throttling, percent_of_cores, utc_now
+from deployopt.bench.environment import Condition, Load, contract_load, gpu_throttling, percent_of_cores, utc_now, without_folders
 from deployopt.errors import DeployoptError, WorkerDied
 from deployopt.runtime import host
 from deployopt.runtime.files import atomic_write_json
@@ -129,6 +129,14 @@ class _Run:
     runs: int = 0
     seconds: float = 0.0
 
+    @property
+    def device(self) -> str:
+        """What executes: "cpu" where the session says so, whatever was asked for; the first GPU where one computes and none was asked for."""
+        if self.opened.provider.startswith("CPU"):
+            return "cpu"
+        asked = self.subject.options.device
+        return "cuda:0" if asked == "cpu" and any(b.device_ms is not None for b in self.blocks) else asked
+
     def time_block(self) -> None:
         before = host.cpu_times()
         block = self.worker.block(self.iterations, self.runs, self.lead_in)
@@ -192,21 +200,21 @@ class Group:
         return outputs[self.opened[key].outputs[0].name]
 
     def measure(self, images: Mapping[str, Images], batch: int, source: str) -> dict[str, Measured | Failure]:
-        """Time every live subject at one batch size.
+        """Time live subjects at one batch size.
 
         Args:
-            images: for each subject, uint8 [n, H, W, C]; batches are made of them in random order.
+            images: for each subject to be timed, uint8 [n, H, W, C]; batches are made of them in random order.
             source: of the images, for the contract.
 
         Returns:
-            For every subject, in their order.
+            For each subject that is timed, or that failed before, in their order.
         """
         settings, rng = self._settings, np.random.default_rng([self._settings.seed, batch])
         results: dict[str, Measured | Failure] = {}
         runs: dict[str, _Run] = {}
         started, before = utc_now(), Condition.now()
-        with self._progress.track(f"warm up, batch {batch}", len(self._workers)) as bar:
-            for key in [k for k in self._subjects if k in self._workers]:
+        with self._progress.track(f"warm up, batch {batch}", len(images)) as bar:
+            for key in [k for k in self._subjects if k in self._workers and k in images]:
                 buffers = make_buffers(images[key], settings.buffers, batch, settings.seed)
                 inputs = {"buffers": len(buffers), "shape": list(buffers.shape[1:]), "images": len(images[key]), "source": source}
                 try:
@@ -220,7 +228,7 @@ class Group:
         for key, run in runs.items():
             if key not in results:
                 results[key] = self._finish(run, batch, started, (before, after), sorted(runs.keys() - {key}))
-        return {key: results.get(key) or self.failures[key] for key in self._subjects}
+        return {key: found for key in self._subjects if (found := results.get(key) or self.failures.get(key)) is not None}
 
     def _opened(self, key: str, worker: Worker, opening: Future[Opened]) -> None:
         try:
@@ -234,7 +242,7 @@ class Group:
     def _explain(self, subject: Subject, error: DeployoptError) -> Failure:
         """The whole story goes to the log; a row gets its first line, without this machine's paths."""
         self._progress.log(f"{subject.key}: {error}")
-        return Failure(error.message.splitlines()[0].replace(f"{subject.path.parent}/", ""))
+        return Failure(without_folders(error.message.splitlines()[0], subject.path.parent))
 
     def _fail(self, key: str, error: DeployoptError) -> Failure:
         failure = self._explain(self._subjects[key], error)
@@ -297,7 +305,7 @@ class Group:
             "inputs": run.inputs,
             "seed": settings.seed,
             "threads": run.subject.options.threads,
-            "device": run.subject.options.device,
+            "device": run.device,
             "spread": {"mad_over_median": round(spread, 4), "limit": settings.max_spread},
             "load": contract_load(run.load, *conditions),
             "flags": _flags(run, settings),
@@ -411,7 +419,7 @@ def _faults(run: _Run, spread: float, settings: Settings, conditions: tuple[Cond
     before, after = conditions
     if before.throttles is not None and after.throttles is not None and after.throttles > before.throttles:
         faults.append("the CPU throttled for heat")
-    if run.subject.options.device != "cpu":
+    if run.device != "cpu":
         faults += [f"throttled: {reason}" for reason in gpu_throttling(before, after)]
     steal = percent_of_cores(run.load.stolen_cores)
     if steal is not None and steal > settings.max_steal_percent:

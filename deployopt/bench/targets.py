@@ -13,7 +13,7 @@ from deployopt.artifact import Artifact, ArtifactKind, Precision
 from deployopt.errors import ArtifactError, ArtifactMismatch, MissingDependency, UsageError
 from deployopt.report import summary
 from deployopt.runtime import manifest
-from deployopt.runtime.preprocessing import Preprocessing
+from deployopt.runtime.preprocessing import PREPROCESSING_KEY, Preprocessing
 from deployopt.runtime.session import SessionOptions
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ TORCH_OPENER = "deployopt.nn.session:open"
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"  # as `nn.checkpoint` writes them
 ENGINE_SUFFIXES = (".engine", ".plan")
 KNOWN_FILES = (".onnx", *ENGINE_SUFFIXES, WEIGHTS)
-PREPROCESSING_KEY, CLASSES_KEY = "deployopt.preprocessing", "deployopt.classes"  # in an ONNX file, written by the export stage
+CLASSES_KEY = "deployopt.classes"  # in an ONNX file, written by the export stage
 
 
 @dataclass(frozen=True)

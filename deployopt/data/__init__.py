@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
-
+from deployopt.config import Strict
 from deployopt.data._arrays import ArraySet, stratified_split
 from deployopt.runtime.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["ArraySet", "DataConfig", "DataSource", "Dataset", "ImageSet", "stratified_split"]
 
 
-class DataConfig(BaseModel):
+class DataConfig(Strict):
     """Base of every data source's `Config`: frozen, unknown keys and NaN refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    NOT_IN_KEY: ClassVar[frozenset[str]] = frozenset({"folder", "download", "workers"})
+    """Options that say where the data are and how they are read, not what they are: changing them invalidates nothing."""
+
+    def keyed(self) -> dict[str, Any]:
+        """The options that results depend on, as JSON values."""
+        return self.model_dump(mode="json", by_alias=True, exclude=set(self.NOT_IN_KEY))
 
 
 class ImageSet(Protocol):
@@ -62,11 +68,9 @@ class DataSource(Protocol):
 
     Attributes:
         Config: its options (the recipe's `data` section without `name`).
-        extra: the extra of deployopt it needs, or None.
     """
 
     Config: type[DataConfig]
-    extra: str | None
 
     def fingerprint(self, config: Any) -> str:
         """Changes whenever the data do. Cheap: no decoding.

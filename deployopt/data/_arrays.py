@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from deployopt.runtime import preprocessing as pre
 from deployopt.runtime.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 KEPT_BYTES = 1 << 30  # a split whose preprocessed images need more is preprocessed on every access
 
@@ -34,6 +35,8 @@ class ArraySet:
         return len(self._stored)
 
     def images(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+        import numpy as np
+
         rows = np.asarray(indices, dtype=np.int64)
         if len(self) * self._preprocessing.image_size**2 * self._stored.shape[-1] <= KEPT_BYTES:
             return pre.with_channels(self._preprocessed[rows], self._preprocessing.channels)
@@ -49,6 +52,8 @@ class ArraySet:
 
 
 def _preprocess(images: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    import numpy as np
+
     size = preprocessing.image_size
     result = np.empty((len(images), size, size, preprocessing.channels), np.uint8)
     for row, image in enumerate(images):
@@ -61,6 +66,8 @@ def stratified_split(targets: NDArray[np.integer[Any]], fraction: float, seed: i
 
     The same targets, fraction and seed give the same split on every machine (NumPy's PCG64 stream is stable).
     """
+    import numpy as np
+
     random = np.random.Generator(np.random.PCG64(seed))
     held: list[NDArray[np.int64]] = []
     for label in np.unique(targets):
@@ -72,6 +79,8 @@ def stratified_split(targets: NDArray[np.integer[Any]], fraction: float, seed: i
 
 def stratified_subset(targets: NDArray[np.integer[Any]], size: int, seed: int) -> NDArray[np.int64]:
     """About `size` indices, ascending, with every class represented by its share; all of them if there are not more."""
+    import numpy as np
+
     if size >= len(targets):
         return np.arange(len(targets))
     return stratified_split(targets, size / len(targets), seed)[1]

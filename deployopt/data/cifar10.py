@@ -10,19 +10,20 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
-from deployopt.data import DataConfig, Dataset
-from deployopt.data._arrays import ArraySet, stratified_split, stratified_subset
+from deployopt.data import Dataset
 from deployopt.data._download import fetch, md5_file
+from deployopt.data._published import PublishedConfig, dataset
 from deployopt.errors import ArtifactError, DataNotFound
 from deployopt.runtime.hashing import sha256_json
-from deployopt.runtime.preprocessing import Preprocessing
 
-extra = None
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DEFAULT_FOLDER = Path("data/cifar-10-batches-bin")
 ARCHIVE = "cifar-10-binary.tar.gz"
@@ -32,21 +33,13 @@ BATCH_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 RECORD_BYTES = 1 + 3 * 32 * 32
 
 
-class Config(DataConfig):
+class Config(PublishedConfig):
     """CIFAR-10 from its binary files."""
 
     folder: str | None = None
     """Folder of data_batch_1.bin … test_batch.bin, or of cifar-10-binary.tar.gz as published; None is ./data/cifar-10-batches-bin."""
     download: bool = False
     """Fetch the archive (about 170 MB) into the folder if neither is there."""
-    image_size: int = Field(default=32, ge=8, le=512)
-    """Height and width that the 32×32 images are resized to."""
-    limit: int | None = Field(default=None, ge=20)
-    """Use about this many training images, every class by its share; None uses all. The test split is always whole."""
-    validation_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Share of every class of the training images that is the validation split."""
-    split_seed: int = Field(default=0, ge=0)
-    """Seed of the subset and of the validation split."""
     mean: list[float] = Field(default=[0.4914, 0.4822, 0.4465], min_length=3, max_length=3)
     """Mean of 0–1 values per channel, subtracted inside the network."""
     std: list[float] = Field(default=[0.2470, 0.2435, 0.2616], min_length=3, max_length=3)
@@ -66,15 +59,11 @@ def fingerprint(config: Config) -> str:
 
 
 def load(config: Config) -> Dataset:
+    import numpy as np
+
     *batches, tested = [read_batch(name, data) for name, data in _contents(config)]
-    images, targets = np.concatenate([b[0] for b in batches]), np.concatenate([b[1] for b in batches])
-    preprocessing = Preprocessing(config.image_size, 3, None, tuple(config.mean), tuple(config.std))
-    if config.limit is not None:
-        chosen = stratified_subset(targets, config.limit, config.split_seed)
-        images, targets = images[chosen], targets[chosen]
-    kept, held = stratified_split(targets, config.validation_fraction, config.split_seed)
-    train, validation = (ArraySet(images[rows], targets[rows], preprocessing) for rows in (kept, held))
-    return Dataset(train, validation, ArraySet(*tested, preprocessing), CLASSES, preprocessing)
+    train = np.concatenate([b[0] for b in batches]), np.concatenate([b[1] for b in batches])
+    return dataset(train, tested, CLASSES, config)
 
 
 def read_batch(name: str, data: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -83,6 +72,8 @@ def read_batch(name: str, data: bytes) -> tuple[NDArray[np.uint8], NDArray[np.in
     Raises:
         ArtifactError: empty, truncated, or a label above 9; names the file.
     """
+    import numpy as np
+
     remedy = "delete it and set data.download: true, or unpack the binary archive again"
     if not data or len(data) % RECORD_BYTES:
         raise ArtifactError(f"{name}: {len(data)} bytes are not a whole number of {RECORD_BYTES}-byte records", remedy)

@@ -6,8 +6,8 @@ Source: UCI "Optical Recognition of Handwritten Digits" (test part), https://doi
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-import numpy as np
 from pydantic import Field
 
 from deployopt.data import DataConfig, Dataset
@@ -16,7 +16,8 @@ from deployopt.errors import MissingDependency
 from deployopt.runtime.hashing import sha256_json
 from deployopt.runtime.preprocessing import Preprocessing
 
-extra = "train"
+if TYPE_CHECKING:
+    pass
 
 
 class Config(DataConfig):
@@ -45,6 +46,8 @@ def fingerprint(config: Config) -> str:
 
 
 def load(config: Config) -> Dataset:
+    import numpy as np
+
     try:
         from sklearn.datasets import load_digits
     except ImportError as exc:

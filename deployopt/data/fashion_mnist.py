@@ -9,19 +9,20 @@ import gzip
 import math
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
-from deployopt.data import DataConfig, Dataset
-from deployopt.data._arrays import ArraySet, stratified_split, stratified_subset
+from deployopt.data import Dataset
 from deployopt.data._download import fetch, md5_file
+from deployopt.data._published import Part, PublishedConfig, dataset
 from deployopt.errors import ArtifactError, DataNotFound
 from deployopt.runtime.hashing import sha256_json
-from deployopt.runtime.preprocessing import Preprocessing
 
-extra = None
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 TORCHVISION = Path("data/FashionMNIST/raw")
@@ -35,21 +36,13 @@ MD5 = {  # of the gzipped files, as in torchvision.datasets.FashionMNIST
 UBYTE = 0x08  # IDX type code of unsigned bytes
 
 
-class Config(DataConfig):
+class Config(PublishedConfig):
     """Fashion-MNIST from local IDX files."""
 
     folder: str | None = None
     """Folder of the four IDX files, .gz or plain. None looks where Debian's package dataset-fashion-mnist puts them, then in ./data/FashionMNIST/raw."""
     download: bool = False
     """Fetch missing files into the folder (./data/FashionMNIST/raw when none is given)."""
-    image_size: int = Field(default=32, ge=8, le=512)
-    """Height and width that the 28×28 images are resized to."""
-    limit: int | None = Field(default=None, ge=20)
-    """Use about this many training images, every class by its share; None uses all. The test split is always whole."""
-    validation_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Share of every class of the training images that is the validation split."""
-    split_seed: int = Field(default=0, ge=0)
-    """Seed of the subset and of the validation split."""
     mean: list[float] = Field(default=[0.286] * 3, min_length=3, max_length=3)
     """Mean of 0–1 values per channel, subtracted inside the network."""
     std: list[float] = Field(default=[0.353] * 3, min_length=3, max_length=3)
@@ -67,19 +60,13 @@ def load(config: Config) -> Dataset:
     if _to_download(config):
         _download(_download_folder(config))
     files = _files(config)
-    images, targets = _pair(files, "train")
-    tested, test_targets = _pair(files, "t10k")
-    preprocessing = Preprocessing(config.image_size, 3, None, tuple(config.mean), tuple(config.std))
-    if config.limit is not None:
-        chosen = stratified_subset(targets, config.limit, config.split_seed)
-        images, targets = images[chosen], targets[chosen]
-    kept, held = stratified_split(targets, config.validation_fraction, config.split_seed)
-    train, validation = (ArraySet(images[rows], targets[rows], preprocessing) for rows in (kept, held))
-    return Dataset(train, validation, ArraySet(tested, test_targets, preprocessing), CLASSES, preprocessing)
+    return dataset(_pair(files, "train"), _pair(files, "t10k"), CLASSES, config)
 
 
-def _pair(files: dict[str, Path], part: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _pair(files: dict[str, Path], part: str) -> Part:
     """Images uint8 [N, 28, 28, 1] and targets int64 [N] of one part."""
+    import numpy as np
+
     images = read_idx(files[f"{part}-images-idx3-ubyte"], dimensions=3)
     labels = read_idx(files[f"{part}-labels-idx1-ubyte"], dimensions=1)
     if len(images) != len(labels):
@@ -97,6 +84,8 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     Raises:
         ArtifactError: wrong magic, truncated, or too long; names the file.
     """
+    import numpy as np
+
     remedy = "replace it by a complete copy of the file"
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

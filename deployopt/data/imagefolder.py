@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from deployopt.data import DataConfig, Dataset
@@ -22,7 +20,10 @@ from deployopt.runtime import preprocessing as pre
 from deployopt.runtime.hashing import sha256_json
 from deployopt.runtime.preprocessing import Preprocessing
 
-extra = "runtimes"
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 
 
@@ -70,6 +71,8 @@ class FolderSet:
         return len(self._paths)
 
     def images(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+        import numpy as np
+
         with ThreadPoolExecutor(self._workers) as pool:  # Pillow releases the GIL while it decodes and resizes
             return np.stack(list(pool.map(lambda index: pre.apply(self.raw(int(index)), self._preprocessing), indices)))
 
@@ -117,6 +120,8 @@ def _root(config: Config) -> Path:
 
 def _split(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], NDArray[np.int64]]:
     """Image paths of one split in class and name order, with their class indices."""
+    import numpy as np
+
     strangers = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in classes)
     if strangers:
         raise ArtifactError(f"{folder} has class folders that train has not: {', '.join(strangers)}", "rename or remove them")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, checker, helper
@@ -19,7 +21,7 @@ def to_unsigned(model: ModelProto) -> ModelProto:
     """The dialect of x86 CPUs (ONNX Runtime, OpenVINO): u8 activations, s8 weights, int32 biases, Q/DQ around every Add and pooling.
 
     Activations keep their signed scale; the zero point becomes 0 where a tensor cannot be negative (then a ReLU fuses) and 128 elsewhere, so the
-    integers are those of the signed graph, except that what a ReLU lets through above 127 steps is no longer clipped.
+    integers are those of the signed graph.
 
     Args:
         model: canonical INT8, with the scales "output" of each convolution before an Add and "sum" of an Add that no layer reads.
@@ -29,8 +31,10 @@ def to_unsigned(model: ModelProto) -> ModelProto:
     """
     model = clone(model)
     graph = Graph(model.graph)
+    trained = graph.nodes("QuantizeLinear")
     quantize_outputs(graph, stored_scales(model))
     make_unsigned(graph)
+    clip_to_signed_range(graph, trained)
     quantize_biases(graph)
     graph.finish()
     props = {p.key: p.value for p in model.metadata_props}
@@ -115,6 +119,21 @@ def make_unsigned(graph: Graph) -> None:
             node.input[2:] = [name]
 
 
+def clip_to_signed_range(graph: Graph, quantizers: Iterable[NodeProto]) -> None:
+    """Integers of zero point 0 end at 127, as in the signed graph and in training, not at 255: so pairs of products with ±127 weights fit int16.
+
+    The Clip works on u8: before the QuantizeLinear, ONNX Runtime would fuse it into a float convolution.
+    """
+    for quantizer in quantizers:
+        if graph.constant(quantizer.input[2]) == 0:
+            tensor = quantizer.output[0]
+            low, high = (graph.add_constant(f"{tensor}.{name}", np.uint8(value)) for name, value in (("low", 0), ("high", 127)))
+            clipped = graph.free_name(f"{tensor}.clipped")
+            readers = list(graph.consumers[tensor])
+            graph.add_node("Clip", [tensor, low, high], [clipped], clipped)
+            graph.redirect(tensor, clipped, readers)
+
+
 def quantize_biases(graph: Graph) -> None:
     """Float biases of INT8 layers → int32 with scale `s_x · s_w` and zero point 0, as the integer kernels add them.
 
@@ -161,7 +180,7 @@ def _widened(graph: Graph, w: NodeProto, scale: NDArray[np.float32], least: NDAr
 def saturating_layers(model: ModelProto) -> list[str]:
     """Layers in which x86 CPUs without VNNI may saturate: inputs over the whole u8 range times weights beyond ±64.
 
-    vpmaddubsw adds two u8 · s8 products in int16 (Intel SDM). After a ReLU the signed scale keeps inputs near 127, where two products fit.
+    vpmaddubsw adds two u8 · s8 products in int16 (Intel SDM). After a ReLU inputs end at 127, where two products fit.
     """
     graph = Graph(model.graph)
     found = []

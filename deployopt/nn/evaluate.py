@@ -1,21 +1,39 @@
-"""A module's outputs on a split. Scoring is the task's."""
+"""A module's outputs on a split, and the images that calibrate it. Scoring is the task's."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from deployopt.data import ImageSet
 from deployopt.runtime.preprocessing import to_feed
 
 
 @torch.inference_mode()
-def outputs(module: nn.Module, image_set: ImageSet, batch_size: int = 256, device: str = "cpu") -> NDArray[np.float32]:
-    """Outputs float32 [N, K] in the split's order. `module` must already be in evaluation mode."""
+def outputs(
+    module: nn.Module, image_set: ImageSet, batch_size: int = 256, device: str = "cpu", on_batch: Callable[[int], None] | None = None
+) -> NDArray[np.float32]:
+    """Outputs float32 [N, K] in the split's order. `module` must already be in evaluation mode.
+
+    Args:
+        on_batch: called after each batch with its number of images.
+    """
     parts = []
     for start in range(0, len(image_set), batch_size):
         images = image_set.images(range(start, min(start + batch_size, len(image_set))))
         parts.append(module(torch.from_numpy(to_feed(images)).to(device, memory_format=torch.channels_last)).float().cpu().numpy())
+        if on_batch is not None:
+            on_batch(len(images))
     return np.concatenate(parts)
+
+
+def calibration_batches(images: ImageSet, count: int, seed: int, device: str = "cpu", batch_size: int = 64) -> Iterator[Tensor]:
+    """At most `count` images drawn by `seed`, after evaluation preprocessing: float32 [n, C, H, W] in 0–1."""
+    random = np.random.Generator(np.random.PCG64([seed, *b"calibration"]))
+    chosen = random.permutation(len(images))[:count]
+    for start in range(0, len(chosen), batch_size):
+        yield torch.from_numpy(to_feed(images.images(chosen[start : start + batch_size]))).to(device)

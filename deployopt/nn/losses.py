@@ -9,14 +9,22 @@ from typing import Literal
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from deployopt.errors import UsageError
+
 LossName = Literal["cross_entropy", "smooth_l1"]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def by_name(name: LossName, label_smoothing: float = 0.0) -> Loss:
-    """Mean loss of (outputs [N, K], targets: int64 [N] or float32 [N, K])."""
+    """Mean loss of (outputs [N, K], targets: int64 [N] or float32 [N, K]).
+
+    Raises:
+        UsageError: label smoothing of another loss than cross entropy.
+    """
     if name == "cross_entropy":
         return lambda outputs, targets: F.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
+    if label_smoothing:
+        raise UsageError(f"label_smoothing ({label_smoothing:g}) smooths classes, and the loss of this task is {name}", "remove label_smoothing")
     return F.smooth_l1_loss
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -21,7 +20,6 @@ from deployopt.errors import StageFailed
 from deployopt.nn.capture import capture, example_input
 from deployopt.nn.placement import ADDS, BATCH_NORM, Layer, aten, layers, parameter_owner
 from deployopt.nn.quantizer import ACTIVATION_MAX, ACTIVATION_MIN
-from deployopt.runtime.preprocessing import to_feed
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # torchao's own imports
@@ -30,7 +28,6 @@ with warnings.catch_warnings():
     from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 if TYPE_CHECKING:
-    from deployopt.data import ImageSet
     from deployopt.nn.models import Network
 
 ObserverName = Literal["moving_average", "min_max", "mse"]
@@ -271,14 +268,6 @@ class Prepared(nn.Module):
         sites, own = self.sites(), self.graph_module.state_dict()
         network.load_state_dict({name: own.get(name, value) for name, value in network.state_dict().items()})
         network.lineage.append({"op": "quantize", "sites": sites, "scheme": asdict(self.scheme)})
-
-
-def calibration_batches(images: ImageSet, count: int, seed: int, device: str = "cpu", batch_size: int = 64) -> Iterator[Tensor]:
-    """At most `count` images drawn by `seed`, after evaluation preprocessing: float32 [n, C, H, W] in 0–1."""
-    random = np.random.Generator(np.random.PCG64([seed, *b"calibration"]))
-    chosen = random.permutation(len(images))[:count]
-    for start in range(0, len(chosen), batch_size):
-        yield torch.from_numpy(to_feed(images.images(chosen[start : start + batch_size]))).to(device)
 
 
 def _scale(site: SiteFakeQuantize) -> float | list[float]:

@@ -21,6 +21,7 @@ from deployopt.errors import ArtifactMismatch, PruningImpossible
 from deployopt.nn import losses, macs
 from deployopt.nn.models import Network
 from deployopt.runtime.preprocessing import to_feed
+from deployopt.runtime.progress import Progress, SilentProgress
 from deployopt.tasks import Task
 
 Criterion = Literal["group_magnitude", "group_magnitude_l1", "taylor", "bn_scale"]
@@ -74,6 +75,7 @@ def prune(
     round_to: int = 1,
     max_layer_ratio: float = 0.9,
     backward: Backward | None = None,
+    progress: Progress | None = None,
 ) -> History:
     """Cut `network` in place until it has at most `at_most` MACs or parameters, and as close to that as its layers allow.
 
@@ -91,7 +93,10 @@ def prune(
     Raises:
         PruningImpossible: no cut reaches the target (says the best), or scores are not finite.
     """
-    groups = _groups(network, criterion, backward)
+    progress = progress or SilentProgress()
+    with progress.track(f"score channels by {criterion}", 1) as bar:
+        groups = _groups(network, criterion, backward)
+        bar.advance()
     if not groups:
         raise PruningImpossible(f"{network.base['arch']} has no channels that could be cut by the criterion {criterion}", "choose another importance")
     shadow = macs.on_meta(network)
@@ -112,7 +117,13 @@ def prune(
             f"round_to {round_to} the best reached is {smallest:,} ({smallest / whole:.3f})",
             "raise prune.target, raise prune.max_layer_ratio, or lower prune.round_to",
         )
-    history = _join(groups, _closest(groups, keep, cost, at_most))
+    with progress.track(f"search for {at_most:,} {metric}", 1 + BISECTIONS + len(groups)) as bar:
+
+        def tried(kept: Sequence[int]) -> int:
+            bar.advance()
+            return cost(kept)
+
+        history = _join(groups, _closest(groups, keep, tried, at_most))
     replay(network, history)
     network.lineage.append({"op": "prune", "history": history})
     return history

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from deployopt.config import Strict
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class Augment(_Strict):
+class Augment(Strict):
     """Random changes of training images. None of them is on by default: whether a flip keeps the meaning depends on the data (digits: no)."""
 
     crop_padding: int = Field(default=0, ge=0, le=64)
@@ -28,7 +26,7 @@ class Augment(_Strict):
         return self
 
 
-class TrainingConfig(_Strict):
+class TrainingConfig(Strict):
     """Options of a training phase."""
 
     epochs: int = Field(default=8, ge=1, le=100_000)
@@ -66,4 +64,6 @@ class TrainingConfig(_Strict):
             raise ValueError(f"warmup_epochs ({self.warmup_epochs:g}) must be fewer than epochs ({self.epochs})")
         if self.nesterov and self.momentum == 0 and self.optimizer == "sgd":
             raise ValueError("nesterov needs momentum > 0: set nesterov: false")
+        if self.optimizer == "adamw" and "nesterov" in self.model_fields_set:
+            raise ValueError("nesterov is an option of sgd: remove it, or set optimizer: sgd")
         return self

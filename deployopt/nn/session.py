@@ -71,6 +71,8 @@ class TorchSession:
 def open(path: Path, options: SessionOptions) -> TorchSession:
     """Open a model folder, or the model.safetensors in it. A quantized network runs fake-quantized, in FP32.
 
+    TF32 is off from then on in this process.
+
     Raises:
         BackendUnavailable: another precision than fp32 was asked for.
         DeviceUnavailable: no such CUDA device.
@@ -81,6 +83,7 @@ def open(path: Path, options: SessionOptions) -> TorchSession:
     if options.device != "cpu" and not torch.cuda.is_available():
         raise DeviceUnavailable(f"wanted {options.device}, torch sees no CUDA device", "--device cpu")
     torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # a 10-bit mantissa is not FP32
     network = checkpoint.load(path if path.is_dir() else path.parent)
     module: nn.Module = network
     if any(entry["op"] == "quantize" for entry in network.lineage):

@@ -68,6 +68,7 @@ def fit(
         on_epoch: called with the epoch (from 1) before it begins.
 
     Raises:
+        UsageError: label smoothing of a loss that has none.
         TrainingDiverged: the loss became NaN or infinite.
     """
     module.to(device).to(memory_format=torch.channels_last)  # on CPU a step of ResNet-18 takes a fraction of its time in NCHW
@@ -81,7 +82,7 @@ def fit(
             if on_epoch is not None:
                 on_epoch(epoch)
             train_loss, lr = trainer.epoch(epoch, random, bar)
-            validation_loss, scores = trainer.validate()
+            validation_loss, scores = trainer.validate(bar)
             primary = scores[task.primary]
             record = {"phase": phase, "epoch": epoch, "train_loss": train_loss, "validation_loss": validation_loss, f"validation_{task.primary}": primary}
             history.records.append({**record, "lr": lr})
@@ -161,10 +162,10 @@ class _Trainer:
         self.optimizer.step()
         return float(loss.detach())
 
-    def validate(self) -> tuple[float, dict[str, float | int]]:
+    def validate(self, bar: Bar) -> tuple[float, dict[str, float | int]]:
         """(plain task loss, scores) on the validation split."""
         self.set_mode(self.module, False)
-        outputs = evaluate.outputs(self.module, self.dataset.validation, device=self.device)
+        outputs = evaluate.outputs(self.module, self.dataset.validation, device=self.device, on_batch=lambda images: bar.advance(0, "validating"))
         targets = self.dataset.validation.targets
         if not np.isfinite(outputs).all():
             raise TrainingDiverged(f"outputs on the validation split became NaN or infinite after step {self.step}", "lower lr, or set clip_grad_norm: 1.0")

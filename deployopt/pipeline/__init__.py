@@ -1,8 +1,31 @@
-"""Recipe → plan → run. `plan` binds every stage's config, checks the order and says what is cached and why; `execute` is the one loop."""
+"""Recipe → plan → run. `plan` binds every stage's config, checks the order and says what is cached and why; `execute` is the one loop.
 
-from deployopt.pipeline.binding import available, schema, validate
-from deployopt.pipeline.inspection import EXTRAS, diagnose, evaluate
-from deployopt.pipeline.planning import Plan, Step, plan
-from deployopt.pipeline.running import Observer, SilentObserver, execute
+What is named here is imported on first use: `validate` answers without loading what a run needs.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deployopt.pipeline.binding import available, schema, validate
+    from deployopt.pipeline.inspection import EXTRAS, diagnose, evaluate
+    from deployopt.pipeline.planning import Plan, Step, plan
+    from deployopt.pipeline.running import Observer, SilentObserver, execute
 
 __all__ = ["EXTRAS", "Observer", "Plan", "SilentObserver", "Step", "available", "diagnose", "evaluate", "execute", "plan", "schema", "validate"]
+
+_HOMES = {
+    "binding": ("available", "schema", "validate"),
+    "inspection": ("EXTRAS", "diagnose", "evaluate"),
+    "planning": ("Plan", "Step", "plan"),
+    "running": ("Observer", "SilentObserver", "execute"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"deployopt.pipeline.{module}"), name)
+    raise AttributeError(f"module 'deployopt.pipeline' has no attribute '{name}'")

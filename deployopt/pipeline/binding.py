@@ -98,8 +98,8 @@ class Binder:
         self.stages(stages)
         if data is not None:
             self.data(data)
-        if isinstance(task, str):
-            self.find("tasks", task, ("task",))
+        if isinstance(task, str) and task not in plugins.names("tasks"):
+            self.problems.append(self._document.problem(("task",), plugins.unknown("task", task, plugins.names("tasks"))))
         if isinstance(model, Mapping) and isinstance(model.get("arch"), str):
             self.architecture(model["arch"], model.get("stem"))
         return self.problems
@@ -168,8 +168,20 @@ def bind_recipe(recipe: Recipe) -> Bound:
 
 
 def _resolved(recipe: Recipe, entries: Sequence[Entry], data_config: BaseModel) -> dict[str, Any]:
-    return {
-        **recipe.model_dump(mode="json", include={"name", "seed", "task", "model", "budget"}),
-        "data": {"name": recipe.data.name, **data_config.model_dump(mode="json", by_alias=True)},
-        "stages": [{e.stage_name: e.config.model_dump(mode="json", by_alias=True), "as": e.name} for e in entries],
-    }
+    resolved: dict[str, Any] = _without_folders(
+        {
+            **recipe.model_dump(mode="json", include={"name", "seed", "task", "model", "budget"}),
+            "data": {"name": recipe.data.name, **data_config.model_dump(mode="json", by_alias=True)},
+            "stages": [{e.stage_name: e.config.model_dump(mode="json", by_alias=True), "as": e.name} for e in entries],
+        }
+    )
+    return resolved
+
+
+def _without_folders(value: Any) -> Any:
+    """Absolute paths cut down to their names: a report tells nothing of the machine's folders."""
+    if isinstance(value, Mapping):
+        return {name: _without_folders(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

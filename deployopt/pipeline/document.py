@@ -19,7 +19,9 @@ def assemble(
     variants = [_variant(o, p) for o in outputs for p in o.point if p.kind == "torch" and p.fans_out]
     rows = [row for o in outputs for row in o.record.get("rows", [])]
     facts = {"name": planned.recipe.task, "primary": task.primary, "unit": task.unit, "higher_is_better": task.higher_is_better}
-    budget, recommended = verdict.judge(rows, variants, planned.resolved["budget"], facts)
+    measured = any("rows" in o.record for o in outputs)
+    limits = planned.resolved["budget"] if measured else {}  # nothing to judge in a run that ends before it measures
+    budget, recommended = verdict.judge(rows, variants, limits, facts)
     return {
         "schema": report.SCHEMA,
         "deployopt": __version__,

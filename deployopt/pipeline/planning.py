@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from deployopt import __version__, plugins, store
 from deployopt.bench.environment import versions
 from deployopt.data import DataSource
-from deployopt.errors import DataNotFound, DeviceUnavailable, UsageError
+from deployopt.errors import DeviceUnavailable, LackingEnvironment, UsageError
 from deployopt.nn import ARCHITECTURES
 from deployopt.pipeline.binding import Entry, bind_recipe
 from deployopt.recipe import Recipe
@@ -73,7 +72,7 @@ class Plan:
     task: Task
     data: DataSource
     data_config: Any
-    data_problem: DataNotFound | None
+    data_problem: LackingEnvironment | None
     steps: tuple[Step, ...]
     device: str
     threads: int
@@ -105,15 +104,16 @@ def plan(
     bound = bind_recipe(recipe)
     entries = _until(bound.entries, until)
     chosen_device, chosen_threads = _device(device), threads or host.usable_cores()
-    data_problem, fingerprint = None, None
+    data_problem: LackingEnvironment | None = None
+    fingerprint = None
     try:
         fingerprint = bound.data.fingerprint(bound.data_config)
-    except DataNotFound as error:
+    except LackingEnvironment as error:
         data_problem = error
     common = {
         "seed": recipe.seed,
         "task": {"name": recipe.task, "package": plugins.origin("tasks", recipe.task)},
-        "data": {"name": recipe.data.name, "config": bound.data_config.model_dump(mode="json", by_alias=True), "fingerprint": fingerprint},
+        "data": {"name": recipe.data.name, "config": bound.data_config.keyed(), "fingerprint": fingerprint},
         "model": _model_parts(recipe),
         "device": chosen_device.partition(":")[0],
         "threads": chosen_threads,
@@ -168,26 +168,20 @@ def _model_parts(recipe: Recipe) -> dict[str, Any]:
     return parts
 
 
-@cache
-def _machine() -> dict[str, Any]:
-    """What timing depends on."""
-    cpu = host.cpu()
-    return {"cpu": cpu["model"], "isa": list(cpu["isa"]), "gpus": [{k: g.get(k) for k in ("name", "driver")} for g in host.gpus()]}
-
-
 def _expand(entries: Sequence[Entry], common: Mapping[str, Any], recipe: Recipe) -> list[Step]:
     points: list[Point] = []
     keys: dict[str, str | None] = {}
     steps: list[Step] = []
     for number, entry in enumerate(entries):
-        following = entries[number + 1].stage_name if number + 1 < len(entries) else None
-        for expansion in entry.stage.expand(entry.config, Planning(points, entry.name, following)):
+        for expansion in entry.stage.expand(entry.config, Planning(points, entry.name)):
             stem = "init" if entry.stage_name == "init" else f"{number - 1:02d}-{entry.name}"
             step_id = f"{stem}-{expansion.label}" if expansion.label else stem
             inputs = tuple(dict.fromkeys(p.step for p in expansion.inputs))
             parts = {
                 "stage": entry.stage_name,
                 "label": expansion.label,
+                "name": entry.name,  # seeds the order of training images and names the variant
+                "variants": [p.variant for p in expansion.inputs],
                 "deployopt": __version__,
                 "version": entry.stage.version,
                 "config": entry.config.model_dump(mode="json", by_alias=True),
@@ -195,7 +189,7 @@ def _expand(entries: Sequence[Entry], common: Mapping[str, Any], recipe: Recipe)
                 "inputs": [keys[i] for i in inputs],
                 "libraries": versions(entry.stage.distributions),
                 **common,
-                **({"machine": _machine()} if entry.stage.timed else {}),
+                **({"machine": host.timing_facts()} if entry.stage.timed else {}),
             }
             keys[step_id] = sha256_json(parts)
             steps.append(

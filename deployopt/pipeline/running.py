@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,11 @@ from deployopt import report, store
 from deployopt.artifact import Artifact
 from deployopt.bench.environment import environment, utc_now
 from deployopt.data import Dataset
+from deployopt.errors import UsageError
 from deployopt.pipeline.document import assemble
 from deployopt.pipeline.inspection import REPORTED
 from deployopt.pipeline.planning import Plan, Step
+from deployopt.recipe import read_document
 from deployopt.runtime.files import atomic_write, atomic_write_json
 from deployopt.runtime.hashing import sha256_json
 from deployopt.runtime.progress import Progress, SilentProgress
@@ -53,6 +56,7 @@ def execute(planned: Plan, run_dir: Path | None = None, observer: Observer | Non
         fresh: take nothing from the cache.
 
     Raises:
+        UsageError: the folder holds something else than a run of this recipe.
         DataNotFound, MissingDependency, StageFailed, RunLocked.
     """
     if planned.data_problem is not None:
@@ -62,6 +66,7 @@ def execute(planned: Plan, run_dir: Path | None = None, observer: Observer | Non
     folder = run_dir or store.new_run_folder(Path("runs"), planned.recipe.name, sha)
     with store.locked(folder), _log_into(folder / "log.txt"):
         started = utc_now()
+        _adopt(folder, planned)
         atomic_write(folder / "recipe.yaml", planned.recipe.document.to_yaml())
         where = environment(sorted({d for s in planned.steps for d in s.stage.distributions} | set(REPORTED)))
         atomic_write_json(folder / "environment.json", where)
@@ -72,6 +77,33 @@ def execute(planned: Plan, run_dir: Path | None = None, observer: Observer | Non
         return report.load(folder)
 
 
+def _adopt(folder: Path, planned: Plan) -> None:
+    """Make sure that the folder is new or a run of this recipe, and clear what this plan will not make again."""
+    found = sorted(p.name for p in folder.iterdir() if p.name not in {".lock", ".owner.json", "log.txt"})
+    if found and "recipe.yaml" not in found:
+        raise UsageError(f"wanted a run folder, found {folder.name} with {', '.join(found[:5])}", "choose another folder with --run-dir")
+    if found:
+        earlier = read_document(folder / "recipe.yaml").data.get("name")
+        if earlier != planned.recipe.name:
+            raise UsageError(f"{folder.name} is a run of the recipe '{earlier}', not of '{planned.recipe.name}'", "choose another folder with --run-dir")
+    steps = {step.id for step in planned.steps}
+    for old in [p.parent for p in folder.glob(f"*/{RESULT}") if p.parent.name not in steps]:
+        shutil.rmtree(old)
+    shutil.rmtree(folder / "samples", ignore_errors=True)
+
+
+class _LoggedProgress:
+    """Progress whose lines also go into the run's log.txt, whatever is shown."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.track = observer.track
+        self._observer = observer
+
+    def log(self, message: str) -> None:
+        log.info("%s", message)
+        self._observer.log(message)
+
+
 class _Runner:
     """Runs the steps of one plan in one run folder, remembering what they left."""
 
@@ -79,6 +111,7 @@ class _Runner:
         self._plan = planned
         self._folder = folder
         self._observer = observer
+        self._progress = _LoggedProgress(observer)
         self._fresh = fresh
         self._outputs: dict[str, StepOutput] = {}
         self._digests: dict[str, str] = {}
@@ -97,6 +130,7 @@ class _Runner:
         }
 
     def run(self, step: Step) -> StepOutput:
+        log.info("%s: started", step.id)
         self._observer.step_started(step.id, step.title)
         began = time.perf_counter()
         if not step.runnable:
@@ -120,7 +154,7 @@ class _Runner:
         folder = self._folder / step.id
         folder.mkdir(exist_ok=True)
         began = time.perf_counter()
-        result = self._invoke(step, folder, self._plan.cache.choices(f"run-{step.id}"))
+        result = self._invoke(step, folder, store.StoredChoices(folder / "choices.json"))
         seconds = time.perf_counter() - began
         atomic_write_json(folder / RESULT, _result_json(result, folder))
         self._plan.cache.remember_seconds(step.kind, seconds)
@@ -130,24 +164,23 @@ class _Runner:
         assert step.key is not None
         inputs = tuple(self._digests[i] for i in step.inputs if i in self._digests)
         cache = self._plan.cache
-        entry = None if self._fresh else cache.find(step.key, inputs)
-        hit = isinstance(entry, store.Entry)
-        if not isinstance(entry, store.Entry):
-            if isinstance(entry, store.Miss):
+        with cache.holding(step.key, lambda: self._progress.log(f"{step.id}: waiting for another process that makes the same step")):
+            entry = store.Miss("not looked up") if self._fresh else cache.find(step.key, inputs)
+            hit = isinstance(entry, store.Entry)
+            if not isinstance(entry, store.Entry):
                 log.info("%s: not cached: %s", step.id, entry.why)
-            with cache.writing(step.key) as partial_folder:
-                began = time.perf_counter()
-                result = self._invoke(step, partial_folder, cache.choices(step.key))
-                seconds = time.perf_counter() - began
-                if result.record.get("status") == "failed":  # perhaps it works next time: tell it, do not keep it
-                    return StepOutput(step.id, step.stage_name, step.expansion.makes, result.record, {}, self._folder, cached=False, seconds=seconds)
-                atomic_write_json(partial_folder / RESULT, _result_json(result, partial_folder))
-                entry = cache.commit(partial_folder, step.key, step.parts, inputs, seconds)
-        store.touch(entry)
-        folder = self._folder / step.id
-        store.link(entry, folder)
+                with cache.writing(step.key) as folder:
+                    began = time.perf_counter()
+                    result = self._invoke(step, folder, cache.choices(step.key, fresh=self._fresh))
+                    seconds = time.perf_counter() - began
+                    if result.record.get("status") == "failed":  # perhaps it works next time: tell it, do not keep it
+                        return StepOutput(step.id, step.stage_name, step.expansion.makes, result.record, {}, self._folder, cached=False, seconds=seconds)
+                    atomic_write_json(folder / RESULT, _result_json(result, folder))
+                    entry = cache.commit(folder, step.key, step.parts, inputs, seconds)
+            store.touch(entry)
+            store.link(entry, self._folder / step.id)
         self._digests[step.id] = entry.digest
-        return self._output(step, folder, cached=hit, seconds=entry.seconds)
+        return self._output(step, self._folder / step.id, cached=hit, seconds=entry.seconds)
 
     def _invoke(self, step: Step, folder: Path, choices: store.StoredChoices) -> StepResult:
         recipe = self._plan.recipe
@@ -161,7 +194,7 @@ class _Runner:
             threads=self._plan.threads,
             task=self._plan.task,
             dataset=self.dataset,
-            progress=self._observer,
+            progress=self._progress,
             choices=choices,
             run_folder=self._folder,
         )
@@ -189,6 +222,9 @@ def _log_into(path: Path) -> Iterator[None]:
     logger.addHandler(handler)
     try:
         yield
+    except Exception:
+        logger.exception("the run ended")
+        raise
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr
+from pydantic import Field, JsonValue, PrivateAttr
 
+from deployopt.config import Strict
 from deployopt.errors import Problem, RecipeError
 from deployopt.recipe.binding import bind
 from deployopt.recipe.document import Document, read_document, stage_of
@@ -19,10 +20,8 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 ALIAS_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,63}$"  # no dot and no leading digit: `--set stages.NAME.lr` must find it
 
 
-class Section(BaseModel):
+class Section(Strict):
     """Base of a recipe's own sections: frozen, unknown keys and NaN refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -35,7 +34,7 @@ class ModelConfig(Section):
     stem: Literal["imagenet", "small", "cifar"] | None = None
     """First layers: null is the network's own (imagenet for torchvision's ResNets, cifar for the CIFAR ones); imagenet is 7×7 stride 2
     and max-pool; small 3×3 stride 2 without max-pool; cifar 3×3 stride 1 without max-pool."""
-    options: dict[str, JsonValue] = {}
+    options: dict[str, JsonValue] = Field(default={})
     """Keyword arguments of your own network."""
 
 
@@ -61,7 +60,7 @@ class StageEntry(Section):
     """Name of the stage's module."""
     name: str
     """`as:` or the stage's name; the second without `as` is finetune_2."""
-    options: dict[str, JsonValue] = {}
+    options: dict[str, JsonValue] = Field(default={})
     """As written."""
     at: tuple[str | int, ...]
     """Path of the options in the document."""
@@ -72,7 +71,7 @@ class DataSection(Section):
 
     name: str
     """Name of the data source; see `deployopt list datasets`."""
-    options: dict[str, JsonValue] = {}
+    options: dict[str, JsonValue] = Field(default={})
     """The section without `name`."""
 
 

@@ -371,6 +371,7 @@ def render(report: Report) -> str:
         contract=summary.contract_lines(report["rows"], report.get("environment") or {}),
         sections=[s for s in sections if s],
         absences=summary.absences(report["rows"]),
+        notes=summary.notes(report["rows"]),
         metric=units.metric_name(task["primary"]),
         rows=_row_table(report),
         facts=_facts(report),

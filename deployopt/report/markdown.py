@@ -61,6 +61,7 @@ def _reasons(rows: Sequence[JsonRow]) -> str:
         if row["status"] in {"failed", "invalid"}:
             what, remedy = summary.split_remedy(row.get("reason"))
             lines.append(f"- **{cell(summary.row_key(row))}** {row['status']}: {cell(what)}{_remedy(remedy)}")
+    lines += [f"- **{cell(where)}** note: {cell(note)}" for where, note in summary.notes(rows)]
     return "\n".join(lines)
 
 

@@ -139,6 +139,15 @@ def absences(rows: Sequence[JsonRow]) -> list[Absence]:
     return found
 
 
+def notes(rows: Sequence[JsonRow]) -> list[tuple[str, str]]:
+    """(whom it concerns, note) for each different note of the rows, in their order; a backend's variants of one precision share a line."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for note in row.get("notes") or []:
+            found.setdefault((f"{row['backend']} {row['precision']}", " ".join(note.split())), []).append(row["variant"])
+    return [(f"{', '.join(dict.fromkeys(variants))} {where}", note) for (where, note), variants in found.items()]
+
+
 def _span(values: Iterable[Any], show: Any = str) -> str:
     """One value, or the range of several: "20" or "20–40"; "" if none is known."""
     known = sorted({v for v in values if v is not None})

@@ -164,7 +164,10 @@ def _reasons(rows: Sequence[JsonRow], console: Console, key: Callable[[JsonRow],
             what, remedy = summary.split_remedy(row.get("reason"))
             head = Text.assemble((row["status"], STATUS_STYLE[row["status"]]), " ", (key(row), "bold"), ":")
             _print_item(console, head, f"{what} → {remedy}" if remedy else what)
-    if any(r["status"] != "ok" for r in rows):
+    noted = summary.notes(rows)
+    for where, note in noted:
+        _print_item(console, Text.assemble(("note", "yellow"), " ", (where, "bold"), ":"), note)
+    if noted or any(r["status"] != "ok" for r in rows):
         console.print()
 
 

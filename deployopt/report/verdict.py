@@ -133,11 +133,13 @@ def _quantization_limit(share: float) -> Limit:
 
 
 def _quantization_violations(rows: Sequence[JsonRow], share: float | None) -> list[dict[str, Any]]:
+    """Of every verified INT8 row below the limit, measured or not; of the first INT8 row if none of them could be verified."""
     if share is None:
         return []
     limit = _quantization_limit(share)
-    checked = [r for r in rows if r["precision"] == "int8" and r["status"] in {"ok", "built"} and quantized_share(r) is not None]
-    return [limit.violation(r) for r in checked if limit.miss(r)]
+    planned = [r for r in rows if r["precision"] == "int8" and r["status"] != "unavailable"]
+    verified = [r for r in planned if quantized_share(r) is not None]
+    return [limit.violation(r) for r in (verified or planned[:1]) if limit.miss(r)]
 
 
 def _recommend(

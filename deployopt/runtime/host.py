@@ -247,3 +247,9 @@ def _gpu(library: ctypes.CDLL, index: int, driver: str) -> Dict[str, Any]:
         "power_w": None if milliwatts is None else milliwatts / 1000,
         "throttled": [text for bit, text in _THROTTLE_REASONS if reasons.value & bit] if knows_reasons else None,
     }
+
+
+def timing_facts() -> Dict[str, Any]:
+    """What a decision made by timing depends on: the CPU with its flags, and each GPU with its driver."""
+    found = cpu()
+    return {"cpu": found["model"], "isa": list(found["isa"]), "gpus": [{key: gpu.get(key) for key in ("name", "driver")} for gpu in gpus()]}

@@ -3,15 +3,22 @@
 NumPy, and Pillow only where an image is really decoded or resized. Normalisation is not here: it is inside the network.
 """
 
+from __future__ import annotations
+
 import io
 from pathlib import Path
-from typing import Any, Dict, Mapping, NamedTuple, Optional, Tuple, Union
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Dict, Mapping, NamedTuple, Optional, Tuple, Union
 
 from deployopt.errors import ArtifactError, MissingDependency, UsageError
 
-Image = np.ndarray
+if TYPE_CHECKING:
+    import numpy as np
+
+    Image = np.ndarray
+else:
+    Image = Any  # naming a type is no reason to load NumPy
+
+PREPROCESSING_KEY = "deployopt.preprocessing"  # in an ONNX file, written by the export stage
 
 
 class Preprocessing(NamedTuple):
@@ -51,6 +58,8 @@ def decode(source: Union[str, Path, bytes], channels: int = 3) -> Image:
     Raises:
         ArtifactError: not an image, or a truncated one; names the file.
     """
+    import numpy as np
+
     pillow = _pillow("to decode images")
     name = "the given bytes" if isinstance(source, bytes) else str(source)
     try:
@@ -78,6 +87,8 @@ def apply(image: Image, preprocessing: Preprocessing) -> Image:
     Raises:
         UsageError: `resize` is smaller than `image_size`.
     """
+    import numpy as np
+
     size = preprocessing.image_size
     if preprocessing.resize is not None and preprocessing.resize < size:
         raise UsageError("resize {} is smaller than image_size {}: nothing to crop from".format(preprocessing.resize, size), "raise data.resize")
@@ -88,11 +99,15 @@ def apply(image: Image, preprocessing: Preprocessing) -> Image:
 
 def to_feed(images: Image) -> np.ndarray:
     """Images uint8 [n, H, W, C] as the network's input: float32 [n, C, H, W] in 0–1, contiguous."""
+    import numpy as np
+
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32) / np.float32(255)
 
 
 def with_channels(images: Image, channels: int) -> Image:
     """Images uint8 [..., 1 or 3] with 1 or 3 channels: grey is repeated, RGB becomes ITU-R 601 luma."""
+    import numpy as np
+
     found = images.shape[-1]
     if found == channels:
         return images
@@ -114,6 +129,8 @@ def _resized_shape(height: int, width: int, preprocessing: Preprocessing) -> Tup
 
 
 def _resize(image: Image, height: int, width: int) -> Image:
+    import numpy as np
+
     if image.shape[:2] == (height, width):
         return image
     pillow = _pillow("to resize images")

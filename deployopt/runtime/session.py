@@ -1,10 +1,17 @@
 """The one interface through which anything is inferred, scored or timed. Standard library + NumPy, Python 3.8 syntax."""
 
-from typing import Any, Dict, Mapping, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
+from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING, Any, Dict, Mapping, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
 
-Array = np.ndarray
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray
+else:
+    Array = Any  # naming a type is no reason to load NumPy
+
+
 Feed = Mapping[str, Array]
 Dim = Union[int, str]
 

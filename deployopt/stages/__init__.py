@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
 from deployopt.artifact import Artifact, ArtifactKind
+from deployopt.config import Strict
 from deployopt.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -41,10 +40,8 @@ Family = Literal["float", "int8"]
 T = TypeVar("T")
 
 
-class StageConfig(BaseModel):
+class StageConfig(Strict):
     """Base of every stage's `Config`: frozen, unknown keys and NaN refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)
@@ -134,12 +131,10 @@ class Planning:
     Attributes:
         points: all that earlier stages will make, in order.
         name: of this stage instance (`as:` or the stage's name); a trunk stage names its variant so.
-        next_stage: name of the stage after this one, None for the last.
     """
 
     points: Sequence[Point]
     name: str
-    next_stage: str | None = None
 
     @property
     def trunk(self) -> Point:

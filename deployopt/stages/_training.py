@@ -46,7 +46,8 @@ def finish(context: StageContext, network: Network, parent: str | None, family: 
     dataset = context.dataset()
     network.to(context.device).eval()
     module = network if scored is None else scored.to(context.device)
-    outputs = evaluate.outputs(module, dataset.test, device=context.device)
+    with context.progress.track("score on the test split", len(dataset.test)) as bar:
+        outputs = evaluate.outputs(module, dataset.test, device=context.device, on_batch=bar.advance)
     artifact = checkpoint.save(context.folder, network)
     params, multiply_accumulates = macs.count(network, network.input_shape)
     record = {

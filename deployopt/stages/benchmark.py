@@ -5,19 +5,22 @@ One step reads everything. It is never cached: latency is measured anew in every
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-from numpy.typing import NDArray
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from deployopt.artifact import FLOAT_PRECISIONS, Artifact, Row
 from deployopt.runtime.session import SessionOptions
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 version = 1
 not_after: frozenset[str] = frozenset()
@@ -31,7 +34,7 @@ TORCH = "torch"
 
 class Config(StageConfig):
     batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1, strict=False)] = (1,)
-    """Batch sizes; each is one interleaved comparison."""
+    """Batch sizes; each is one interleaved comparison. Engines run up to the largest of `build.batch_sizes`."""
     min_seconds: PositiveFloat = 3.0
     """Timed seconds for each row."""
     blocks: int = Field(20, ge=20)
@@ -45,6 +48,13 @@ class Config(StageConfig):
     accuracy: bool = True
     """Score every artifact on the test split."""
 
+    @field_validator("batch_sizes")
+    @classmethod
+    def _each_once(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if repeated := [str(size) for size, times in Counter(sizes).items() if times > 1]:
+            raise ValueError(f"{', '.join(repeated)} is given more than once")
+        return sizes
+
 
 def expand(config: Config, planning: Planning) -> list[Expansion]:
     """One step that reads every variant and everything built."""
@@ -54,12 +64,13 @@ def expand(config: Config, planning: Planning) -> list[Expansion]:
 
 @dataclass
 class _Candidate:
-    """Something that may become rows: what it is, how to open it, or why it cannot be measured."""
+    """Something that may become rows: what it is, how to open it, or why it cannot be measured. `max_batch`: None takes any."""
 
     row: Row
     artifact: Artifact | None
     opener: str
     options: SessionOptions
+    max_batch: int | None = None
 
     @property
     def key(self) -> str:
@@ -68,6 +79,17 @@ class _Candidate:
     @property
     def measurable(self) -> bool:
         return self.row.status == "ok" and self.artifact is not None
+
+    def takes(self, batch: int) -> bool:
+        return self.max_batch is None or batch <= self.max_batch
+
+    def at(self, batch: int) -> Row:
+        """Its row at one batch size, before it is measured."""
+        row = replace(self.row, batch=batch)
+        if self.measurable and not self.takes(batch):
+            reason = f"it was built for batches up to {self.max_batch}\n  → add {batch} to build.batch_sizes"
+            row.status, row.reason = "failed", reason
+        return row
 
 
 def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
@@ -89,7 +111,7 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     )
     images = _timing_images(context, settings.buffers * max(config.batch_sizes))
     with Group(subjects, settings, context.progress) as group:
-        results = {b: group.measure({s.key: images for s in subjects}, b, "test split") for b in sorted(config.batch_sizes)}
+        results = {b: group.measure({c.key: images for c in candidates if c.measurable and c.takes(b)}, b, "test split") for b in sorted(config.batch_sizes)}
         accuracies, details = _accuracies(context, config, expansion, candidates, group) if config.accuracy else ({}, {})
     rows = _rows(context, config, candidates, results, accuracies)
     return StepResult(record={"rows": [row.to_json() for row in rows], "details": details})
@@ -125,10 +147,11 @@ def _built(context: StageContext, point: Point, output: StepOutput | None) -> _C
         threads=context.threads,
         reason=record.get("reason"),
         verified=record.get("verified"),
+        notes=list(record.get("notes") or []),
     )
     session = SessionOptions(context.threads, context.device, point.precision, options)
     artifact = output.artifacts.get(point.artifact) if output is not None else None
-    return _candidate(context, row, artifact, point.backend, session)
+    return replace(_candidate(context, row, artifact, point.backend, session), max_batch=record.get("max_batch"))
 
 
 def _candidate(context: StageContext, row: Row, artifact: Artifact | None, backend: str, options: SessionOptions) -> _Candidate:
@@ -145,6 +168,8 @@ def _shown(path: Path, run_folder: Path) -> str:
 
 
 def _timing_images(context: StageContext, wanted: int) -> NDArray[np.uint8]:
+    import numpy as np
+
     test = context.dataset().test
     chosen = np.random.default_rng(context.seed).permutation(len(test))[:wanted]
     return test.images(chosen)
@@ -174,8 +199,9 @@ def _accuracies(
             if variant in torch_outputs:
                 references["torch_"] = torch_outputs[variant]
             if candidate.key in group.opened:
+                batch = min(size for size in (max(config.batch_sizes), candidate.max_batch) if size is not None)
                 try:
-                    found, outputs = score(partial(group.infer, candidate.key), test, task, references, max(config.batch_sizes))
+                    found, outputs = score(partial(group.infer, candidate.key), test, task, references, batch)
                 except DeployoptError as exc:
                     context.progress.log(f"{candidate.key}: {exc}")
                     accuracies[candidate.key] = {"error": exc.message.splitlines()[0]}
@@ -213,7 +239,7 @@ def _rows(
     rows = []
     for candidate in candidates:
         for batch in config.batch_sizes:
-            row, result = replace(candidate.row, batch=batch), results[batch].get(candidate.key)
+            row, result = candidate.at(batch), results[batch].get(candidate.key)
             if result is not None:
                 row = with_figures(row, result)
             if isinstance(result, Measured):

@@ -18,11 +18,12 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from deployopt import plugins
 from deployopt.artifact import Artifact, Availability
 from deployopt.backends import Backend, BuildRequest
+from deployopt.bench.environment import without_folders
 from deployopt.errors import BuildFailed, DeployoptError, UsageError
 from deployopt.runtime.progress import Progress
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
 
-version = 2
+version = 3
 not_after: frozenset[str] = frozenset()
 after = frozenset({"export"})
 cacheable = True
@@ -38,7 +39,7 @@ class Config(StageConfig):
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Options of single backends, by backend."""
     batch_sizes: tuple[int, ...] = Field((1, 8), min_length=1, strict=False)
-    """Batch sizes an engine's optimisation profile spans; `benchmark.batch_sizes` must lie within."""
+    """Batch sizes an engine's optimisation profile spans, from 1 to the largest, for which it is optimised. `benchmark` times no larger one on it."""
     on_unverified: Literal["warn", "fail"] = "warn"
     """What to do with an INT8 artifact of which the runtime executes less than all convolutions and matrix products in INT8."""
 
@@ -132,8 +133,8 @@ def _why_not(probed: Availability, name: str, precision: str) -> str | None:
 def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
     """Build one artifact. Whatever goes wrong in the backend becomes the record's status and reason.
 
-    The record: status ("ok"; "built" if it cannot run on this machine; "failed"), reason, and for artifacts verified, verified_reason, provider,
-    options, build_seconds.
+    The record: status ("ok"; "built" if it cannot run on this machine; "failed"), reason, and for artifacts max_batch (None: any), notes (what a
+    reader should know of it), verified, provider, options, build_seconds.
     """
     (source,), (target,) = expansion.inputs, expansion.makes
     name = expansion.parameters["backend"]
@@ -147,17 +148,19 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
             raise BuildFailed(shortfall, "set build.on_unverified: warn to keep it")
         probed = backend.probe()
     except DeployoptError as exc:
-        return _failed(expansion.label, str(exc), context)
+        return _failed(expansion.label, str(exc), context, onnx.path.parent)
     except Exception as exc:  # a third party's backend: its fault is this row's reason
         context.progress.log(traceback.format_exc())
-        return _failed(expansion.label, f"{type(exc).__name__}: {exc}", context)
-    if shortfall:
-        context.progress.log(f"{expansion.label}: {shortfall}")
+        return _failed(expansion.label, f"{type(exc).__name__}: {exc}", context, onnx.path.parent)
+    notes = _notes(artifact, request.precision, shortfall)
+    for note in notes:
+        context.progress.log(f"{expansion.label}: {note}")
     record = {
         "status": "ok" if probed.runs else "built",
         "reason": None if probed.runs else probed.reason,
-        "warning": shortfall,
-        **{key: artifact.metadata.get(key) for key in ("verified", "verified_reason", "provider", "options", "build_seconds")},
+        "max_batch": max(config.batch_sizes) if artifact.kind == "engine" else None,
+        "notes": notes,
+        **{key: artifact.metadata.get(key) for key in ("verified", "provider", "options", "build_seconds")},
     }
     return StepResult(record, {target.artifact: artifact})
 
@@ -177,8 +180,17 @@ def _shortfall(artifact: Artifact, precision: str) -> str | None:
     return f"only {verified['quantized_layers']} of {verified['quantizable_layers']} layers run in INT8 ({executed})"
 
 
-def _failed(label: str, reason: str, context: StageContext) -> StepResult:
+def _notes(artifact: Artifact, precision: str, shortfall: str | None) -> list[str]:
+    """The INT8 shortfall or why INT8 could not be verified, and what the backend noted."""
+    facts = artifact.metadata
+    unverified = facts.get("verified_reason") if precision == "int8" and facts.get("verified") is None else None
+    said = (shortfall, unverified and f"INT8 is not verified: {unverified}", facts.get("note"))
+    return [without_folders(str(note)) for note in said if note]
+
+
+def _failed(label: str, reason: str, context: StageContext, source: Path) -> StepResult:
+    """A failed step: the log has the reason as it is, the record without this machine's folders."""
     for left in context.folder.iterdir():  # half-built files would be cached as this step's
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     context.progress.log(f"{label} failed: {reason}")
-    return StepResult({"status": "failed", "reason": reason})
+    return StepResult({"status": "failed", "reason": without_folders(reason, context.folder, source)})

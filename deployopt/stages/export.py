@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 from deployopt.artifact import FLOAT_PRECISIONS, Artifact, Precision
 from deployopt.errors import ExportFailed, UsageError
 from deployopt.runtime.files import atomic_write
+from deployopt.runtime.preprocessing import PREPROCESSING_KEY
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
 from deployopt.stages._training import load_parent
 
@@ -149,7 +150,7 @@ def _range_only_scales(network: Network) -> dict[str, dict[str, float]] | None:
 def _metadata(context: StageContext, network: Network, variant: str) -> dict[str, str]:
     return {
         "deployopt.variant": variant,
-        "deployopt.preprocessing": json.dumps(network.preprocessing.to_json(), sort_keys=True),
+        PREPROCESSING_KEY: json.dumps(network.preprocessing.to_json(), sort_keys=True),
         "deployopt.classes": json.dumps(list(context.dataset().classes), ensure_ascii=False),
     }
 

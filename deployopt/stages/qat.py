@@ -8,18 +8,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from deployopt.stages import Expansion, Planning, StageConfig, StageContext, StepOutput, StepResult
-from deployopt.stages._training import DISTRIBUTIONS, TrainingConfig, finish, load_parent, next_point
+from deployopt.errors import UsageError
+from deployopt.stages import Expansion, StageConfig, StageContext, StepOutput, StepResult
+from deployopt.stages._quantize import DISTRIBUTIONS, Observer, Quantization, calibrated, expand
+from deployopt.stages._training import TrainingConfig, finish, load_parent
 
 if TYPE_CHECKING:
     from deployopt.nn.prepared import Prepared
+    from deployopt.tasks import Task
+
+__all__ = ["Config", "Distill", "after", "cacheable", "distributions", "expand", "not_after", "run", "timed", "version"]
 
 version = 1
 not_after = frozenset({"qat", "ptq", "export", "build", "benchmark"})
 after: frozenset[str] = frozenset()
 cacheable = True
 timed = False
-distributions = (*DISTRIBUTIONS, "torchao")
+distributions = DISTRIBUTIONS
 
 
 class Distill(StageConfig):
@@ -31,7 +36,7 @@ class Distill(StageConfig):
     """Loss = (1 − weight) · task loss + weight · distance to the parent's outputs."""
 
 
-class Config(TrainingConfig):
+class Config(TrainingConfig, Quantization):
     """Options of quantisation-aware training."""
 
     epochs: int = Field(default=2, ge=1, le=100_000)
@@ -42,40 +47,26 @@ class Config(TrainingConfig):
     """Learning rate rises linearly from zero over these epochs."""
     keep: Literal["best", "last"] = "last"
     """Which epoch's weights to keep: the best on validation, or the last, in which BatchNorm and scales no longer move."""
-    observer: Literal["moving_average", "min_max", "mse"] = "moving_average"
-    """How activations' ranges are found: a moving average of each batch's minimum and maximum, both over all batches, or the clipping range of least
-    squared rounding error. Weights: the largest magnitude of each output channel."""
-    calibration_images: int = Field(default=512, ge=1, le=1_000_000)
-    """Training images that set the first ranges, before training."""
+    observer: Observer = Field(default="moving_average", description=Quantization.model_fields["observer"].description)
     freeze_batchnorm_after: float = Field(default=0.5, ge=0, le=1)
     """Share of the epochs, rounded up, after which BatchNorm trains with its running statistics, as the folded model will compute."""
     freeze_observers_after: float = Field(default=0.75, ge=0, le=1)
     """Share of the epochs, rounded up, after which activations' ranges stay. 0 keeps those of the calibration, 1 never freezes."""
     distill: Distill | None = None
     """Distillation from the float parent; null trains on the targets alone."""
-    saturation_guard: bool = True
-    """Keep weights of layers whose input may be negative (the first) within ±63, so that x86 CPUs without VNNI do not overflow int16."""
-
-
-def expand(config: Config, planning: Planning) -> list[Expansion]:
-    return [Expansion((planning.trunk,), (next_point(planning, "int8"),))]
 
 
 def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
     from deployopt.nn import training
     from deployopt.nn.losses import Distillation
-    from deployopt.nn.prepared import Prepared, Scheme, calibration_batches
     from deployopt.nn.quantizer import fake_quantized
 
-    network, dataset = load_parent(inputs, context.threads), context.dataset()
-    with context.progress.track("prepare for quantisation", 2) as bar:
-        prepared = Prepared(network, Scheme(config.observer, config.saturation_guard)).to(context.device)
-        bar.advance()
-        prepared.calibrate(calibration_batches(dataset.train, config.calibration_images, context.seed, context.device))
-        bar.advance()
+    _check_temperature(config, context.task)
+    network = load_parent(inputs, context.threads)
+    prepared = calibrated(context, config, network)
     history = training.fit(
         prepared,
-        dataset,
+        context.dataset(),
         context.task,
         config,
         device=context.device,
@@ -89,6 +80,11 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     prepared.write_back(network)
     facts: dict[str, Any] = {"validation": history.validation, "curves": history.records, "kept_epoch": history.epoch}
     return finish(context, network, expansion.inputs[0].variant, "int8", scored=fake_quantized(network), **facts)
+
+
+def _check_temperature(config: Config, task: Task) -> None:
+    if config.distill is not None and "temperature" in config.distill.model_fields_set and task.loss != "cross_entropy":
+        raise UsageError(f"qat.distill.temperature softens classes, and the loss of this task is {task.loss}", "remove distill.temperature")
 
 
 def _freeze(prepared: Prepared, config: Config, epoch: int) -> None:

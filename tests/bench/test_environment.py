@@ -2,10 +2,11 @@ import getpass
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 
-from deployopt.bench.environment import Condition, Load, contract_load, environment, gpu_throttling, utc_now, versions
+from deployopt.bench.environment import Condition, Load, contract_load, environment, gpu_throttling, utc_now, versions, without_folders
 from deployopt.runtime.host import CpuTimes
 
 
@@ -49,3 +50,16 @@ def test_throttling_is_collected_from_every_gpu_and_moment():
         return Condition(None, None, None, [{"name": "GPU", "throttled": list(reasons)}, {"name": "old", "throttled": None}])
 
     assert gpu_throttling(condition(), condition("software power cap")) == ["GPU: software power cap"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("see /usr/lib/python3/site-packages/torch/nn/a.py:12", "see a.py:12"),
+        ("node '/layer1/conv/Conv' and https://example.org/usr/lib/x", "node '/layer1/conv/Conv' and https://example.org/usr/lib/x"),
+        ("3/4 layers, runs/usr/lib/a.onnx", "3/4 layers, runs/usr/lib/a.onnx"),
+        ("cannot read my folder/b.onnx", "cannot read b.onnx"),
+    ],
+)
+def test_a_message_keeps_the_names_of_files_only(text: str, shown: str) -> None:
+    assert without_folders(text, Path("my folder")) == shown

@@ -156,3 +156,16 @@ def test_samples_are_the_block_medians(results, tmp_path):
     content = json.loads(path.read_text())
     assert content["host_block_medians"] == results["a"].block_medians_ms
     assert content["unit"] == "ms"
+
+
+def test_the_contracts_device_is_what_executes(model):
+    asked = Subject("a", "worker_openers:OnnxRuntimeSession", model, SessionOptions(device="cuda:0"))
+    found = measure([asked], IMAGES, SETTINGS, SilentProgress())["a"]
+    assert found.contract["device"] == "cpu"
+
+
+def test_a_subject_without_images_is_left_out(model):
+    with Group([subject("a", model), subject("b", model)], SETTINGS, SilentProgress()) as group:
+        found = group.measure({"b": IMAGES}, 1, "test images")
+    assert list(found) == ["b"]
+    assert found["b"].contract["interleaved_with"] == []

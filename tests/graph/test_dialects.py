@@ -47,6 +47,26 @@ def test_zero_points_are_0_where_nothing_is_negative_and_128_elsewhere():
     assert {values[n.input[2]].dtype for n in model.graph.node if n.op_type == "QuantizeLinear"} == {np.dtype(np.uint8)}
 
 
+@pytest.mark.parametrize("optimise", [False, True])
+def test_what_training_clips_at_127_steps_stays_clipped(optimise):
+    """Scales a third of what the images need: without a limit the u8 integers would run on to 255."""
+    model = canonical()
+    for tensor in model.graph.initializer:
+        if tensor.name in ("pooled.scale", "layer1.0.relu.scale", "layer2.0.relu.scale"):
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) / np.float32(3), tensor.name))
+    wanted, found = run(model, images(256)), run(to_unsigned(model), images(256), optimise=optimise)
+    assert np.abs(wanted - found).max() < 0.05 * np.abs(wanted).max()
+
+
+def test_every_trained_quantizer_behind_a_relu_ends_at_127_and_no_other():
+    model = to_unsigned(canonical())
+    values = constants(model)
+    limited = {n.input[0]: (int(values[n.input[1]]), int(values[n.input[2]])) for n in model.graph.node if n.op_type == "Clip"}
+    quantizers = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+    assert {quantizers[name] for name in limited} == {"pooled", "layer1.0.relu", "layer1.0.sum", "layer2.0.relu", "flat"}
+    assert set(limited.values()) == {(0, 127)}
+
+
 def test_biases_are_int32_and_every_add_is_quantised_on_both_sides():
     model = to_unsigned(canonical())
     kinds = {t.name: t.data_type for t in model.graph.initializer}

@@ -17,3 +17,10 @@ def test_outputs_are_in_order_and_do_not_depend_on_the_batch_size(colours: Datas
     with torch.inference_mode():
         one = net(torch.from_numpy(to_feed(colours.test.images([5]))))
     np.testing.assert_allclose(whole[5], one[0].numpy(), atol=1e-5)
+
+
+def test_it_says_how_far_it_is(colours: Dataset) -> None:
+    net = models.build({"arch": "resnet20", "outputs": 3}, colours.preprocessing).eval()
+    done: list[int] = []
+    evaluate.outputs(net, colours.test, batch_size=10, on_batch=done.append)
+    assert done == [10, 10, 4]

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from deployopt.errors import UsageError
 from deployopt.nn.losses import Distillation, by_name
 
 LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 3.0]])
@@ -38,3 +39,8 @@ def test_distillation_is_temperature_squared_times_the_divergence() -> None:
 
 def test_regression_is_distilled_by_squared_error() -> None:
     assert float(Distillation().distance("smooth_l1", torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))) == pytest.approx(5.0)
+
+
+def test_smoothing_classes_of_a_regression_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"label_smoothing \(0\.1\).*smooth_l1"):
+        by_name("smooth_l1", 0.1)

@@ -1,7 +1,10 @@
 """Cuts reach their target, keep the outputs, and are rebuilt exactly from their history."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from deployopt.nn import checkpoint, macs, models, pruning
 from deployopt.nn.cifar_resnet import CifarResNet
 from deployopt.nn.models import Network
 from deployopt.runtime.preprocessing import Preprocessing
+from deployopt.runtime.progress import SilentProgress
 from deployopt.tasks import classification
 
 PREPROCESSING = Preprocessing(16, 3, None, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -164,3 +168,24 @@ def test_weights_that_are_not_finite_are_named() -> None:
 def test_a_history_of_another_network_is_refused(history: pruning.History, message: str) -> None:
     with pytest.raises(ArtifactMismatch, match=message):
         pruning.replay(resnet8(), history)
+
+
+def test_scoring_and_the_search_show_progress() -> None:
+    seen: dict[str, float] = {}
+
+    class Recording(SilentProgress):
+        @contextmanager
+        def track(self, description: str, total: float) -> Iterator[SimpleNamespace]:
+            seen[description] = 0
+
+            def advance(steps: float = 1, note: str = "") -> None:
+                seen[description] += steps
+
+            yield SimpleNamespace(advance=advance)
+            assert seen[description] <= total
+
+    net = resnet8().eval()
+    wanted = macs.count(net, net.input_shape)[1] // 2
+    pruning.prune(net, wanted, progress=Recording())
+    assert seen["score channels by group_magnitude"] == 1
+    assert seen[f"search for {wanted:,} macs"] > 5

@@ -39,6 +39,8 @@ def test_outputs_are_the_networks(folder: Path, name: str) -> None:
         np.testing.assert_array_equal(found["output"], network()(torch.from_numpy(FEED)).numpy())
         assert opened.inputs[0].shape == ("batch", 3, 8, 8)
         assert opened.provider == "CPU"
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert not torch.backends.cudnn.allow_tf32
     assert torch.get_num_threads() == 1
 
 

@@ -163,6 +163,7 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_half_cosine() -> None:
     [
         ({"warmup_epochs": 4.0}, "must be fewer than epochs"),
         ({"momentum": 0.0}, "nesterov needs momentum"),
+        ({"optimizer": "adamw", "nesterov": True}, "nesterov is an option of sgd"),
         ({"lr": -1.0}, "greater than 0"),
         ({"rate": 1}, "Extra inputs"),
     ],

@@ -66,3 +66,13 @@ def test_truncation_at_any_byte_is_an_error_of_ours(report: dict[str, Any], tmp_
         (tmp_path / "report.json").write_text(text[:cut])
         with pytest.raises(ArtifactError):
             reports.load(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["terminal", "markdown", "html"])
+def test_a_note_is_shown_once_for_all_batches(report: dict[str, Any], format: str) -> None:
+    for row in report["rows"]:
+        if (row["backend"], row["precision"]) == ("onnxruntime", "int8"):
+            row["notes"] = ["19 of 21 layers only"]
+    text = reports.render(report, format)
+    assert text.count("19 of 21 layers only") == 1
+    assert "qat onnxruntime int8" in text

@@ -124,3 +124,21 @@ def test_headline_is_honest(report: dict[str, Any]) -> None:
     assert verdict.headline(report).endswith("the budget is missed")
     report["recommended"] = None
     assert "no deployable row was measured" in verdict.headline(report)
+
+
+@pytest.mark.parametrize("status", ["ok", "built", "failed", "invalid"])
+def test_int8_that_nobody_could_verify_is_a_violation(status: str) -> None:
+    unknown = row("qat", "int8", 0.3, 0.97, status=status, verified=None)
+    budget, _ = verdict.judge([*rows()[:3], unknown], VARIANTS, {"min_quantized_layers": 0.9}, TASK)
+    assert [v["sentence"] for v in budget["violations"]] == ["layers in INT8: wanted at least 90 % of layers, found not known (qat/openvino/int8/b1)"]
+
+
+def test_int8_that_is_unavailable_here_is_no_violation() -> None:
+    absent = row("qat", "int8", 0.3, 0.97, status="unavailable", latency_ms=None, verified=None)
+    assert verdict.judge([*rows()[:3], absent], VARIANTS, {"min_quantized_layers": 0.9}, TASK)[0]["met"]
+
+
+def test_a_failed_int8_row_counts_with_what_was_verified() -> None:
+    failed = row("qat", "int8", 0.3, 0.97, status="failed", latency_ms=None, backend="x", verified={"quantized_layers": 3, "quantizable_layers": 21})
+    budget, _ = verdict.judge([*rows(), failed], VARIANTS, {"min_quantized_layers": 0.9}, TASK)
+    assert [v["row"] for v in budget["violations"]] == ["qat/x/int8/b1"]

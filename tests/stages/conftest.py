@@ -12,7 +12,7 @@ import pytest
 from deployopt.data import Dataset, digits
 from deployopt.data._arrays import ArraySet
 from deployopt.runtime.progress import SilentProgress
-from deployopt.stages import Planning, Point, StageContext, StepOutput
+from deployopt.stages import Choices, Planning, Point, StageContext, StepOutput
 from deployopt.tasks import classification
 
 HELPERS = str(Path(__file__).parents[1] / "runtime")
@@ -46,14 +46,16 @@ def small_digits() -> Dataset:
 def run_stages(small_digits: Dataset) -> RunStages:
     """Runs (stage, config) pairs in a row after `earlier` steps, as the executor does; returns those and the new steps."""
 
-    def run(folder: Path, plan: Plan, earlier: Sequence[StepOutput] = (), data: Dataset = small_digits, task: Any = classification) -> list[StepOutput]:
+    def run(
+        folder: Path, plan: Plan, earlier: Sequence[StepOutput] = (), data: Dataset = small_digits, task: Any = classification, choices: Choices | None = None
+    ) -> list[StepOutput]:
         steps: list[StepOutput] = list(earlier)
         points: list[Point] = [point for step in steps for point in step.point]
         for number, (stage, config) in enumerate(plan, len(steps)):
             name = stage.__name__.rpartition(".")[2]
             home = folder / f"{number}-{name}"
             home.mkdir(parents=True)
-            context = StageContext(home, name, {"arch": "resnet20"}, 0, "cpu", 1, task, lambda: data, SilentProgress(), NoChoices(), folder)
+            context = StageContext(home, name, {"arch": "resnet20"}, 0, "cpu", 1, task, lambda: data, SilentProgress(), choices or NoChoices(), folder)
             expansion = stage.expand(config, Planning(points, name))[-1]
             read = [next(s for s in reversed(steps) if point in s.point) for point in expansion.inputs]
             result = stage.run(context, config, expansion, read)

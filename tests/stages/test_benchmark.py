@@ -80,7 +80,9 @@ def test_config_takes_a_list_from_yaml():
     assert benchmark.Config(batch_sizes=[1, 8], min_seconds=3).batch_sizes == (1, 8)
 
 
-@pytest.mark.parametrize("bad", [{"batch_sizes": []}, {"batch_sizes": [0]}, {"batch_sizes": ["1"]}, {"blocks": 19}, {"min_seconds": 0}, {"repeat": 3}])
+@pytest.mark.parametrize(
+    "bad", [{"batch_sizes": []}, {"batch_sizes": [0]}, {"batch_sizes": [1, 8, 1]}, {"batch_sizes": ["1"]}, {"blocks": 19}, {"min_seconds": 0}, {"repeat": 3}]
+)
 def test_config_is_strict(bad):
     with pytest.raises(ValidationError):
         benchmark.Config(**bad)
@@ -152,3 +154,25 @@ def test_accuracy_can_be_left_out(context):
     assert record["rows"][0]["status"] in {"ok", "invalid"}
     assert record["rows"][0]["accuracy"] is None
     assert record["details"] == {}
+
+
+def test_an_engine_is_timed_and_scored_only_at_batches_it_was_built_for(context):
+    free, engine = built("dense", "fp32", "03"), built("dense", "fp32", "04", "tensorrt")
+    outputs = [
+        output(context, DENSE, {}, layers=1),
+        output(context, free, {"status": "ok"}, layers=1),
+        output(context, engine, {"status": "ok", "max_batch": 2, "notes": ["a note"]}, layers=1, batch=2),
+    ]
+    record = benchmark.run(context, config(batch_sizes=(2, 4)), Expansion(inputs=(DENSE, free, engine)), outputs).record
+    rows = {(r["backend"], r["batch"]): r for r in record["rows"]}
+    assert {key: r["status"] for key, r in rows.items() if key[0] != "torch"} == {
+        ("onnxruntime", 2): "ok",
+        ("onnxruntime", 4): "ok",
+        ("tensorrt", 2): "ok",
+        ("tensorrt", 4): "failed",
+    }
+    assert rows["tensorrt", 4]["reason"] == "it was built for batches up to 2\n  → add 4 to build.batch_sizes"
+    assert rows["tensorrt", 4]["latency_ms"] is None
+    assert rows["tensorrt", 2]["accuracy"]["n"] == 40
+    assert rows["tensorrt", 2]["notes"] == ["a note"]
+    assert rows["onnxruntime", 4]["contract"]["interleaved_with"] == ["dense/torch/fp32"]

@@ -21,7 +21,7 @@ class FakeOptions(BaseModel):
 class Fake:
     """A third party's backend that misbehaves on demand."""
 
-    extra, kind, distributions, build_depends_on_machine = "fake", "engine", ("numpy", "not-installed"), True
+    distributions, build_depends_on_machine = ("numpy", "not-installed"), True
     Options = FakeOptions
 
     def __init__(self):
@@ -102,10 +102,11 @@ def test_int8_is_built_and_verified(tmp_path, backend):
     config = build.Config(backends=[backend], on_unverified="fail")
     (step,) = build.expand(config, planning("int8"))
     result, folder, logged = ran(tmp_path, config, step, canonical())
-    assert (result.record["status"], result.record["reason"], result.record["warning"], logged) == ("ok", None, None, [])
+    assert (result.record["status"], result.record["reason"], result.record["notes"], logged) == ("ok", None, [], [])
     assert result.record["verified"]["quantized_layers"] == LAYERS
     assert result.record["build_seconds"] > 0
     assert result.artifacts["model"].inputs == (("image", ("batch", 3, 16, 16), "float32"),)
+    assert result.record["max_batch"] is None
     assert [p.name for p in folder.iterdir()] == ["model.onnx"]
 
 
@@ -150,7 +151,9 @@ def test_less_int8_than_asked_warns_or_fails(tmp_path, fake):
         (tmp_path / policy).mkdir()
         result, _, logged = ran(tmp_path / policy, config, step, canonical())
         assert result.record["status"] == status
-        assert any("only 5 of 7 layers run in INT8 (2 in fp32, 5 in int8)" in line for line in logged)
+        said = "only 5 of 7 layers run in INT8 (2 in fp32, 5 in int8)"
+        assert any(said in line for line in logged)
+        assert policy == "fail" or result.record["notes"] == [said]
 
 
 def test_what_cannot_run_here_is_built_with_the_reason(tmp_path, fake):
@@ -159,7 +162,8 @@ def test_what_cannot_run_here_is_built_with_the_reason(tmp_path, fake):
     (step,) = build.expand(config, planning("int8"))
     result, _, _ = ran(tmp_path, config, step, canonical())
     assert (result.record["status"], result.record["reason"]) == ("built", "no driver")
-    assert (result.record["verified"], result.record["verified_reason"], result.record["options"]) == (None, "not told", {"level": 3})
+    assert (result.record["verified"], result.record["notes"], result.record["options"]) == (None, ["INT8 is not verified: not told"], {"level": 3})
+    assert result.record["max_batch"] == 8
     assert fake.requests[0].batch_sizes == (1, 8)
     assert fake.requests[0].options == {"level": 1}
 
@@ -181,3 +185,12 @@ def test_what_cannot_run_here_is_built_with_the_reason(tmp_path, fake):
 def test_wrong_options_are_found_at_planning(fake, config, wanted):
     with pytest.raises(ValidationError, match=wanted):
         build.Config(**config)
+
+
+def test_a_reason_names_files_without_this_machines_folders(tmp_path, fake):
+    fake.fault = RuntimeError(f"File \"{pytest.__file__}\", line 3: '/layer1/conv/Conv' of {tmp_path}/export/canonical.onnx")
+    config = build.Config(backends=["fake"])
+    (step,) = build.expand(config, planning("fp32"))
+    result, _, logged = ran(tmp_path, config, step, residual())
+    assert result.record["reason"] == "RuntimeError: File \"__init__.py\", line 3: '/layer1/conv/Conv' of canonical.onnx"
+    assert any(pytest.__file__ in line for line in logged)
