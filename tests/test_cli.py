@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -57,14 +58,19 @@ def test_light_commands_load_neither_torch_nor_a_runtime(recipe: Path, arguments
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["validate", "RECIPE"]])
-def test_light_commands_answer_within_0_4_seconds(recipe: Path, arguments: list[str]) -> None:
-    took = []
-    for _ in range(8):
+def test_light_commands_take_little_longer_than_their_libraries(recipe: Path, arguments: list[str]) -> None:
+    """0.4 s on a quiet 2.4 GHz core is about 1.6 times what importing typer and pydantic takes; the ratio also holds on a busy machine."""
+
+    def seconds(command: list[str]) -> float:
         began = time.perf_counter()
-        called = [str(recipe) if a == "RECIPE" else a for a in arguments]
-        assert deployopt(*called, environment={"PYTHONDONTWRITEBYTECODE": ""}).returncode == 0  # a user's first call compiles, the next ones do not
-        took.append(time.perf_counter() - began)
-    assert min(took) < 0.4  # the best of eight: other tests run beside this one
+        subprocess.run(command, env={**os.environ, "PYTHONDONTWRITEBYTECODE": ""}, capture_output=True, check=True, timeout=60)
+        return time.perf_counter() - began
+
+    command = [sys.executable, "-m", "deployopt", *[str(recipe) if a == "RECIPE" else a for a in arguments]]
+    libraries = [sys.executable, "-c", "import typer, pydantic; pydantic.create_model('M', x=(int, 0)); typer.Typer()"]
+    seconds(command)  # a user's first call compiles, the next ones do not
+    pairs = [(seconds(command), seconds(libraries)) for _ in range(9)]
+    assert statistics.median(ours / theirs for ours, theirs in pairs) < 1.9
 
 
 def test_validate_says_ok_and_names_every_problem(recipe: Path) -> None:
