@@ -112,20 +112,25 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, 
     """
     engine = out / f"{prepared.stem}.engine"
     given = {name: list(value) if isinstance(value, tuple) else value for name, value in options._asdict().items() if value}
-    facts = run_in_child(
-        "deployopt.runtime.tensorrt:build_file",
-        {
-            "vendor": vendor,
-            "onnx": str(prepared),
-            "engine": str(engine),
-            "precision": request.precision,
-            "device": request.device,
-            "options": given,
-            "preprocessing": _preprocessing(prepared),
-        },
-        progress,
-        f"building {engine.name} with {vendor}",
-    )
+    try:
+        facts = run_in_child(
+            "deployopt.runtime.tensorrt:build_file",
+            {
+                "vendor": vendor,
+                "onnx": str(prepared),
+                "engine": str(engine),
+                "precision": request.precision,
+                "device": request.device,
+                "options": given,
+                "preprocessing": _preprocessing(prepared),
+            },
+            progress,
+            f"building {engine.name} with {vendor}",
+        )
+    except KeyboardInterrupt:  # the child may have been just through
+        engine.unlink(missing_ok=True)
+        manifest.path_of(engine).unlink(missing_ok=True)
+        raise
     metadata = {"precision": request.precision, "build_seconds": facts["seconds"], "options": given, **_verified(facts)}
     return Artifact.of("engine", engine, inputs=_specs(facts["inputs"]), outputs=_specs(facts["outputs"]), metadata=metadata)
 

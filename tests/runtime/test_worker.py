@@ -194,6 +194,7 @@ def test_interrupt_ends_the_child_without_a_word_from_it(model):
         "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt as e:\n    w.__exit__(type(e))",
     )
     pid = int(parent.stdout.readline())
+    time.sleep(0.5)  # until it is inside its try
     parent.send_signal(signal.SIGINT)
     _, said = parent.communicate(timeout=20)
     assert said == ""
