@@ -21,7 +21,7 @@ PREPROCESSING = {"image_size": 8, "channels": 3, "resize": None, "mean": [0.0, 0
 
 def deployopt(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "deployopt", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "NO_COLOR": "1", "COLUMNS": "120"})
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "NO_COLOR": "1", "COLUMNS": "100"})
 
 
 def linear(path: Path, classes: list[str] = DIGITS) -> Path:
