@@ -24,10 +24,11 @@ stages:
   - finetune: {epochs: 2, batch_size: 128}
   - prune: {target: {macs_ratio: 0.5}, round_to: 4, finetune: {epochs: 1}}
   - qat: {epochs: 1}
-  - export: {precisions: [fp32, int8]}
-  - build: {backends: [onnxruntime, tensorrt]}
+  - export
+  - build: {backends: [onnxruntime, openvino, tensorrt, tensorrt_rtx]}
   - benchmark: {min_seconds: 0.05, max_contention: 10, max_steal_percent: 100, max_spread: 10}
 """
+FLOAT = ["fp32", "fp16", "bf16"]
 MODELS = ("init", "00-finetune", "01-prune", "02-qat", "03-export-finetune", "03-export-prune", "03-export-qat")
 
 
@@ -79,12 +80,18 @@ def test_a_run_measures_what_runs_and_says_why_the_rest_does_not(finished: tuple
     assert pruned["macs"] <= 0.5 * dense["macs"]
     assert quantized["accuracy"]["n"] == document["dataset"]["test"]
     rows = {f"{r['variant']}/{r['backend']}/{r['precision']}": r for r in document["rows"]}
-    for name in ("finetune/onnxruntime/fp32", "prune/onnxruntime/fp32", "qat/onnxruntime/int8", "finetune/torch/fp32", "qat/torch/fp32"):
+    measured = ["finetune/torch/fp32", "prune/torch/fp32", "qat/torch/fp32"]
+    measured += [row for b in ("onnxruntime", "openvino") for row in (f"finetune/{b}/fp32", f"prune/{b}/fp32", f"qat/{b}/int8")]
+    for name in measured:
         assert rows[name]["status"] == "ok", rows[name]["reason"]
         assert rows[name]["latency_ms"]["host"]["p50"] > 0
         assert rows[name]["contract"]["blocks"] >= 20
-    verified = rows["qat/onnxruntime/int8"]["verified"]
-    assert verified["quantized_layers"] == verified["quantizable_layers"] == 22  # 19 + 2 shortcut convolutions + the classifier, all of them
+    for backend in ("onnxruntime", "openvino", "tensorrt_rtx"):
+        verified = rows[f"qat/{backend}/int8"]["verified"]
+        assert verified["quantized_layers"] == verified["quantizable_layers"] == 22  # 19 + 2 shortcut convolutions + the classifier, all of them
+    for row in (f"{v}/tensorrt_rtx/{p}" for v, ps in (("finetune", FLOAT), ("prune", FLOAT), ("qat", ["int8"])) for p in ps):
+        assert rows[row]["status"] in {"built", "ok"}, rows[row]["reason"]  # ok where there is a GPU
+        assert rows[row]["artifact"]["bytes"] > 0
     assert rows["qat/tensorrt/int8"]["status"] == "unavailable"
     assert "tensorrt" in rows["qat/tensorrt/int8"]["reason"]
     assert {p.name for p in folder.iterdir()} >= {"recipe.yaml", "environment.json", "report.json", "report.md", "report.html", "log.txt", "00-finetune"}
@@ -112,10 +119,9 @@ def test_the_second_run_reuses_models_and_measures_anew(recipe: Path, cache: Pat
 def test_a_plan_names_what_reruns_and_why(recipe: Path, cache: Path, finished: tuple[Path, dict[str, Any]]) -> None:
     made = pipeline.plan(load_recipe(recipe, ["stages.qat.lr=0.001"]), threads=1, cache_home=cache / "deployopt")
     steps = {s.id: s for s in made.steps}
-    assert {s.id for s in made.steps if s.cached} == {
-        *("init", "00-finetune", "01-prune", "03-export-finetune", "03-export-prune"),
-        *("04-build-finetune-onnxruntime-fp32", "04-build-prune-onnxruntime-fp32"),
-    }
+    before_qat = {s.id for s in made.steps if s.runnable and "qat" not in s.id and s.stage_name != "benchmark"}
+    assert {"init", "01-prune", "03-export-prune", "04-build-prune-onnxruntime-fp32", "04-build-prune-tensorrt_rtx-fp16"} <= before_qat
+    assert {s.id for s in made.steps if s.cached} == before_qat
     assert steps["02-qat"].why == "config.lr: 0.005 → 0.001"
     assert steps["03-export-qat"].why == "an input changed"
     assert steps["04-build-qat-tensorrt-int8"].expansion.why_not

@@ -32,7 +32,7 @@ def test_names_are_the_modules_names_and_no_paths_are_left():
     assert {"conv1.input.scale", "conv1.input.zero_point", "layer1.0.conv2.weight.scale", "fc.input.scale"} <= names
     assert not any(name.startswith("val_") for name in names)
     assert {n.name for n in canonical.graph.node if n.op_type == "Conv"} == set(CONVOLUTIONS)
-    assert b"someone" not in canonical.SerializeToString()
+    assert b"elsewhere" not in canonical.SerializeToString()
     assert [(p.key, p.value) for p in canonical.metadata_props] == [("preprocessing", "{}")]
     assert (canonical.producer_name, canonical.ir_version) == ("deployopt", 10)
 

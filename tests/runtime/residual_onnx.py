@@ -22,7 +22,7 @@ class Builder:
         return name
 
     def node(self, op_type, inputs, output, **attributes):
-        self.nodes.append(helper.make_node(op_type, inputs, [output], f"node_{output}", doc_string='File "/home/someone/model.py"', **attributes))
+        self.nodes.append(helper.make_node(op_type, inputs, [output], f"node_{output}", doc_string='File "/elsewhere/model.py"', **attributes))
         return output
 
     def pair(self, source, scale, zero_point, axis=1):
