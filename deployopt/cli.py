@@ -384,7 +384,7 @@ def _resume_hint(command: str) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt):  # whatever ended the run, it is re-raised and can be gone on from
         print(f"to go on from the last finished step: {command}", file=sys.stderr)
         raise
 
