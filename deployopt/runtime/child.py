@@ -1,4 +1,4 @@
-"""One call in a spawned process: native code may crash there without taking the run along.
+"""A call in a spawned process, or several side by side: native code may crash there without taking the run along.
 
 The child gets one JSON request on its standard input and answers with JSON lines. Its input stays open while the caller wants the
 result: when it closes (Ctrl-C in the caller, or the caller died) the call is interrupted, and a second later ended whatever it does.
@@ -16,11 +16,11 @@ import threading
 import time
 import traceback
 from _thread import interrupt_main
-from typing import IO, Any, Dict, Iterator, List, Mapping
+from typing import IO, Any, Dict, Iterator, List, Mapping, Sequence, Tuple, Type
 
-from deployopt.errors import BuildFailed, DeployoptError
+from deployopt.errors import BuildFailed, DeployoptError, StageFailed
 from deployopt.runtime.process import describe_exit, error_from_json, error_to_json, tail
-from deployopt.runtime.progress import Bar, ContextManagerOfBar, Progress
+from deployopt.runtime.progress import Bar, ContextManagerOfBar, Progress, SilentProgress
 
 GRACE_SECONDS = 1.0
 Message = Dict[str, Any]
@@ -42,32 +42,127 @@ def run_in_child(target: str, arguments: Mapping[str, Any], progress: Progress, 
         DeployoptError: what the function raised, with its class.
         BuildFailed: the child crashed (names the signal) or raised anything else.
     """
-    with tempfile.TemporaryFile() as stderr:
-        process = subprocess.Popen(
+    with _Child(target, arguments) as child:
+        child.follow(progress)
+    if child.failed:
+        raise child.error(purpose, BuildFailed)
+    return child.result
+
+
+def run_in_children(target: str, calls: Sequence[Mapping[str, Any]], progress: Progress, purpose: str) -> Any:
+    """Make several calls of one function at once, each as `run_in_child` does, that work together: when one fails, the others are ended.
+
+    Args:
+        calls: the arguments of each. progress: receives what the first reports.
+        purpose: begins the sentence of a crash, as "training in 2 processes".
+
+    Returns:
+        The first call's result, once all have ended.
+
+    Raises:
+        DeployoptError: what the one that failed first raised, with its class.
+        StageFailed: one crashed (names the signal) or raised anything else.
+    """
+    with contextlib.ExitStack() as stack:
+        children = [stack.enter_context(_Child(target, arguments)) for arguments in calls]
+        first, *others = children
+        watchers = [threading.Thread(target=_watch, args=(child, children, SilentProgress()), daemon=True) for child in others]
+        for watcher in watchers:
+            watcher.start()
+        _watch(first, children, progress)  # in this thread: progress is shown by it, and Ctrl-C reaches it
+        for watcher in watchers:
+            watcher.join()
+    failed = [child for child in children if child.failed]
+    if failed:
+        raise min(failed, key=_Child.distance_from_cause).error(purpose, StageFailed)
+    return first.result
+
+
+def _watch(child: "_Child", children: Sequence["_Child"], progress: Progress) -> None:
+    """Follow one of several children; if it fails, give the others a moment to say why they do, and end them."""
+    child.follow(progress)
+    if child.failed:
+        deadline = time.monotonic() + GRACE_SECONDS
+        for other in children:
+            other.kill_after(deadline - time.monotonic())
+
+
+class _Child:
+    """One call in a process of its own. A context manager; on leaving it the process is gone."""
+
+    def __init__(self, target: str, arguments: Mapping[str, Any]) -> None:
+        self._request = json.dumps({"target": target, "arguments": dict(arguments)})
+        self._last: Any = None
+        self._killed = False
+
+    def __enter__(self) -> "_Child":
+        self._stderr = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=stderr,
+            stderr=self._stderr,
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             start_new_session=True,  # the terminal's Ctrl-C reaches the caller only, which then closes the child's input
         )
-        assert process.stdin is not None
-        assert process.stdout is not None
+        return self
+
+    def follow(self, progress: Progress) -> None:
+        """Make the call, pass its progress on, and wait for its end."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # a child that died at once is explained by `error`
+            self._process.stdin.write(self._request + "\n")
+            self._process.stdin.flush()
+        self._last = _relay(self._process.stdout, progress)
+        self._ended = time.monotonic()
+        if self._last is None:
+            self._process.wait()
+
+    def kill_after(self, seconds: float) -> None:
+        """End the process if it does not end by itself."""
         try:
-            with contextlib.suppress(BrokenPipeError):  # a child that died at once is explained below
-                process.stdin.write(json.dumps({"target": target, "arguments": dict(arguments)}) + "\n")
-                process.stdin.flush()
-            last = _relay(process.stdout, progress)
-            if last is None:
-                process.wait()
-        finally:
-            _end(process)
-        if last is None:
-            raise BuildFailed(f"{purpose}: the process {describe_exit(process.returncode)}{tail(stderr)}", _remedy(process.returncode))
-    if "error" in last:
-        raise _rebuild(last["error"], purpose)
-    return last["result"]
+            self._process.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            self._killed = True
+            self._process.kill()
+
+    @property
+    def failed(self) -> bool:
+        return self._last is None or "error" in self._last
+
+    @property
+    def result(self) -> Any:
+        return self._last["result"]
+
+    def distance_from_cause(self) -> Tuple[int, float]:
+        """Of several that failed: an error of ours says why, then a crash; a foreign error may be the loss of another, and who was killed says nothing."""
+        if self._last is None:
+            return 3 if self._killed else 1, self._ended
+        return 2 if self._last["error"]["type"] is None else 0, self._ended
+
+    def error(self, purpose: str, otherwise: Type[DeployoptError]) -> DeployoptError:
+        """What the call raised; a crash and anything foreign as `otherwise`."""
+        if self._last is None:
+            return otherwise(f"{purpose}: the process {describe_exit(self._process.returncode)}{self._said}", _remedy(self._process.returncode))
+        error = self._last["error"]
+        return otherwise(f"{purpose}: {error['message']}") if error["type"] is None else error_from_json(error, purpose)
+
+    def __exit__(self, *exc: Any) -> None:
+        """Close the child's input, which asks it to stop, and kill it if it does not."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._said = tail(self._stderr)
+        self._stderr.close()
 
 
 def _relay(lines: IO[str], progress: Progress) -> Any:
@@ -94,29 +189,10 @@ def _relay(lines: IO[str], progress: Progress) -> Any:
     return None
 
 
-def _end(process: "subprocess.Popen[str]") -> None:
-    """Close the child's input, which asks it to stop, and kill it if it does not."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.close()
-    try:
-        process.wait(GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    process.stdout.close()
-
-
 def _remedy(returncode: int) -> str:
     if returncode == -signal.SIGKILL:
-        return "SIGKILL is most often the kernel's out-of-memory killer: free memory or build smaller batch sizes, then run the same command again"
+        return "SIGKILL is most often the kernel's out-of-memory killer: free memory or choose smaller batch sizes, then run the same command again"
     return "a crash of the vendor's library: try another version of it; running the same command again tries once more"
-
-
-def _rebuild(error: Message, purpose: str) -> DeployoptError:
-    """What the child raised; anything foreign is a failed build."""
-    return BuildFailed(f"{purpose}: {error['message']}") if error["type"] is None else error_from_json(error, purpose)
 
 
 class _Sender:
