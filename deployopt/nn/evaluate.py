@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from deployopt.data import ImageSet
+from deployopt.nn import distributed
 from deployopt.runtime.preprocessing import to_feed
 
 
@@ -19,16 +20,22 @@ def outputs(
 ) -> NDArray[np.float32]:
     """Outputs float32 [N, K] in the split's order. `module` must already be in evaluation mode.
 
+    Processes that train together compute a share each; all of them have to call this, and all get all outputs.
+
     Args:
-        on_batch: called after each batch with its number of images.
+        on_batch: called after each batch with its number of images, and at the end with the number that other processes computed.
     """
-    parts = []
-    for start in range(0, len(image_set), batch_size):
-        images = image_set.images(range(start, min(start + batch_size, len(image_set))))
+    parts, own = [], distributed.share(len(image_set))
+    for start in range(own.start, own.stop, batch_size):
+        images = image_set.images(range(start, min(start + batch_size, own.stop)))
         parts.append(module(torch.from_numpy(to_feed(images)).to(device, memory_format=torch.channels_last)).float().cpu().numpy())
         if on_batch is not None:
             on_batch(len(images))
-    return np.concatenate(parts)
+    rows = distributed.gathered(np.concatenate(parts), len(image_set))
+    others = len(image_set) - (own.stop - own.start)
+    if on_batch is not None and others:
+        on_batch(others)
+    return rows
 
 
 def calibration_batches(images: ImageSet, count: int, seed: int, device: str = "cpu", batch_size: int = 64) -> Iterator[Tensor]:

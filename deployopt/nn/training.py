@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from deployopt.data import Dataset
-from deployopt.errors import TrainingDiverged
-from deployopt.nn import augment, evaluate, losses
+from deployopt.errors import TrainingDiverged, UsageError
+from deployopt.nn import augment, distributed, evaluate, losses
 from deployopt.nn.schedule import TrainingConfig
 from deployopt.runtime.preprocessing import to_feed
 from deployopt.runtime.progress import Bar, Progress, SilentProgress
 from deployopt.tasks import Task
+
+SMALLEST_SHARE = 2  # images; `TrainingConfig.batch_size` asks the same of one process
 
 
 @dataclass
@@ -59,7 +61,8 @@ def fit(
 ) -> History:
     """Train `module` in place and leave it on `device` in evaluation mode, with the weights of the epoch that `schedule.keep` says.
 
-    On CPU with the same number of threads a repeated call gives bit-identical weights: order and augmentation come from `seed`.
+    On CPU with the same number of threads a repeated call gives bit-identical weights: order and augmentation come from `seed`. Processes that
+    have joined (`nn.distributed`) train together: each takes its share of every batch, and all end with the same weights and the same history.
 
     Args:
         module: float32 [N, C, H, W] in 0–1 → [N, K].
@@ -68,7 +71,7 @@ def fit(
         on_epoch: called with the epoch (from 1) before it begins.
 
     Raises:
-        UsageError: label smoothing of a loss that has none.
+        UsageError: label smoothing of a loss that has none; a batch too small for the processes that share it.
         TrainingDiverged: the loss became NaN or infinite.
     """
     module.to(device).to(memory_format=torch.channels_last)  # on CPU a step of ResNet-18 takes a fraction of its time in NCHW
@@ -77,7 +80,7 @@ def fit(
     best = _Best(task.higher_is_better)
     history = History()
     with torch.random.fork_rng(devices=[]), (progress or SilentProgress()).track(phase, schedule.epochs * trainer.steps) as bar:
-        torch.manual_seed(seed)  # for modules that draw themselves, as dropout
+        torch.manual_seed(seed + distributed.rank())  # for modules that draw themselves, as dropout
         for epoch in range(1, schedule.epochs + 1):
             if on_epoch is not None:
                 on_epoch(epoch)
@@ -118,6 +121,9 @@ class _Trainer:
         self.teacher = None if teacher is None else teacher.to(device).eval()
         self.distillation = distillation or losses.Distillation()
         self.steps = max(1, len(dataset.train) // schedule.batch_size)
+        self.batch = min(len(dataset.train), schedule.batch_size)
+        _check_share(self.batch)
+        self.replica = distributed.replica(module)
         self.optimizer = _optimizer(module, schedule)
         self.targets = torch.from_numpy(dataset.train.targets)
         self.step = 0
@@ -149,21 +155,23 @@ class _Trainer:
 
     def _update(self, feed: Tensor, targets: Tensor) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        outputs = self.module(feed)
+        outputs = self.replica(feed)
         loss = self.loss(outputs, targets)
         if self.teacher is not None:
             with torch.no_grad():
                 taught = self.teacher(feed)
             weight = self.distillation.weight
             loss = (1 - weight) * loss + weight * self.distillation.distance(self.task.loss, outputs, taught)
+        loss = loss * (len(feed) * distributed.world_size() / self.batch)  # shares may differ by one image; their average is the batch's mean
         loss.backward()  # type: ignore[no-untyped-call]
         if self.schedule.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.schedule.clip_grad_norm)
         self.optimizer.step()
-        return float(loss.detach())
+        return distributed.mean(float(loss.detach()))
 
     def validate(self, bar: Bar) -> tuple[float, dict[str, float | int]]:
         """(plain task loss, scores) on the validation split."""
+        distributed.share_buffers(self.module)
         self.set_mode(self.module, False)
         outputs = evaluate.outputs(self.module, self.dataset.validation, device=self.device, on_batch=lambda images: bar.advance(0, "validating"))
         targets = self.dataset.validation.targets
@@ -171,6 +179,15 @@ class _Trainer:
             raise TrainingDiverged(f"outputs on the validation split became NaN or infinite after step {self.step}", "lower lr, or set clip_grad_norm: 1.0")
         loss = losses.by_name(self.task.loss)(torch.from_numpy(outputs), torch.from_numpy(targets))
         return float(loss), self.task.score(outputs, targets)
+
+
+def _check_share(batch: int) -> None:
+    processes = distributed.world_size()
+    if batch < SMALLEST_SHARE * processes:
+        raise UsageError(
+            f"{processes} processes need batches of at least {SMALLEST_SHARE * processes} images, {SMALLEST_SHARE} each for BatchNorm; found {batch}",
+            f"raise batch_size, or --nproc {max(1, batch // SMALLEST_SHARE)}",
+        )
 
 
 class _Best:

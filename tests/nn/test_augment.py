@@ -58,7 +58,7 @@ def test_every_second_image_is_mirrored(colours: Dataset) -> None:
 
 def test_a_shifted_image_is_black_where_nothing_was() -> None:
     images = np.full((200, 6, 6, 1), 255, np.uint8)
-    moved = augment.shift(images, 2, random())
+    moved = augment.shift(images, 2, random().integers(0, 5, (2, 200)))
     kept = (moved[..., 0] == 255).sum((1, 2))
     assert set(np.unique(moved)) == {0, 255}
     assert kept.min() == 4 * 4
