@@ -31,15 +31,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return load(path, overrides)
 
 
-def plan(recipe: Recipe, *, device: str = "auto", threads: int | None = None, until: str | None = None, fresh: bool = False) -> Plan:
+def plan(recipe: Recipe, *, device: str = "auto", threads: int | None = None, processes: int = 1, until: str | None = None, fresh: bool = False) -> Plan:
     """What a run would do: every step, whether it is cached, and why not. Imports no torch.
+
+    Args:
+        device, threads, processes, until, fresh: as in `run`.
 
     Raises:
         RecipeError, UsageError, DeviceUnavailable.
     """
     from deployopt.pipeline import plan as make
 
-    return make(recipe, device=device, threads=threads, until=until, fresh=fresh)
+    return make(recipe, device=device, threads=threads, processes=processes, until=until, fresh=fresh)
 
 
 def run(
@@ -48,6 +51,7 @@ def run(
     run_dir: str | Path | None = None,
     device: str = "auto",
     threads: int | None = None,
+    processes: int = 1,
     until: str | None = None,
     fresh: bool = False,
     observer: Observer | None = None,
@@ -56,13 +60,18 @@ def run(
 
     Args:
         run_dir: the run folder; one that exists is continued. None makes one under `runs/`.
+        device: "auto" (a GPU when there is one), "cpu", "cuda" or "cuda:N".
+        threads: CPU threads of everything together; None takes the cores this process may use.
+        processes: that train side by side on shares of every batch, dividing `threads` between them, or each with a GPU of its own from `device` on.
+        until: name of the last stage instance to run.
+        fresh: take nothing from the cache.
 
     Raises:
-        RecipeError, DataNotFound, MissingDependency, StageFailed, RunLocked.
+        RecipeError, DataNotFound, MissingDependency, DeviceUnavailable, StageFailed, RunLocked.
     """
     from deployopt.pipeline import execute
 
-    made = plan(recipe, device=device, threads=threads, until=until, fresh=fresh)
+    made = plan(recipe, device=device, threads=threads, processes=processes, until=until, fresh=fresh)
     return execute(made, Path(run_dir) if run_dir is not None else None, observer, fresh=fresh)
 
 

@@ -37,6 +37,7 @@ RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. stages.qat.lr=0.001. Repeatable.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default the cores this process may use.")]
+NprocOption = Annotated[int, typer.Option(min=1, help="Processes that train side by side; they divide the CPU threads, or take one GPU each.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 
 
@@ -114,6 +115,7 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help="Take nothing from the cache.")] = False,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
+    nproc: NprocOption = 1,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; errors and the report only.")] = False,
     json_: JsonOption = False,
 ) -> None:
@@ -123,12 +125,13 @@ def run(
     from deployopt.report.live import LiveProgress
     from deployopt.runtime.hashing import sha256_json
 
-    planned = pipeline.plan(load_recipe(recipe, set_ or ()), device=device, threads=threads, until=until, fresh=fresh)
+    planned = pipeline.plan(load_recipe(recipe, set_ or ()), device=device, threads=threads, processes=nproc, until=until, fresh=fresh)
     if planned.data_problem is not None:
         raise planned.data_problem
     folder = run_dir or store.new_run_folder(Path("runs"), planned.recipe.name, sha256_json(planned.resolved))
     steps = [(s.id, s.title) for s in planned.steps]
-    resume = _command("run", recipe, set_, run_dir=folder, until=until, device=None if device == "auto" else device, threads=threads)
+    asked = {"device": None if device == "auto" else device, "threads": threads, "nproc": None if nproc == 1 else nproc}
+    resume = _command("run", recipe, set_, run_dir=folder, until=until, **asked)
     with _resume_hint(resume), LiveProgress(_console(stderr=True), steps, quiet=quiet) as live:
         document = pipeline.execute(planned, folder, live, fresh=fresh)
     if json_:
@@ -146,13 +149,14 @@ def plan(
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
+    nproc: NprocOption = 1,
     json_: JsonOption = False,
 ) -> None:
     """What would run, what is cached, and why."""
     from deployopt import load_recipe, pipeline
     from deployopt.report import plan as plan_report
 
-    planned = pipeline.plan(load_recipe(recipe, set_ or ()), device=device, threads=threads, until=until)
+    planned = pipeline.plan(load_recipe(recipe, set_ or ()), device=device, threads=threads, processes=nproc, until=until)
     facts = _plan_facts(planned)
     if json_:
         _print_json(facts)
@@ -405,6 +409,7 @@ def _plan_facts(planned: Plan) -> dict[str, Any]:
         "recipe": planned.recipe.name,
         "device": planned.device,
         "threads": planned.threads,
+        "processes": planned.processes,
         "data_problem": str(planned.data_problem) if planned.data_problem else None,
         "seconds": planned.seconds,
         "steps": [

@@ -82,18 +82,22 @@ class Miss:
 
 
 class StoredChoices:
-    """Decisions made by timing, kept beside the cache so that they outlive a kill (`stages.Choices`)."""
+    """Decisions made by timing, kept beside the cache so that they outlive a kill (`stages.Choices`).
+
+    Args:
+        path: of the JSON file.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
 
     def get_or_make(self, name: str, make: Callable[[], T]) -> T:
         """The stored choice, else `make()` (a JSON value), stored before it is returned."""
-        stored: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        stored: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
         if name not in stored:
             stored[name] = make()
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write_json(self._path, stored)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_json(self.path, stored)
         return stored[name]  # type: ignore[no-any-return]
 
 

@@ -131,7 +131,7 @@ class Binder:
                 self.problems.append(self._document.problem(item.at, "'init' is planned by itself: leave it out", key=True))
                 continue
             stage: Stage | None = self.find("stages", item.stage, item.at)
-            if stage is None:
+            if stage is None or not self._is_stage(item, stage):
                 continue
             config = self._bind(stage.Config, item.options, item.at)
             self._check_order(item, stage, seen)
@@ -139,6 +139,13 @@ class Binder:
             if config is not None:
                 bound.append(Entry(item.stage, item.name, stage, config))
         return bound
+
+    def _is_stage(self, item: StageEntry, stage: Any) -> bool:
+        missing = sorted(name for name in {*Stage.__annotations__, "expand", "run"} if not hasattr(stage, name))
+        if missing:
+            fault = f"'{item.stage}' is no stage: it lacks {', '.join(missing)}; `deployopt.stages.Stage` says what they mean"
+            self.problems.append(self._document.problem(item.at, fault, key=True))
+        return not missing
 
     def _check_order(self, item: StageEntry, stage: Stage, seen: Sequence[str]) -> None:
         blocking = [name for name in seen if name in stage.not_after]
@@ -163,7 +170,7 @@ def bind_recipe(recipe: Recipe) -> Bound:
     if binder.problems or data is None:
         raise RecipeError(binder.problems)
     init: Stage = plugins.find("stages", "init")
-    start = Entry("init", "init", init, init.Config.model_validate({"fan_out": entries[0].stage_name != "finetune"}))
+    start = Entry("init", "init", init, init.Config.model_validate({"fan_out": not entries[0].stage.from_scratch}))
     return Bound((start, *entries), task, *data, _resolved(recipe, entries, data[1]))
 
 

@@ -66,6 +66,7 @@ class Plan:
 
     Attributes:
         data_problem: why the data are not here (then nothing can run or be cached), else None.
+        device: of the first process. processes: that train side by side. threads: of all of them together.
     """
 
     recipe: Recipe
@@ -76,6 +77,7 @@ class Plan:
     steps: tuple[Step, ...]
     device: str
     threads: int
+    processes: int
     resolved: Mapping[str, Any] = field(repr=False)
     cache: store.Cache = field(repr=False)
 
@@ -87,23 +89,32 @@ class Plan:
 
 
 def plan(
-    recipe: Recipe, *, device: str = "auto", threads: int | None = None, until: str | None = None, fresh: bool = False, cache_home: Path | None = None
+    recipe: Recipe,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    processes: int = 1,
+    until: str | None = None,
+    fresh: bool = False,
+    cache_home: Path | None = None,
 ) -> Plan:
     """Bind a recipe to this machine. Imports no torch; runs nothing.
 
     Args:
         device: "auto" (a GPU when there is one), "cpu", "cuda" or "cuda:N".
         threads: CPU threads for training and of every session; None takes the cores this process may use.
+        processes: that train side by side, dividing `threads` between them, or each with a GPU of its own from `device` on.
         until: name of the last stage instance to run.
         fresh: plan as if the cache were empty.
 
     Raises:
         RecipeError: with every problem of every stage at once.
-        UsageError: unknown `until`. DeviceUnavailable.
+        UsageError: unknown `until`; more processes than threads. DeviceUnavailable: no such GPU, or fewer than processes.
     """
     bound = bind_recipe(recipe)
     entries = _until(bound.entries, until)
-    chosen_device, chosen_threads = _device(device), threads or host.usable_cores()
+    chosen_device, chosen_threads = _device(device, processes), threads or host.usable_cores()
+    _check_processes(processes, chosen_threads)
     data_problem: LackingEnvironment | None = None
     fingerprint = None
     try:
@@ -119,7 +130,7 @@ def plan(
         "threads": chosen_threads,
     }
     cache = store.Cache(cache_home)
-    steps = _expand(entries, common, recipe)
+    steps = _expand(entries, common, processes)
     return Plan(
         recipe=recipe,
         task=bound.task,
@@ -129,6 +140,7 @@ def plan(
         steps=tuple(_consult(steps, cache, fresh or data_problem is not None)),
         device=chosen_device,
         threads=chosen_threads,
+        processes=processes,
         resolved=bound.resolved,
         cache=cache,
     )
@@ -143,17 +155,29 @@ def _until(entries: tuple[Entry, ...], until: str | None) -> tuple[Entry, ...]:
     return entries[: names.index(until) + 1]
 
 
-def _device(asked: str) -> str:
+def _check_processes(processes: int, threads: int) -> None:
+    if processes < 1:
+        raise UsageError(f"--nproc: wanted 1 or more processes, found {processes}")
+    if processes > threads:
+        raise UsageError(f"--nproc {processes} needs a CPU thread for each process, found {threads}", f"--nproc {threads}, or raise --threads")
+
+
+def _device(asked: str, processes: int) -> str:
+    """The first process's device; the others' are the GPUs after it."""
     gpus = host.gpus()
     if asked == "auto":
-        return "cuda:0" if gpus else "cpu"
+        asked = "cuda" if gpus else "cpu"
     if asked == "cpu":
         return "cpu"
     kind, _, index = asked.partition(":")
     if kind != "cuda" or not (index or "0").isdecimal():
         raise UsageError(f"unknown device '{asked}' (available: auto, cpu, cuda, cuda:N)")
-    if int(index or 0) >= len(gpus):
+    free = len(gpus) - int(index or 0)
+    if free < 1:
         raise DeviceUnavailable(f"wanted {asked}, found {len(gpus)} NVIDIA GPUs with a working driver", "--device cpu, or `deployopt doctor`")
+    if free < processes:
+        wanted = f"--nproc {processes} needs {processes} NVIDIA GPUs from cuda:{index or 0} on, one a process"
+        raise DeviceUnavailable(f"{wanted}; found {free} with a working driver", f"--nproc {free}, or --device cpu")
     return f"cuda:{index or 0}"
 
 
@@ -168,7 +192,7 @@ def _model_parts(recipe: Recipe) -> dict[str, Any]:
     return parts
 
 
-def _expand(entries: Sequence[Entry], common: Mapping[str, Any], recipe: Recipe) -> list[Step]:
+def _expand(entries: Sequence[Entry], common: Mapping[str, Any], processes: int) -> list[Step]:
     points: list[Point] = []
     keys: dict[str, str | None] = {}
     steps: list[Step] = []
@@ -190,6 +214,7 @@ def _expand(entries: Sequence[Entry], common: Mapping[str, Any], recipe: Recipe)
                 "libraries": versions(entry.stage.distributions),
                 **common,
                 **({"machine": host.timing_facts()} if entry.stage.timed else {}),
+                **({"processes": processes} if entry.stage.trains else {}),
             }
             keys[step_id] = sha256_json(parts)
             steps.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import logging
 import shutil
 import time
@@ -12,22 +12,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deployopt import report, store
-from deployopt.artifact import Artifact
 from deployopt.bench.environment import environment, utc_now
-from deployopt.data import Dataset
 from deployopt.errors import UsageError
 from deployopt.pipeline.document import assemble
 from deployopt.pipeline.inspection import REPORTED
+from deployopt.pipeline.invocation import RESULT, Invocation, read_output, write_result
 from deployopt.pipeline.planning import Plan, Step
 from deployopt.recipe import read_document
 from deployopt.runtime.files import atomic_write, atomic_write_json
 from deployopt.runtime.hashing import sha256_json
 from deployopt.runtime.progress import Progress, SilentProgress
-from deployopt.stages import StageContext, StepOutput, StepResult
+from deployopt.stages import StepOutput, StepResult
 
 log = logging.getLogger(__name__)
-
-RESULT = "result.json"
 
 
 class Observer(Progress, Protocol):
@@ -115,15 +112,10 @@ class _Runner:
         self._fresh = fresh
         self._outputs: dict[str, StepOutput] = {}
         self._digests: dict[str, str] = {}
-        self._dataset: Dataset | None = None
-
-    def dataset(self) -> Dataset:
-        if self._dataset is None:
-            self._dataset = self._plan.data.load(self._plan.data_config)
-        return self._dataset
+        self._dataset = functools.cache(lambda: planned.data.load(planned.data_config))
 
     def dataset_facts(self) -> dict[str, Any]:
-        data = self.dataset()
+        data = self._dataset()
         return {
             "dataset": {"name": self._plan.recipe.data.name, "train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
             "classes": list(data.classes),
@@ -156,9 +148,9 @@ class _Runner:
         began = time.perf_counter()
         result = self._invoke(step, folder, store.StoredChoices(folder / "choices.json"))
         seconds = time.perf_counter() - began
-        atomic_write_json(folder / RESULT, _result_json(result, folder))
+        write_result(result, folder)
         self._plan.cache.remember_seconds(step.kind, seconds)
-        return self._output(step, folder, cached=False, seconds=seconds)
+        return read_output(step, folder, cached=False, seconds=seconds)
 
     def _cached(self, step: Step) -> StepOutput:
         assert step.key is not None
@@ -175,40 +167,16 @@ class _Runner:
                     seconds = time.perf_counter() - began
                     if result.record.get("status") == "failed":  # perhaps it works next time: tell it, do not keep it
                         return StepOutput(step.id, step.stage_name, step.expansion.makes, result.record, {}, self._folder, cached=False, seconds=seconds)
-                    atomic_write_json(folder / RESULT, _result_json(result, folder))
+                    write_result(result, folder)
                     entry = cache.commit(folder, step.key, step.parts, inputs, seconds)
             store.touch(entry)
             store.link(entry, self._folder / step.id)
         self._digests[step.id] = entry.digest
-        return self._output(step, self._folder / step.id, cached=hit, seconds=entry.seconds)
+        return read_output(step, self._folder / step.id, cached=hit, seconds=entry.seconds)
 
     def _invoke(self, step: Step, folder: Path, choices: store.StoredChoices) -> StepResult:
-        recipe = self._plan.recipe
-        weights = recipe.weights_path
-        context = StageContext(
-            folder=folder,
-            name=step.entry_name,
-            base={**recipe.model.model_dump(mode="json"), **({"weights": str(weights)} if weights else {})},
-            seed=recipe.seed,
-            device=self._plan.device,
-            threads=self._plan.threads,
-            task=self._plan.task,
-            dataset=self.dataset,
-            progress=self._progress,
-            choices=choices,
-            run_folder=self._folder,
-        )
         inputs = [self._outputs[p.step] for p in step.expansion.inputs]
-        return step.stage.run(context, step.config, step.expansion, inputs)
-
-    def _output(self, step: Step, folder: Path, *, cached: bool, seconds: float) -> StepOutput:
-        result = json.loads((folder / RESULT).read_text())
-        artifacts = {name: Artifact.from_json(data, folder) for name, data in result["artifacts"].items()}
-        return StepOutput(step.id, step.stage_name, step.expansion.makes, result["record"], artifacts, folder, cached, seconds)
-
-
-def _result_json(result: StepResult, folder: Path) -> dict[str, Any]:
-    return {"record": dict(result.record), "artifacts": {name: a.to_json(folder) for name, a in result.artifacts.items()}}
+        return Invocation(self._plan, step, inputs, folder, self._folder, choices, self._dataset, self._progress).result()
 
 
 @contextmanager

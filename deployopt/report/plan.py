@@ -28,7 +28,8 @@ def render(facts: Mapping[str, Any], console: Console) -> None:
     for reason, steps in reasons.items():
         console.print(f"not here ({len(steps)} step{'s' if len(steps) > 1 else ''}): {reason}", soft_wrap=True, markup=False, style="dim")
     total = _duration(facts["seconds"]) or "unknown (some steps never ran here)"
-    console.print(f"on {facts['device']}, {facts['threads']} threads; time for what would run: {total}")
+    processes = f", training in {facts['processes']} processes" if facts["processes"] > 1 else ""
+    console.print(f"on {facts['device']}, {facts['threads']} threads{processes}; time for what would run: {total}")
 
 
 def _duration(seconds: float | None) -> str:

@@ -156,6 +156,8 @@ class StageContext:
         name: of the stage instance.
         base: the recipe's `model` section as JSON values (arch, weights, stem, checkpoint …).
         seed: of the recipe. device: "cpu" or "cuda:N". threads: CPU threads to compute with.
+        processes: that run this step side by side, each with a context, a device and `threads` of its own (see `Stage.trains`); all of them have to
+            train, evaluate and call `choices` in the same order.
         task: scores outputs. dataset: loads on first call, then kept.
         choices: remembers what was decided by timing.
         run_folder: of the whole run; only uncached stages (benchmark) may write there.
@@ -167,6 +169,7 @@ class StageContext:
     seed: int
     device: str
     threads: int
+    processes: int
     task: Task
     dataset: Callable[[], Dataset]
     progress: Progress
@@ -184,6 +187,10 @@ class Stage(Protocol):
         after: at least one of these must stand before it (empty: none needed).
         cacheable: False if it must run every time (anything that reports latency).
         timed: True if its result depends on timing, and so on this CPU or GPU; its key then names them.
+        trains: True if it calls `nn.training.fit`: `--nproc N` then calls its `run` in N processes, in which `fit` shares every batch, and its key
+            names N. Nothing else changes for the stage; the first process's result is taken.
+        from_scratch: True if it can train a network whose head is untrained. As the recipe's first stage it makes the first variant worth measuring;
+            before any other first stage the network as `model` describes it is measured too.
         distributions: packages whose versions matter to its result.
     """
 
@@ -193,6 +200,8 @@ class Stage(Protocol):
     after: frozenset[str]
     cacheable: bool
     timed: bool
+    trains: bool
+    from_scratch: bool
     distributions: tuple[str, ...]
 
     def expand(self, config: Any, planning: Planning) -> list[Expansion]:

@@ -19,7 +19,7 @@ IMAGES = 32
 
 
 def fastest(context: StageContext, network: Network, cut: Callable[[Network, int], Any]) -> dict[str, Any]:
-    """Cut copies of `network` with each candidate and time them as FP32 at batch 1 on ONNX Runtime, interleaved.
+    """Cut copies of `network` with each candidate and time them as FP32 at batch 1 on ONNX Runtime, interleaved, with all processes' threads.
 
     Args:
         cut: prunes the network it is given, in place, keeping multiples of the given number of channels.
@@ -46,7 +46,7 @@ def fastest(context: StageContext, network: Network, cut: Callable[[Network, int
                 impossible = error
                 continue
             path = _export(trial, Path(folder) / f"{candidate}.onnx")
-            subjects.append(Subject(str(candidate), "deployopt.backends.onnxruntime:open", path, SessionOptions(context.threads)))
+            subjects.append(Subject(str(candidate), "deployopt.backends.onnxruntime:open", path, SessionOptions(context.threads * context.processes)))
         if not subjects and impossible is not None:
             raise impossible
         test = context.dataset().validation

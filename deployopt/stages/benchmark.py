@@ -27,6 +27,8 @@ not_after: frozenset[str] = frozenset()
 after: frozenset[str] = frozenset({"build"})
 cacheable = False
 timed = True
+trains = False
+from_scratch = False
 distributions: tuple[str, ...] = ("numpy",)
 
 TORCH = "torch"

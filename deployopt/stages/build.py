@@ -28,6 +28,8 @@ not_after: frozenset[str] = frozenset()
 after = frozenset({"export"})
 cacheable = True
 timed = True  # TensorRT chooses kernels by timing them
+trains = False
+from_scratch = False
 distributions: tuple[str, ...] = ("onnx", "numpy")
 
 

@@ -31,6 +31,8 @@ not_after = frozenset({"build", "benchmark"})
 after: frozenset[str] = frozenset()
 cacheable = True
 timed = False
+trains = False
+from_scratch = False
 distributions = ("torch", "onnx", "onnxscript", "onnxruntime")
 
 MIN_OPSET, MAX_OPSET = 19, 23  # 19: FP16 scales of Q/DQ; 23: the newest that torch.onnx writes for these operators

@@ -13,6 +13,8 @@ not_after: frozenset[str] = frozenset({"qat", "ptq", "export", "build", "benchma
 after: frozenset[str] = frozenset()
 cacheable = True
 timed = False
+trains = True
+from_scratch = True
 distributions = DISTRIBUTIONS
 
 

@@ -13,6 +13,8 @@ not_after: frozenset[str] = frozenset()
 after: frozenset[str] = frozenset()
 cacheable = True
 timed = False
+trains = False
+from_scratch = False
 distributions = DISTRIBUTIONS
 
 
@@ -20,7 +22,7 @@ class Config(StageConfig):
     """Set by the planner."""
 
     fan_out: bool = True
-    """Export and measure this network too: True when no finetune stage follows, as with a trained checkpoint."""
+    """Export and measure this network too: True unless the next stage trains from scratch; then it is a trained checkpoint."""
 
 
 def expand(config: Config, planning: Planning) -> list[Expansion]:

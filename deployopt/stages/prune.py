@@ -21,6 +21,8 @@ not_after: frozenset[str] = frozenset({"qat", "ptq", "export", "build", "benchma
 after: frozenset[str] = frozenset()
 cacheable = True
 timed = False
+trains = True
+from_scratch = False
 distributions = (*DISTRIBUTIONS, "torch-pruning")
 
 

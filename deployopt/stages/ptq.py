@@ -8,13 +8,15 @@ from deployopt.stages import Expansion, StageContext, StepOutput, StepResult
 from deployopt.stages._quantize import DISTRIBUTIONS, Quantization, calibrated, expand
 from deployopt.stages._training import finish, load_parent
 
-__all__ = ["Config", "after", "cacheable", "distributions", "expand", "not_after", "run", "timed", "version"]
+__all__ = ["Config", "after", "cacheable", "distributions", "expand", "from_scratch", "not_after", "run", "timed", "trains", "version"]
 
 version = 1
 not_after = frozenset({"qat", "ptq", "export", "build", "benchmark"})
 after: frozenset[str] = frozenset()
 cacheable = True
 timed = False
+trains = False
+from_scratch = False
 distributions = DISTRIBUTIONS
 
 

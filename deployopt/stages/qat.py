@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from deployopt.nn.prepared import Prepared
     from deployopt.tasks import Task
 
-__all__ = ["Config", "Distill", "after", "cacheable", "distributions", "expand", "not_after", "run", "timed", "version"]
+__all__ = ["Config", "Distill", "after", "cacheable", "distributions", "expand", "from_scratch", "not_after", "run", "timed", "trains", "version"]
 
 version = 1
 not_after = frozenset({"qat", "ptq", "export", "build", "benchmark"})
 after: frozenset[str] = frozenset()
 cacheable = True
 timed = False
+trains = True
+from_scratch = False
 distributions = DISTRIBUTIONS
 
 

@@ -50,6 +50,7 @@ def context(tmp_path, monkeypatch):
         seed=0,
         device="cpu",
         threads=1,
+        processes=1,
         task=classification,
         dataset=lambda: dataset,
         progress=SilentProgress(),
