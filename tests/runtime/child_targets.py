@@ -1,6 +1,7 @@
 """Functions that test_child.py calls in a child."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -20,6 +21,27 @@ def crash(*, number, progress):
     os.write(2, b"last words\n")
     os.kill(os.getpid(), number)
     time.sleep(5)
+
+
+def meet(*, rank, folder, progress):
+    """Return once the other has come, too."""
+    with progress.track(f"rank {rank}", 1) as bar:
+        (Path(folder) / str(rank)).touch()
+        while not (Path(folder) / str(1 - rank)).exists():
+            time.sleep(0.01)
+        bar.advance()
+    return rank
+
+
+def second_fails(*, rank, folder, how, progress):
+    (Path(folder) / f"{rank}.pid").write_text(str(os.getpid()))
+    while not all((Path(folder) / f"{r}.pid").exists() for r in (0, 1)):
+        time.sleep(0.01)
+    if rank == 1 and how == "mismatch":
+        mismatch(progress=progress)
+    if rank == 1:
+        crash(number=signal.SIGSEGV, progress=progress)
+    time.sleep(60)
 
 
 def mismatch(*, progress):

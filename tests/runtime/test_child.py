@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from deployopt.errors import ArtifactMismatch, BuildFailed
-from deployopt.runtime.child import run_in_child
+from deployopt.errors import ArtifactMismatch, BuildFailed, StageFailed
+from deployopt.runtime.child import run_in_child, run_in_children
 from deployopt.runtime.progress import SilentProgress
 
 HERE = Path(__file__).parent
@@ -80,6 +80,23 @@ def test_our_errors_keep_class_and_remedy():
 def test_foreign_errors_become_build_failures():
     with pytest.raises(BuildFailed, match="building: LookupError: nothing there"):
         run_in_child("child_targets:foreign", {}, SilentProgress(), "building")
+
+
+def test_several_calls_work_together_and_the_first_counts(tmp_path):
+    progress = Recorder()
+    calls = [{"rank": rank, "folder": str(tmp_path)} for rank in (0, 1)]
+    assert run_in_children("child_targets:meet", calls, progress, "meeting") == 0
+    assert progress.seen == [("track", "rank 0", 1), ("advance", 1, ""), ("done", "rank 0")]
+
+
+@pytest.mark.parametrize(("how", "error", "said"), [("mismatch", ArtifactMismatch, "wanted 1"), ("crash", StageFailed, "working: .*was ended by SIGSEGV")])
+def test_when_one_of_several_fails_the_others_are_ended(tmp_path, how, error, said):
+    calls = [{"rank": rank, "folder": str(tmp_path), "how": how} for rank in (0, 1)]
+    start = time.monotonic()
+    with pytest.raises(error, match=said):
+        run_in_children("child_targets:second_fails", calls, SilentProgress(), "working")
+    assert time.monotonic() - start < 30
+    assert all(wait_until_gone(int((tmp_path / f"{rank}.pid").read_text())) for rank in (0, 1))
 
 
 def test_interrupt_ends_the_child_within_its_grace(tmp_path):
