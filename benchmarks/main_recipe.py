@@ -2,15 +2,17 @@
 
     python benchmarks/main_recipe.py --seeds 0 1 2          # about five minutes a seed on two cores
 
-Latency ratios are taken inside each run, which interleaves all its rows; a figure here is the median over seeds with its range.
-Writes benchmarks/results/main_recipe.json.
+Every seed starts from nothing cached. Latency ratios are taken inside each run, which interleaves all its rows; a figure here is the median
+over seeds with its range. Writes benchmarks/results/main_recipe.json (or --output) after every seed. --set overrides keys of the recipe, as in
+`deployopt run`, and is written down with the figures.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +20,7 @@ from typing import Any
 
 import deployopt
 from deployopt.report import Report
+from deployopt.runtime.files import atomic_write_json
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "resnet18_int8.yaml"
 RESULT = Path(__file__).resolve().parent / "results" / "main_recipe.json"
@@ -40,22 +43,28 @@ def figures(report: Report) -> dict[str, dict[str, float | None]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    seeds = parser.parse_args().seeds
-    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    environment: dict[str, Any] = {}
-    for seed in seeds:
+    parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[])
+    parser.add_argument("--output", type=Path, default=RESULT)
+    asked = parser.parse_args()
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    seconds: list[float] = []
+    for seed in asked.seeds:
+        print(f"seed {seed} …", file=sys.stderr, flush=True)
+        began = time.monotonic()
         with TemporaryDirectory() as folder:
-            report = deployopt.run(deployopt.load_recipe(RECIPE, [f"seed={seed}"]), run_dir=folder)
-        environment = report["environment"]
+            report = deployopt.run(deployopt.load_recipe(RECIPE, [*asked.overrides, f"seed={seed}"]), run_dir=folder, fresh=True)
+        seconds.append(round(time.monotonic() - began, 1))
         for key, values in figures(report).items():
-            runs[key].append({"seed": seed, **values})
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({"recipe": RECIPE.name, "environment": environment, "rows": runs}, indent=2) + "\n")
+            rows[key].append({"seed": seed, **values})
+        document = {"recipe": RECIPE.name, "overrides": asked.overrides, "environment": report["environment"], "seconds": seconds, "rows": rows}
+        asked.output.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(asked.output, document)
     print(f"{'row':34} {'n':>2} {'top-1 %':>8} {'loss pp, median [range]':>26} {'speed-up, median [range]':>26}")
-    for key, values in runs.items():
-        losses, ratios = [v["loss_pp"] for v in values], [v["speedup"] for v in values if v["speedup"] is not None]
-        top1 = 100 * statistics.median(v["top1"] for v in values)
-        print(f"{key:34} {len(values):>2} {top1:8.2f} {_spread(losses):>26} {_spread(ratios):>26}")
+    for key, found in rows.items():
+        losses, ratios = [v["loss_pp"] for v in found], [v["speedup"] for v in found if v["speedup"] is not None]
+        top1 = 100 * statistics.median(v["top1"] for v in found)
+        print(f"{key:34} {len(found):>2} {top1:8.2f} {_spread(losses):>26} {_spread(ratios):>26}")
+    print(f"seconds a run: {_spread(seconds)}")
 
 
 def _spread(values: list[float]) -> str:

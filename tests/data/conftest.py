@@ -1,5 +1,6 @@
-"""A web server on this machine, for downloads."""
+"""Makes `published_files` importable; a web server on this machine, for downloads."""
 
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -7,6 +8,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
+HELPERS = str(Path(__file__).parent)
+if HELPERS not in sys.path:
+    sys.path.append(HELPERS)
 
 
 class Handler(SimpleHTTPRequestHandler):

@@ -7,37 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from published_files import cifar10_batch, write_cifar10
 
 from deployopt.data import cifar10
 from deployopt.errors import ArtifactError, DataNotFound
-
-RECORDS = 10
-
-
-def batch(seed: int) -> bytes:
-    """One record a class; the planes are constant 10·class, 10·class + 1 and 10·class + 2, but for noise in the first pixel."""
-    random = np.random.default_rng(seed)
-    planes = (10 * np.arange(RECORDS)[:, None, None] + np.arange(3)[:, None] + np.zeros(1024)).astype(np.uint8)  # [N, C, H·W]
-    planes[:, :, 0] = random.integers(0, 256, (RECORDS, 3))
-    return np.concatenate([np.arange(RECORDS, dtype=np.uint8)[:, None], planes.reshape(RECORDS, -1)], axis=1).tobytes()
 
 
 def archive(path: Path, names: tuple[str, ...] = cifar10.BATCH_FILES) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w:gz") as tar:
         for seed, name in enumerate(reversed(names)):  # the order in the archive does not matter
-            data = batch(seed)
+            data = cifar10_batch(seed)
             info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
-
-
-def unpacked(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed, name in enumerate(reversed(cifar10.BATCH_FILES)):
-        (folder / name).write_bytes(batch(seed))
-    return folder
 
 
 def config(folder: Path, **options: object) -> cifar10.Config:
@@ -45,18 +29,18 @@ def config(folder: Path, **options: object) -> cifar10.Config:
 
 
 def test_planes_become_pixels(tmp_path: Path) -> None:
-    images, targets = cifar10.read_batch("b", batch(0))
+    images, targets = cifar10.read_batch("b", cifar10_batch(0))
     assert images.shape == (10, 32, 32, 3)
     assert targets.tolist() == list(range(10))
     assert images[7, 31, 31].tolist() == [70, 71, 72]
-    data = cifar10.load(config(unpacked(tmp_path)))
+    data = cifar10.load(config(write_cifar10(tmp_path)))
     assert [len(s) for s in (data.train, data.validation, data.test)] == [40, 10, 10]
     assert data.classes[7] == "horse"
 
 
 def test_unpacked_files_and_archive_give_the_same_images(tmp_path: Path) -> None:
     archive(tmp_path / "packed" / cifar10.ARCHIVE)
-    one, two = cifar10.load(config(unpacked(tmp_path / "plain"))), cifar10.load(config(tmp_path / "packed"))
+    one, two = cifar10.load(config(write_cifar10(tmp_path / "plain"))), cifar10.load(config(tmp_path / "packed"))
     for a, b in ((one.train, two.train), (one.validation, two.validation), (one.test, two.test)):
         np.testing.assert_array_equal(a.images(range(len(a))), b.images(range(len(b))))
         np.testing.assert_array_equal(a.targets, b.targets)
@@ -76,22 +60,24 @@ def test_planning_downloads_nothing_and_the_fingerprint_stays(site, tmp_path: Pa
 
 
 def test_the_fingerprint_is_of_contents(tmp_path: Path) -> None:
-    one, two = unpacked(tmp_path / "one"), unpacked(tmp_path / "two")
+    one, two = write_cifar10(tmp_path / "one"), write_cifar10(tmp_path / "two")
     assert cifar10.fingerprint(config(one)) == cifar10.fingerprint(config(two))
-    (two / "test_batch.bin").write_bytes(batch(99))
+    (two / "test_batch.bin").write_bytes(cifar10_batch(99))
     assert cifar10.fingerprint(config(one)) != cifar10.fingerprint(config(two))
 
 
 def test_missing_files_are_named_with_the_remedy(tmp_path: Path) -> None:
-    (unpacked(tmp_path) / "data_batch_3.bin").unlink()
+    (write_cifar10(tmp_path) / "data_batch_3.bin").unlink()
     for call in (cifar10.fingerprint, cifar10.load):
         with pytest.raises(DataNotFound, match=r"(?s)or data_batch_3\.bin\).*data\.download: true"):
             call(config(tmp_path))
 
 
-@pytest.mark.parametrize(("data", "message"), [(b"", "0 bytes"), (batch(0)[:-1], "not a whole number"), (b"\x0a" + batch(0)[1:], "label 10 in record 0")])
+@pytest.mark.parametrize(
+    ("data", "message"), [(b"", "0 bytes"), (cifar10_batch(0)[:-1], "not a whole number"), (b"\x0a" + cifar10_batch(0)[1:], "label 10 in record 0")]
+)
 def test_a_damaged_batch_is_named(tmp_path: Path, data: bytes, message: str) -> None:
-    (unpacked(tmp_path) / "data_batch_2.bin").write_bytes(data)
+    (write_cifar10(tmp_path) / "data_batch_2.bin").write_bytes(data)
     with pytest.raises(ArtifactError, match=rf"data_batch_2\.bin: .*{message}"):
         cifar10.load(config(tmp_path))
 

@@ -6,31 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from published_files import idx, write_fashion_mnist
 
 from deployopt.data import fashion_mnist
 from deployopt.errors import ArtifactError, DataNotFound
 
-COUNTS = {"train": 40, "t10k": 20}
-
-
-def idx(array: np.ndarray) -> bytes:
-    return bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
-
-
-def contents() -> dict[str, bytes]:
-    random = np.random.default_rng(0)
-    files = {}
-    for part, count in COUNTS.items():
-        files[f"{part}-images-idx3-ubyte"] = idx(random.integers(0, 256, (count, 28, 28), np.uint8))
-        files[f"{part}-labels-idx1-ubyte"] = idx((np.arange(count) % 10).astype(np.uint8))
-    return files
-
-
-def write(folder: Path, packed: bool = True) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in contents().items():
-        (folder / (f"{name}.gz" if packed else name)).write_bytes(gzip.compress(data, mtime=0) if packed else data)
-    return folder
+COUNTS = {"train": 40, "test": 20}
 
 
 def config(folder: Path, **options: object) -> fashion_mnist.Config:
@@ -39,7 +20,7 @@ def config(folder: Path, **options: object) -> fashion_mnist.Config:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_idx_files_become_three_splits(tmp_path: Path, packed: bool) -> None:
-    data = fashion_mnist.load(config(write(tmp_path, packed), validation_fraction=0.25, image_size=28))
+    data = fashion_mnist.load(config(write_fashion_mnist(tmp_path, **COUNTS, packed=packed), validation_fraction=0.25, image_size=28))
     assert [len(s) for s in (data.train, data.validation, data.test)] == [30, 10, 20]
     assert data.test.targets.tolist() == [i % 10 for i in range(20)]
     first = np.random.default_rng(0).integers(0, 256, (40, 28, 28), np.uint8)
@@ -48,13 +29,13 @@ def test_idx_files_become_three_splits(tmp_path: Path, packed: bool) -> None:
 
 
 def test_a_limit_takes_every_class_and_leaves_test_whole(tmp_path: Path) -> None:
-    data = fashion_mnist.load(config(write(tmp_path), limit=20, validation_fraction=0.5))
+    data = fashion_mnist.load(config(write_fashion_mnist(tmp_path, **COUNTS), limit=20, validation_fraction=0.5))
     assert np.bincount(data.train.targets).tolist() == [1] * 10
     assert len(data.test) == 20
 
 
 def test_the_fingerprint_is_of_contents_not_of_times_or_places(tmp_path: Path) -> None:
-    one, two = write(tmp_path / "one"), write(tmp_path / "two")
+    one, two = write_fashion_mnist(tmp_path / "one", **COUNTS), write_fashion_mnist(tmp_path / "two", **COUNTS)
     assert fashion_mnist.fingerprint(config(one)) == fashion_mnist.fingerprint(config(two, download=True))
     assert fashion_mnist.fingerprint(config(one)) != fashion_mnist.fingerprint(config(one, limit=20))
     (two / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.zeros(20, np.uint8))))
@@ -62,8 +43,8 @@ def test_the_fingerprint_is_of_contents_not_of_times_or_places(tmp_path: Path) -
 
 
 def test_planning_downloads_nothing_and_the_fingerprint_stays(site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    write(site.folder)
-    published = {name: hashlib.md5((site.folder / f"{name}.gz").read_bytes()).hexdigest() for name in contents()}
+    write_fashion_mnist(site.folder, **COUNTS)
+    published = {name: hashlib.md5((site.folder / f"{name}.gz").read_bytes()).hexdigest() for name in fashion_mnist.MD5}
     monkeypatch.setattr(fashion_mnist, "MIRROR", site.url)
     monkeypatch.setattr(fashion_mnist, "MD5", published)
     folder = tmp_path / "absent"
@@ -78,7 +59,7 @@ def test_planning_downloads_nothing_and_the_fingerprint_stays(site, tmp_path: Pa
 
 
 def test_missing_files_are_named_with_the_places_and_the_remedy(tmp_path: Path) -> None:
-    (write(tmp_path) / "t10k-labels-idx1-ubyte.gz").unlink()
+    (write_fashion_mnist(tmp_path, **COUNTS) / "t10k-labels-idx1-ubyte.gz").unlink()
     for call in (fashion_mnist.fingerprint, fashion_mnist.load):
         with pytest.raises(DataNotFound, match=r"(?s)lacks t10k-labels-idx1-ubyte.*data\.download: true"):
             call(config(tmp_path))
@@ -108,7 +89,7 @@ def test_a_damaged_idx_file_is_named(tmp_path: Path, name: str, data: bytes, mes
     ("labels", "message"), [(np.zeros(39, np.uint8), "40 images but 39 labels"), (np.full(40, 10, np.uint8), "label 10 found, wanted 0–9")]
 )
 def test_labels_that_do_not_fit_are_refused(tmp_path: Path, labels: np.ndarray, message: str) -> None:
-    (write(tmp_path, packed=False) / "train-labels-idx1-ubyte").write_bytes(idx(labels))
+    (write_fashion_mnist(tmp_path, **COUNTS, packed=False) / "train-labels-idx1-ubyte").write_bytes(idx(labels))
     with pytest.raises(ArtifactError, match=message):
         fashion_mnist.load(config(tmp_path))
 

@@ -1,0 +1,78 @@
+"""Recipes bound to this machine: what is planned, what is refused, and that neither needs the data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deployopt import load_recipe, pipeline
+from deployopt.errors import RecipeError
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (Path(__file__).parents[2] / "recipes").glob("*.yaml")))
+def test_every_shipped_recipe_plans(name: str, repository: Path) -> None:
+    made = pipeline.plan(load_recipe(repository / "recipes" / name))
+    stages = [s.stage_name for s in made.steps]
+    assert stages[0] == "init"
+    assert {"finetune", "prune", "qat", "export", "build", "benchmark"} <= set(stages)
+    assert pipeline.validate(repository / "recipes" / name) == []
+
+
+def test_the_schema_beside_the_recipes_is_what_schema_prints(repository: Path) -> None:
+    import jsonschema
+    from ruamel.yaml import YAML
+
+    schema = pipeline.schema()
+    assert json.loads((repository / "recipes" / "recipe.schema.json").read_text()) == schema, "run `make schema`"
+    for path in (repository / "recipes").glob("*.yaml"):
+        jsonschema.validate(YAML(typ="safe").load(path), schema)
+        assert path.read_text().startswith("# yaml-language-server: $schema=./recipe.schema.json\n")
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ("- qat\n  - prune", "'prune' cannot come after 'qat'"),
+        ("- build\n  - export", "'build' needs 'export' before it"),
+        ("- export\n  - benchmark", "'benchmark' needs 'build' before it"),
+        ("- init", "planned by itself"),
+        ("- build: {backends: [tensort]}", "did you mean 'tensorrt'"),
+    ],
+)
+def test_impossible_orders_are_refused_where_they_stand(tmp_path: Path, stages: str, said: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"name: r\nmodel: {{arch: resnet20, stem: cifar}}\ndata: {{name: digits}}\nstages:\n  {stages}\n")
+    with pytest.raises(RecipeError, match=said) as caught:
+        pipeline.plan(load_recipe(path))
+    assert all(p.line >= 5 for p in caught.value.problems)
+
+
+def test_a_plan_is_made_without_the_data_or_their_package(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deployopt.data import digits
+    from deployopt.errors import MissingDependency
+
+    def absent(config: object) -> str:
+        raise MissingDependency("sklearn", "train", "to load the digits")
+
+    monkeypatch.setattr(digits, "fingerprint", absent)
+    made = pipeline.plan(load_recipe(recipe))
+    assert isinstance(made.data_problem, MissingDependency)
+    assert not any(s.cached for s in made.steps)
+
+
+def test_problems_of_all_sections_come_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("name: r\nseed: -1\nmodel: {arch: resnet19}\ndata: {name: digits, image_sise: 32}\nstages:\n  - finetune: {epoch: 3}\n  - prone\n")
+    problems = pipeline.validate(path)
+    assert sorted({p.line for p in problems}) == [2, 3, 4, 6, 7]
+
+
+def test_the_extras_that_doctor_knows_are_those_of_the_package(repository: Path) -> None:
+    import tomllib
+
+    extras = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra, packages in pipeline.EXTRAS.items():
+        declared = {r.split(";")[0].split(">")[0].strip() for r in extras[extra]}
+        assert set(packages) == declared - {"onnxruntime", "onnxruntime-gpu"}  # one of these two, by platform

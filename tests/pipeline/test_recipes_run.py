@@ -1,0 +1,70 @@
+"""The other shipped recipes run to their end: as shipped but for epochs, image size and seconds, on small files of their data sets' real formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_runs import HURRIED, overrides, run
+from published_files import write_cifar10, write_fashion_mnist
+
+pytestmark = [pytest.mark.recipe]
+REDUCED = {
+    **HURRIED,
+    "stages.finetune.epochs": 1,
+    "stages.finetune.warmup_epochs": 0,
+    "stages.prune.finetune.epochs": 1,
+    "stages.qat.epochs": 1,
+    "stages.build.backends": "[onnxruntime, openvino]",
+    "stages.benchmark.batch_sizes": "[1]",
+}
+
+
+def reaches_its_end(recipe: Path, home: Path, **reductions: object) -> None:
+    """Exit code 1 is a budget that so little training missed."""
+    changes = overrides({**REDUCED, **{key.replace("__", "."): value for key, value in reductions.items()}})
+    report = run(recipe, home / "run", home / "cache", *changes, exit_codes=(0, 1))
+    dense, pruned, _ = report["variants"]
+    assert pruned["macs"] < 0.55 * dense["macs"]
+    rows = {f"{r['variant']}/{r['backend']}/{r['precision']}": r for r in report["rows"]}
+    for backend in ("onnxruntime", "openvino"):
+        for row in (f"finetune/{backend}/fp32", f"prune/{backend}/fp32", f"qat/{backend}/int8"):
+            assert rows[row]["status"] == "ok", rows[row]["reason"]
+            assert rows[row]["accuracy"]["n"] == report["dataset"]["test"]
+        verified = rows[f"qat/{backend}/int8"]["verified"]
+        assert verified["quantized_layers"] == verified["quantizable_layers"] > 20
+
+
+def test_fashion_mnist(repository: Path, tmp_path: Path) -> None:
+    data = write_fashion_mnist(tmp_path / "data", train=256, test=64)
+    reaches_its_end(repository / "recipes" / "resnet18_fashion_mnist_int8.yaml", tmp_path, data__folder=data)
+
+
+def test_cifar10(repository: Path, tmp_path: Path) -> None:
+    data = write_cifar10(tmp_path / "data", records=50)
+    reaches_its_end(repository / "recipes" / "resnet18_cifar10_int8.yaml", tmp_path, data__folder=data, data__image_size=16)
+
+
+def test_your_own_images_with_a_local_file_of_weights(repository: Path, tmp_path: Path) -> None:
+    import torch
+    import torchvision
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for split, count in {"train": 40, "val": 10, "test": 20}.items():
+        for label, kind in enumerate(("cats", "dogs", "owls")):
+            folder = tmp_path / "images" / split / kind
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 100, (48, 64, 3)) + 70 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.jpg")
+    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "resnet50.pth")  # ImageNet's 1,000 outputs, of which three are wanted
+    reaches_its_end(
+        repository / "recipes" / "resnet50_imagefolder_int8.yaml",
+        tmp_path,
+        model__weights=tmp_path / "resnet50.pth",
+        data__folder=tmp_path / "images",
+        data__image_size=32,
+        data__resize=40,
+    )

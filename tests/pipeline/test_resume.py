@@ -1,0 +1,75 @@
+"""`kill -9` at any moment: the next run goes on from the last finished step and ends with the same weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from cli_runs import Finished, cached, logged, run, start, wait_for, weights
+
+FEWER_ENGINES = ("--set", "stages.build.backends=[onnxruntime]")  # the models do not depend on them
+
+
+@pytest.mark.slow  # a run killed at five points: about a minute
+def test_killed_at_any_moment_a_run_goes_on_and_ends_with_the_same_weights(recipe: Path, finished: Finished, tmp_path: Path) -> None:
+    folder, cache = tmp_path / "run", tmp_path / "cache"
+    for step in ("00-finetune", "01-prune", "02-qat", "03-export-qat", "05-benchmark"):
+        done_before = finished_steps(folder)
+        with start(recipe, folder, cache, *FEWER_ENGINES) as process:
+            wait_for(logged(folder / "log.txt", f"{step}: started"), process)
+            time.sleep(4 if step == "05-benchmark" else 0.5)  # long enough for sessions to be open
+            process.send_signal(signal.SIGKILL)
+        assert step not in finished_steps(folder), "it was killed too late to show anything"
+        log = (folder / "log.txt").read_text().splitlines()
+        assert not any(f"{s}: not cached" in line for line in log[len_of_previous(log) :] for s in done_before), "a finished step ran again"
+    document = run(recipe, folder, cache, *FEWER_ENGINES)
+    assert {"init", "00-finetune", "01-prune", "02-qat"} <= cached(document)
+    assert weights(folder) == weights(finished.folder)
+    assert not list((cache / "deployopt" / "steps").glob("*.partial"))
+
+
+def finished_steps(folder: Path) -> set[str]:
+    return {p.parent.name for p in folder.glob("*/DONE")}
+
+
+def len_of_previous(log: list[str]) -> int:
+    """Lines of earlier processes: the last process begins where `init` is named last."""
+    return max(i for i, line in enumerate(log) if " init: started" in line)
+
+
+TIMED_CHOICE = ("--set", "stages.prune.round_to=auto", "--until", "prune")
+
+
+@pytest.mark.slow  # times all candidates twice: about a minute
+def test_killed_after_a_timed_choice_a_run_repeats_the_choice_and_ends_with_the_same_weights(recipe: Path, cache: Path, tmp_path: Path) -> None:
+    folder, killed_cache = tmp_path / "killed", Path(shutil.copytree(cache, tmp_path / "killed-cache"))
+    whole = run(recipe, tmp_path / "whole", cache, *TIMED_CHOICE)
+    assert "01-prune" not in cached(whole)
+    (chosen,) = choices(cache)
+    with start(recipe, folder, killed_cache, *TIMED_CHOICE) as process:
+        wait_for(lambda: bool(choices(killed_cache)), process)
+        process.send_signal(signal.SIGKILL)
+    assert not (folder / "01-prune" / "DONE").exists(), "it was killed too late to show anything"
+    (stored,) = choices(killed_cache)
+    assert stored.name == chosen.name
+    assert medians(stored) != medians(chosen)  # timing never repeats to the last digit, and may choose differently
+    shutil.copy(chosen, stored)  # so that both runs use the same choice
+    resumed = run(recipe, folder, killed_cache, *TIMED_CHOICE)
+    assert "01-prune" not in cached(resumed)
+    (reported,) = (v["record"]["pruning"]["alignment"] for v in resumed["variants"] if v["name"] == "prune")
+    assert reported["p50_ms"] == medians(chosen), "the choice was made anew"
+    assert weights(folder) == weights(tmp_path / "whole")
+
+
+def choices(cache: Path) -> list[Path]:
+    return list((cache / "deployopt" / "choices").glob("*.json"))
+
+
+def medians(stored: Path) -> dict[str, float]:
+    """Candidate → milliseconds, of the prune step's alignment."""
+    found: dict[str, float] = json.loads(stored.read_text())["alignment"]["p50_ms"]
+    return found

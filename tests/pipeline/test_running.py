@@ -1,0 +1,93 @@
+"""A whole run of a tiny network, as a process: what it measures and reports, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from cli_runs import TINY, Finished, logged, run, start, wait_for
+
+from deployopt import load_recipe, pipeline
+from deployopt.errors import UsageError
+
+FLOAT = ["fp32", "fp16", "bf16"]
+
+
+def test_a_run_measures_what_runs_and_says_why_the_rest_does_not(finished: Finished) -> None:
+    document = finished.document
+    assert [v["name"] for v in document["variants"]] == ["finetune", "prune", "qat"]
+    dense, pruned, quantized = document["variants"]
+    assert pruned["macs"] <= 0.5 * dense["macs"]
+    assert quantized["accuracy"]["n"] == document["dataset"]["test"]
+    rows = {f"{r['variant']}/{r['backend']}/{r['precision']}": r for r in document["rows"]}
+    measured = ["finetune/torch/fp32", "prune/torch/fp32", "qat/torch/fp32"]
+    measured += [row for b in ("onnxruntime", "openvino") for row in (f"finetune/{b}/fp32", f"prune/{b}/fp32", f"qat/{b}/int8")]
+    for name in measured:
+        assert rows[name]["status"] == "ok", rows[name]["reason"]
+        assert rows[name]["latency_ms"]["host"]["p50"] > 0
+        assert rows[name]["contract"]["blocks"] >= 20
+    for backend in ("onnxruntime", "openvino", "tensorrt_rtx"):
+        verified = rows[f"qat/{backend}/int8"]["verified"]
+        assert verified["quantized_layers"] == verified["quantizable_layers"] == 22  # 19 + 2 shortcut convolutions + the classifier, all of them
+    for row in (f"{v}/tensorrt_rtx/{p}" for v, ps in (("finetune", FLOAT), ("prune", FLOAT), ("qat", ["int8"])) for p in ps):
+        assert rows[row]["status"] in {"built", "ok"}, rows[row]["reason"]  # ok where there is a GPU
+        assert rows[row]["artifact"]["bytes"] > 0
+    assert rows["qat/tensorrt/int8"]["status"] == "unavailable"
+    assert "tensorrt" in rows["qat/tensorrt/int8"]["reason"]
+    names = {p.name for p in finished.folder.iterdir()}
+    assert names >= {"recipe.yaml", "environment.json", "report.json", "report.md", "report.html", "log.txt", "00-finetune"}
+
+
+def test_the_report_names_no_machine_path_or_variable(finished: Finished) -> None:
+    for name in ("report.json", "environment.json", "report.md", "report.html"):
+        text = (finished.folder / name).read_text()
+        for secret in (str(Path.home()), str(finished.folder.parent), os.uname().nodename, "XDG_CACHE_HOME"):
+            assert secret not in text, f"{name} holds {secret}"
+
+
+def test_two_runs_in_one_folder_the_second_is_refused(recipe: Path, tmp_path: Path) -> None:
+    folder, cache = tmp_path / "shared", tmp_path / "cache"
+    with start(recipe, folder, cache) as first:
+        wait_for(logged(folder / "log.txt", "init: started"), first)
+        with start(recipe, folder, cache) as second:
+            _, err = second.communicate(timeout=60)
+        assert second.returncode == 2
+        assert f"process {first.pid}" in err
+        assert "Traceback" not in err
+        first.kill()
+
+
+def test_ctrl_c_ends_with_130_and_the_command_that_resumes(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with start(recipe, folder, tmp_path / "cache") as process:
+        wait_for(logged(folder / "log.txt", "00-finetune: started"), process)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"deployopt run {recipe} --run-dir {folder} --threads 1\n" in err
+    assert "Traceback" not in err
+
+
+def test_a_run_that_ends_before_it_measures_judges_no_budget(recipe: Path, tmp_path: Path) -> None:
+    document = run(recipe, tmp_path / "run", tmp_path / "cache", "--until", "init", "--set", "budget.min_speedup=2")  # asserts exit code 0
+    assert document["rows"] == []
+    assert document["budget"]["met"] is True
+
+
+def test_a_folder_that_is_no_run_of_this_recipe_is_left_alone(recipe: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("precious")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "recipe.yaml").write_text(TINY.replace("name: tiny", "name: large"))
+    planned = pipeline.plan(load_recipe(recipe))
+    with pytest.raises(UsageError, match=r"thesis\.tex"):
+        pipeline.execute(planned, mine)
+    with pytest.raises(UsageError, match="'large', not of 'tiny'"):
+        pipeline.execute(planned, other)
+    assert (mine / "thesis.tex").read_text() == "precious"
