@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import os
 import shlex
 import sys
 import traceback
@@ -43,8 +45,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 
 def main() -> None:
     """Entry point: every error of ours becomes a message and its exit code."""
+    sys.stdout = _Stdout(sys.stdout.buffer, sys.stdout.encoding, sys.stdout.errors, line_buffering=bool(sys.stdout.line_buffering))
     try:
         result = app(standalone_mode=False)
+        sys.stdout.flush()
         sys.exit(result if isinstance(result, int) else 0)
     except DeployoptError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -52,9 +56,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
+    except SystemExit as ending:
+        if isinstance(ending.__context__, BrokenPipeError):  # stderr's reader left; typer ends with 1, which would be a missed budget
+            sys.exit(130)
+        raise
     except OSError as error:
         if error.errno not in _MACHINES_FAULTS:
             _report_bug()
@@ -65,6 +70,26 @@ def main() -> None:
         if code is None:
             _report_bug()
         sys.exit(code)
+
+
+class _Stdout(io.TextIOWrapper):
+    """Standard output whose reader may leave early (`| head -1`): the rest goes nowhere, and the command ends as it would have."""
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            self._discard()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except BrokenPipeError:
+            self._discard()
+
+    def _discard(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
 
 
 _MACHINES_FAULTS = {  # what the machine refuses, and what mends it
@@ -132,7 +157,7 @@ def run(
     steps = [(s.id, s.title) for s in planned.steps]
     asked = {"device": None if device == "auto" else device, "threads": threads, "nproc": None if nproc == 1 else nproc}
     resume = _command("run", recipe, set_, run_dir=folder, until=until, **asked)
-    with _resume_hint(resume), LiveProgress(_console(stderr=True), steps, quiet=quiet) as live:
+    with _resume_hint(folder, resume), LiveProgress(_console(stderr=True), steps, quiet=quiet) as live:
         document = pipeline.execute(planned, folder, live, fresh=fresh)
     if json_:
         _print_json(document)
@@ -382,14 +407,15 @@ def cache_prune(max_size: Annotated[str, typer.Option(metavar="SIZE", help="Keep
 
 
 @contextmanager
-def _resume_hint(command: str) -> Iterator[None]:
-    """After a failure, print the command that goes on from the last finished step."""
+def _resume_hint(folder: Path, command: str) -> Iterator[None]:
+    """After a failure, print the command that goes on from the last finished step, if the run had begun."""
     try:
         yield
     except UsageError:
         raise
     except (Exception, KeyboardInterrupt):  # whatever ended the run, it is re-raised and can be gone on from
-        print(f"to go on from the last finished step: {command}", file=sys.stderr)
+        if (folder / "recipe.yaml").exists():
+            print(f"to go on from the last finished step: {command}", file=sys.stderr)
         raise
 
 
@@ -420,8 +446,6 @@ def _plan_facts(planned: Plan) -> dict[str, Any]:
 
 
 def _console(stderr: bool = False) -> Console:
-    import os
-
     from rich.console import Console
 
     from deployopt.report import TERMINAL_WIDTH

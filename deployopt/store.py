@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from deployopt.errors import ArtifactCorrupt, RunLocked
+from deployopt.errors import ArtifactCorrupt, LackingEnvironment, RunLocked
 from deployopt.runtime.files import atomic_write_json, fsync_directory
 from deployopt.runtime.hashing import sha256_file, sha256_json
 
@@ -328,11 +328,12 @@ def locked(run_folder: Path) -> Iterator[None]:
 
     Raises:
         RunLocked: names the process that works there.
+        LackingEnvironment: the folder cannot be made or written.
     """
-    run_folder.mkdir(parents=True, exist_ok=True)
     owner = run_folder / ".owner.json"
     lock = FileLock(run_folder / ".lock")
     try:
+        run_folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
         try:
@@ -343,6 +344,8 @@ def locked(run_folder: Path) -> Iterator[None]:
         raise RunLocked(
             f"the run folder {run_folder.name} is being worked in by {who}", "wait for it, stop it, or choose another folder with --run-dir"
         ) from error
+    except OSError as error:
+        raise LackingEnvironment(f"the run folder {run_folder} cannot be written: {error.strerror}", "choose another folder with --run-dir") from error
     try:
         atomic_write_json(owner, {"pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
         yield

@@ -93,6 +93,7 @@ def test_validate_says_ok_and_names_every_problem(recipe: Path) -> None:
         (["run", "RECIPE", "--device", "tpu"], 2, "unknown device 'tpu'"),
         (["run", "RECIPE", "--device", "cuda:99"], 3, "cuda:99"),
         (["run", "RECIPE", "--run-dir", "/proc/nowhere"], 3, "/proc/nowhere"),
+        (["run", "RECIPE", "--run-dir", "RECIPE"], 3, "--run-dir"),
         (["run", "RECIPE", "--until", "exprt"], 2, "did you mean 'export'"),
         (["run", "RECIPE", "--set", "stages.finetune.lr=fast"], 2, "--set stages.finetune.lr"),
         (["run", "RECIPE", "--set", "data.name=imagefolder", "--set", "data.folder=nowhere", "--set", "data.image_size=32"], 3, "nowhere"),
@@ -109,6 +110,25 @@ def test_what_cannot_be_meant_or_is_lacking_ends_in_its_exit_code(recipe: Path, 
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+    assert "to go on" not in done.stderr  # nothing began
+
+
+def left_early(*arguments: str, stream: str) -> tuple[int, str]:
+    """Exit code and the other stream of a command whose reader of `stream` closes it at once, as `| head -0` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writer}
+    done = subprocess.run([sys.executable, "-m", "deployopt", *arguments], **streams, text=True, timeout=120, check=False)
+    os.close(writer)
+    return done.returncode, done.stderr if stream == "stdout" else done.stdout
+
+
+def test_a_reader_that_leaves_early_changes_no_exit_code(recipe: Path, tmp_path: Path) -> None:
+    assert left_early("schema", stream="stdout") == (0, "")
+    assert left_early("plan", str(recipe), stream="stdout") == (0, "")
+    until = ("run", str(recipe), "--run-dir", str(tmp_path / "run"), "--until", "init", "--json")
+    assert left_early(*until, stream="stdout")[0] == 0
+    assert left_early(*until, stream="stderr")[0] == 130  # the run ended before its report
 
 
 def test_plan_says_what_would_run(recipe: Path) -> None:

@@ -51,7 +51,7 @@ def start(recipe: Path, folder: Path, cache: Path, *arguments: str) -> subproces
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "XDG_CACHE_HOME": str(cache)})
 
 
-def run(recipe: Path, folder: Path, cache: Path, *arguments: str, exit_codes: tuple[int, ...] = (0,), timeout_s: float = 300) -> dict[str, Any]:
+def run(recipe: Path, folder: Path, cache: Path, *arguments: str, exit_codes: tuple[int, ...] = (0,), timeout_s: float = 500) -> dict[str, Any]:
     """The report of a run that ends with one of these exit codes."""
     with start(recipe, folder, cache, *arguments) as process:
         out, err = process.communicate(timeout=timeout_s)
