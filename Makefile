@@ -4,16 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= recipes/resnet18_int8.yaml
 
-.PHONY: demo test check setup setup-test lint format types layers docker schema clean
+.PHONY: demo test test-recipes check setup setup-test lint format types layers docker schema clean
 
 demo: $(VENV)/.installed
 	$(BIN)/deployopt run $(RECIPE)
 
 test: $(VENV)/.installed-test
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile -m "not recipe"
+
+# Every shipped recipe to its end: the main one trained as shipped on all cores, then the others on small data.
+test-recipes: $(VENV)/.installed-test
+	$(BIN)/pytest -m recipe
 
 # The same checks as .ci/run.
-check: lint types layers docker test
+check: lint types layers docker test test-recipes
 
 setup: $(VENV)/.installed
 setup-test: $(VENV)/.installed-test

@@ -68,4 +68,4 @@ def unknown(what: str, name: str, available: Iterable[str]) -> str:
     options = sorted(available)
     near = difflib.get_close_matches(name, options, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ""
-    return f"unknown {what} '{name}'{hint} (available: {', '.join(options)})"
+    return f"unknown {what} '{name}'{hint} (available: {', '.join(options) or 'none'})"

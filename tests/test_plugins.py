@@ -57,6 +57,7 @@ def test_unknown_name_says_what_there_is(kind: plugins.Kind, what: str) -> None:
 def test_unknown_suggests_the_nearest() -> None:
     assert plugins.unknown("stage", "qta", ["prune", "qat"]) == "unknown stage 'qta'; did you mean 'qat'? (available: prune, qat)"
     assert plugins.unknown("stage", "zzz", ["prune", "qat"]) == "unknown stage 'zzz' (available: prune, qat)"
+    assert plugins.unknown("row", "qat/torch/fp32/b1", []) == "unknown row 'qat/torch/fp32/b1' (available: none)"
 
 
 def test_listing_imports_no_plugin() -> None:

@@ -82,7 +82,7 @@ def logged(log: Path, text: str) -> Callable[[], bool]:
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     """Until the condition holds; the process must still run then."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400  # far more than any step takes on a busy machine
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "what was waited for never came"
