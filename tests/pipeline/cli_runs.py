@@ -11,24 +11,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TINY = """\
+HURRIED = {"min_seconds": 0.05, "max_contention": 10, "max_steal_percent": 100, "max_spread": 10}  # a shared machine's timing is not judged
+TINY = f"""\
 name: tiny
-model: {arch: resnet20, stem: cifar}
-data: {name: digits, image_size: 8}
+model: {{arch: resnet20, stem: cifar}}
+data: {{name: digits, image_size: 8}}
 stages:
-  - finetune: {epochs: 2, batch_size: 128}
-  - prune: {target: {macs_ratio: 0.5}, round_to: 4, finetune: {epochs: 1}}
-  - qat: {epochs: 1}
+  - finetune: {{epochs: 2, batch_size: 128}}
+  - prune: {{target: {{macs_ratio: 0.5}}, round_to: 4, finetune: {{epochs: 1}}}}
+  - qat: {{epochs: 1}}
   - export
-  - build: {backends: [onnxruntime, openvino, tensorrt, tensorrt_rtx]}
-  - benchmark: {min_seconds: 0.05, max_contention: 10, max_steal_percent: 100, max_spread: 10}
+  - build: {{backends: [onnxruntime, openvino, tensorrt, tensorrt_rtx]}}
+  - benchmark: {json.dumps(HURRIED)}
 """
-HURRIED = {  # a shared machine's timing is not judged
-    "stages.benchmark.min_seconds": 0.05,
-    "stages.benchmark.max_contention": 10,
-    "stages.benchmark.max_steal_percent": 100,
-    "stages.benchmark.max_spread": 10,
-}
 
 
 class Finished(NamedTuple):
@@ -39,8 +34,9 @@ class Finished(NamedTuple):
     document: dict[str, Any]
 
 
-def overrides(keys: Mapping[str, object]) -> list[str]:
-    """`--set` options."""
+def hurried(keys: Mapping[str, object]) -> list[str]:
+    """`--set` options of these keys, and of a short benchmark."""
+    keys = {**{f"stages.benchmark.{key}": value for key, value in HURRIED.items()}, **keys}
     return [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
 
 

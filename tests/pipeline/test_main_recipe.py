@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from cli_runs import HURRIED, overrides, run
+from cli_runs import hurried, run
 
 from deployopt.runtime import host
 
@@ -26,9 +26,9 @@ class Run(NamedTuple):
 @pytest.fixture(scope="module")
 def shipped(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     home = tmp_path_factory.mktemp("main-recipe")
-    hurried = overrides({**HURRIED, "budget.min_speedup": "null"})
+    changes = hurried({"budget.min_speedup": "null"})
     began = time.monotonic()
-    report = run(repository / "recipes" / "resnet18_int8.yaml", home / "run", home / "cache", *hurried, "--threads", str(host.usable_cores()), timeout_s=1200)
+    report = run(repository / "recipes" / "resnet18_int8.yaml", home / "run", home / "cache", *changes, "--threads", str(host.usable_cores()), timeout_s=1200)
     rows = {f"{r['variant']}/{r['backend']}/{r['precision']}": r for r in report["rows"] if r["batch"] == 1}
     return Run(report, rows, time.monotonic() - began)
 

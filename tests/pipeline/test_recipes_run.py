@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_runs import HURRIED, overrides, run
+from cli_runs import hurried, run
 from published_files import write_cifar10, write_fashion_mnist
 
 pytestmark = [pytest.mark.recipe, pytest.mark.timeout(1200)]
 REDUCED = {
-    **HURRIED,
     "stages.finetune.epochs": 1,
     "stages.finetune.warmup_epochs": 0,
     "stages.prune.finetune.epochs": 1,
@@ -23,7 +22,7 @@ REDUCED = {
 
 def reaches_its_end(recipe: Path, home: Path, **reductions: object) -> None:
     """Exit code 1 is a budget that so little training missed."""
-    changes = overrides({**REDUCED, **{key.replace("__", "."): value for key, value in reductions.items()}})
+    changes = hurried({**REDUCED, **{key.replace("__", "."): value for key, value in reductions.items()}})
     report = run(recipe, home / "run", home / "cache", *changes, exit_codes=(0, 1), timeout_s=1100)
     dense, pruned, _ = report["variants"]
     assert pruned["macs"] < 0.55 * dense["macs"]
