@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -15,6 +15,12 @@ class Strict(BaseModel):
     """Frozen; unknown keys, wrong types, NaN and infinities are refused. The docstring under a field is its description in the JSON Schema."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    NOT_IN_KEY: ClassVar[frozenset[str]] = frozenset()
+    """Options that no result depends on: changing them invalidates nothing in the cache."""
+
+    def keyed(self) -> dict[str, Any]:
+        """The options that results depend on, as JSON values."""
+        return self.model_dump(mode="json", by_alias=True, exclude=set(self.NOT_IN_KEY))
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:

@@ -22,6 +22,7 @@ class BuildRequest:
         threads: CPU threads the artifact will run with.
         device: "cpu" or "cuda:N".
         options: the recipe's options for this backend.
+        timeout_s: native code that takes longer is ended, and the build has failed.
     """
 
     precision: str
@@ -29,6 +30,7 @@ class BuildRequest:
     threads: int = 1
     device: str = "cpu"
     options: Mapping[str, Any] = field(default_factory=dict)
+    timeout_s: float = 3600.0
 
 
 class Backend(Protocol):

@@ -51,7 +51,8 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, 
     path = out / "model.onnx"
     model = load(prepared)
     atomic_write(path, prepared.read_bytes())
-    executed = run_in_child(counter, {"path": str(path), "precision": request.precision}, progress, f"compiling {path.name} to see what runs")
+    arguments = {"path": str(path), "precision": request.precision}
+    executed = run_in_child(counter, arguments, progress, f"compiling {path.name} to see what runs", request.timeout_s)
     verified = Verified(executed.get("int8", 0), sum(executed.values()), executed)
     metadata = {
         "precision": request.precision,

@@ -126,6 +126,7 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, 
             },
             progress,
             f"building {engine.name} with {vendor}",
+            request.timeout_s,
         )
     except KeyboardInterrupt:  # the child may have been just through
         engine.unlink(missing_ok=True)

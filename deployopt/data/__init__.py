@@ -21,11 +21,7 @@ class DataConfig(Strict):
     """Base of every data source's `Config`: frozen, unknown keys and NaN refused."""
 
     NOT_IN_KEY: ClassVar[frozenset[str]] = frozenset({"folder", "download", "workers"})
-    """Options that say where the data are and how they are read, not what they are: changing them invalidates nothing."""
-
-    def keyed(self) -> dict[str, Any]:
-        """The options that results depend on, as JSON values."""
-        return self.model_dump(mode="json", by_alias=True, exclude=set(self.NOT_IN_KEY))
+    """Options that say where the data are and how they are read, not what they are."""
 
 
 class ImageSet(Protocol):

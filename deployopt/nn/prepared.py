@@ -7,8 +7,10 @@ name, and `nn.quantizer` builds the deployed graph from them.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -21,8 +23,25 @@ from deployopt.nn.capture import capture, example_input
 from deployopt.nn.placement import ADDS, BATCH_NORM, Layer, aten, layers, parameter_owner
 from deployopt.nn.quantizer import ACTIVATION_MAX, ACTIVATION_MIN
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # torchao's own imports
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """Without what torchao's own imports set off: deprecations, and torch's log line on each Enum that torchao registers as a pytree constant."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "register_constant() on Enum" not in record.getMessage()
+
+    logger = logging.getLogger("torch.utils._pytree")
+    logger.addFilter(keep)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        logger.removeFilter(keep)
+
+
+with _quiet_import():
     from torchao.quantization.pt2e import FakeQuantize, MinMaxObserver, MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
     from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer

@@ -28,7 +28,7 @@ def validate(path: Path, overrides: Sequence[str] = ()) -> list[Problem]:
         return list(error.problems)
     _, problems = parse(document)
     sections = outline(document)
-    return problems + Binder(document).everything(sections.data, sections.stages, document.data.get("task"), document.data.get("model"))
+    return problems + Binder(document).everything(sections.data, sections.stages, document.data)
 
 
 def data_of(spec: str) -> tuple[DataSource, Any]:
@@ -75,6 +75,7 @@ class Entry:
     name: str
     stage: Stage
     config: StageConfig
+    at: tuple[str | int, ...] = ()  # path of its options in the document; the planned `init` has none
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,12 @@ class Binder:
         self._document = document
         self.problems: list[Problem] = []
 
-    def everything(self, data: DataSection | None, stages: Sequence[StageEntry], task: Any, model: Any) -> list[Problem]:
-        """Problems of all sections that could be made out."""
-        self.stages(stages)
+    def everything(self, data: DataSection | None, stages: Sequence[StageEntry], recipe: Mapping[str, Any]) -> list[Problem]:
+        """Problems of all sections that could be made out; `recipe` is the whole document."""
+        task, model, budget = recipe.get("task"), recipe.get("model"), recipe.get("budget")
+        entries = self.stages(stages)
+        if isinstance(budget, Mapping):
+            self.budget(entries, budget)
         if data is not None:
             self.data(data)
         if isinstance(task, str) and task not in plugins.names("tasks"):
@@ -137,7 +141,7 @@ class Binder:
             self._check_order(item, stage, seen)
             seen.append(item.stage)
             if config is not None:
-                bound.append(Entry(item.stage, item.name, stage, config))
+                bound.append(Entry(item.stage, item.name, stage, config, item.at))
         return bound
 
     def _is_stage(self, item: StageEntry, stage: Any) -> bool:
@@ -146,6 +150,13 @@ class Binder:
             fault = f"'{item.stage}' is no stage: it lacks {', '.join(missing)}; `deployopt.stages.Stage` says what they mean"
             self.problems.append(self._document.problem(item.at, fault, key=True))
         return not missing
+
+    def budget(self, entries: Sequence[Entry], limits: Mapping[str, Any]) -> None:
+        """Refuse a limit on accuracy that nothing would be scored for: no row could ever meet it."""
+        for entry in entries:
+            if limits.get("max_accuracy_drop_pp") is not None and getattr(entry.config, "accuracy", True) is False:
+                message = "false scores no artifact, so none can meet budget.max_accuracy_drop_pp: remove one of the two"
+                self.problems.append(self._document.problem((*entry.at, "accuracy"), message))
 
     def _check_order(self, item: StageEntry, stage: Stage, seen: Sequence[str]) -> None:
         blocking = [name for name in seen if name in stage.not_after]
@@ -164,6 +175,7 @@ class Binder:
 def bind_recipe(recipe: Recipe) -> Bound:
     binder = Binder(recipe.document)
     entries = binder.stages(recipe.stages)
+    binder.budget(entries, recipe.budget.model_dump())
     task = binder.find("tasks", recipe.task, ("task",))
     binder.architecture(recipe.model.arch, recipe.model.stem)
     data = binder.data(recipe.data)

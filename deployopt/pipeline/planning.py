@@ -208,7 +208,7 @@ def _expand(entries: Sequence[Entry], common: Mapping[str, Any], processes: int)
                 "variants": [p.variant for p in expansion.inputs],
                 "deployopt": __version__,
                 "version": entry.stage.version,
-                "config": entry.config.model_dump(mode="json", by_alias=True),
+                "config": entry.config.keyed(),
                 "parameters": dict(expansion.parameters),
                 "inputs": [keys[i] for i in inputs],
                 "libraries": versions(entry.stage.distributions),

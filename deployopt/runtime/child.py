@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from _thread import interrupt_main
-from typing import IO, Any, Dict, Iterator, List, Mapping, Sequence, Tuple, Type
+from typing import IO, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Type
 
 from deployopt.errors import BuildFailed, DeployoptError, StageFailed
 from deployopt.runtime.process import describe_exit, error_from_json, error_to_json, tail
@@ -26,7 +26,7 @@ GRACE_SECONDS = 1.0
 Message = Dict[str, Any]
 
 
-def run_in_child(target: str, arguments: Mapping[str, Any], progress: Progress, purpose: str) -> Any:
+def run_in_child(target: str, arguments: Mapping[str, Any], progress: Progress, purpose: str, timeout_s: Optional[float] = None) -> Any:
     """Call `target(**arguments, progress=…)` in a fresh interpreter and return its result.
 
     Args:
@@ -34,15 +34,16 @@ def run_in_child(target: str, arguments: Mapping[str, Any], progress: Progress, 
         arguments: JSON values.
         progress: receives what the function reports to the `progress` it is given.
         purpose: begins the sentence of a crash, as "building with TensorRT".
+        timeout_s: after which the child is killed; None waits as long as it takes.
 
     Returns:
         The function's result, a JSON value.
 
     Raises:
         DeployoptError: what the function raised, with its class.
-        BuildFailed: the child crashed (names the signal) or raised anything else.
+        BuildFailed: the child crashed (names the signal), raised anything else, or took longer than `timeout_s`.
     """
-    with _Child(target, arguments) as child:
+    with _Child(target, arguments, timeout_s) as child:
         child.follow(progress)
     if child.failed:
         raise child.error(purpose, BuildFailed)
@@ -90,10 +91,12 @@ def _watch(child: "_Child", children: Sequence["_Child"], progress: Progress) ->
 class _Child:
     """One call in a process of its own. A context manager; on leaving it the process is gone."""
 
-    def __init__(self, target: str, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, target: str, arguments: Mapping[str, Any], timeout_s: Optional[float] = None) -> None:
         self._request = json.dumps({"target": target, "arguments": dict(arguments)})
+        self._timeout_s = timeout_s
         self._last: Any = None
         self._killed = False
+        self._overdue = False
 
     def __enter__(self) -> "_Child":
         self._stderr = tempfile.TemporaryFile()
@@ -112,13 +115,32 @@ class _Child:
         """Make the call, pass its progress on, and wait for its end."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # a child that died at once is explained by `error`
-            self._process.stdin.write(self._request + "\n")
-            self._process.stdin.flush()
-        self._last = _relay(self._process.stdout, progress)
-        self._ended = time.monotonic()
-        if self._last is None:
-            self._process.wait()
+        with self._limited():
+            with contextlib.suppress(BrokenPipeError):  # a child that died at once is explained by `error`
+                self._process.stdin.write(self._request + "\n")
+                self._process.stdin.flush()
+            self._last = _relay(self._process.stdout, progress)
+            self._ended = time.monotonic()
+            if self._last is None:
+                self._process.wait()
+
+    @contextlib.contextmanager
+    def _limited(self) -> Iterator[None]:
+        """Kill the process if this takes longer than its limit."""
+        if self._timeout_s is None:
+            yield
+            return
+        timer = threading.Timer(self._timeout_s, self._end_overdue)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _end_overdue(self) -> None:
+        self._overdue = True
+        self._process.kill()
 
     def kill_after(self, seconds: float) -> None:
         """End the process if it does not end by itself."""
@@ -144,6 +166,8 @@ class _Child:
 
     def error(self, purpose: str, otherwise: Type[DeployoptError]) -> DeployoptError:
         """What the call raised; a crash and anything foreign as `otherwise`."""
+        if self._last is None and self._overdue:
+            return otherwise(f"{purpose}: not done within {(self._timeout_s or 0.0) / 60:g} min, and ended{self._said}", "raise build.timeout_minutes")
         if self._last is None:
             return otherwise(f"{purpose}: the process {describe_exit(self._process.returncode)}{self._said}", _remedy(self._process.returncode))
         error = self._last["error"]

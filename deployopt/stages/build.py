@@ -11,9 +11,9 @@ import traceback
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, PositiveFloat, ValidationError, field_validator, model_validator
 
 from deployopt import plugins
 from deployopt.artifact import Artifact, Availability
@@ -36,12 +36,16 @@ distributions: tuple[str, ...] = ("onnx", "numpy")
 class Config(StageConfig):
     """Options of `build`."""
 
+    NOT_IN_KEY: ClassVar[frozenset[str]] = frozenset({"timeout_minutes"})
+
     backends: tuple[str, ...] = Field(("onnxruntime", "openvino"), min_length=1, strict=False)
     """Runtimes to build for (`deployopt list backends`). One that this machine lacks stays in the report as unavailable."""
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Options of single backends, by backend."""
     batch_sizes: tuple[int, ...] = Field((1, 8), min_length=1, strict=False)
     """Batch sizes an engine's optimisation profile spans, from 1 to the largest, for which it is optimised. `benchmark` times no larger one on it."""
+    timeout_minutes: PositiveFloat = 60.0
+    """One build that takes longer is ended, and its row has failed. Large INT8 networks take TensorRT some minutes."""
     on_unverified: Literal["warn", "fail"] = "warn"
     """What to do with an INT8 artifact of which the runtime executes less than all convolutions and matrix products in INT8."""
 
@@ -141,7 +145,7 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     (source,), (target,) = expansion.inputs, expansion.makes
     name = expansion.parameters["backend"]
     onnx = inputs[0].artifacts[source.artifact]
-    request = BuildRequest(str(target.precision), config.batch_sizes, context.threads, context.device, config.options.get(name, {}))
+    request = BuildRequest(str(target.precision), config.batch_sizes, context.threads, context.device, config.options.get(name, {}), 60 * config.timeout_minutes)
     try:
         backend: Backend = plugins.find("backends", name)
         artifact = _build(backend, onnx.path, context.folder, request, context.progress)

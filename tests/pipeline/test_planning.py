@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from cli_runs import TINY
 
 from deployopt import load_recipe, pipeline
 from deployopt.errors import RecipeError
@@ -76,3 +77,24 @@ def test_the_extras_that_doctor_knows_are_those_of_the_package(repository: Path)
     for extra, packages in pipeline.EXTRAS.items():
         declared = {r.split(";")[0].split(">")[0].strip() for r in extras[extra]}
         assert set(packages) == declared - {"onnxruntime", "onnxruntime-gpu"}  # one of these two, by platform
+
+
+@pytest.mark.parametrize(("written", "override"), [("{accuracy: false}", ()), ("{}", ("stages.benchmark.accuracy=false",))])
+def test_an_accuracy_budget_without_scores_is_refused_where_it_stands(tmp_path: Path, written: str, override: tuple[str, ...]) -> None:
+    path = tmp_path / "blind.yaml"
+    path.write_text(TINY.replace("- benchmark: {min_seconds: 0.05, max_contention: 10, max_steal_percent: 100, max_spread: 10}", f"- benchmark: {written}"))
+    assert pipeline.validate(path, override) == []  # nothing to miss
+    path.write_text(path.read_text() + "budget: {max_accuracy_drop_pp: 1.5}\n")
+    (problem,) = pipeline.validate(path, override)
+    assert "none can meet budget.max_accuracy_drop_pp: remove one of the two" in problem.message
+    assert (problem.line, problem.column) == (10, 27) if not override else problem.source.startswith("--set")
+    with pytest.raises(RecipeError, match=r"benchmark\.accuracy: false scores no artifact"):
+        pipeline.plan(load_recipe(path, override))
+
+
+def test_how_long_a_build_may_take_is_not_part_of_its_key(recipe: Path, tmp_path: Path) -> None:
+    keys = [
+        [step.key for step in pipeline.plan(load_recipe(recipe, overrides), device="cpu", threads=1, cache_home=tmp_path).steps if step.stage_name == "build"]
+        for overrides in ((), ("stages.build.timeout_minutes=5",), ("stages.build.on_unverified=fail",))
+    ]
+    assert keys[0] == keys[1] != keys[2]

@@ -1,4 +1,5 @@
 import re
+import time
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -232,10 +233,27 @@ def test_bytes_that_are_no_engine_are_a_mismatch(trt):
     ],
 )
 def test_a_faulty_vendor_fails_the_build_alone(monkeypatch, tmp_path, fault, message):
+    arguments = faulty_build(monkeypatch, tmp_path, fault)
+    with pytest.raises(BuildFailed, match=message):
+        run_in_child("deployopt.runtime.tensorrt:build_file", arguments, SilentProgress(), "building")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_a_vendor_that_hangs_is_ended_when_its_time_is_up(monkeypatch, tmp_path):
+    arguments, start = faulty_build(monkeypatch, tmp_path, "hang"), time.monotonic()
+    with pytest.raises(BuildFailed, match=r"building: not done within 0\.05 min") as caught:
+        run_in_child("deployopt.runtime.tensorrt:build_file", arguments, SilentProgress(), "building", timeout_s=3.0)
+    assert caught.value.remedy == "raise build.timeout_minutes"
+    assert 3 <= time.monotonic() - start < 30  # it would have slept for 60 s
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def faulty_build(monkeypatch, tmp_path, fault):
+    """Arguments of a build with the vendor module that only fails."""
     monkeypatch.syspath_prepend(str(FAULTY))
     monkeypatch.setenv("FAULT", fault)
     (tmp_path / "model.onnx").write_bytes(relu())
-    arguments = {
+    return {
         "vendor": "tensorrt_rtx",
         "onnx": str(tmp_path / "model.onnx"),
         "engine": str(tmp_path / "model.engine"),
@@ -244,9 +262,6 @@ def test_a_faulty_vendor_fails_the_build_alone(monkeypatch, tmp_path, fault, mes
         "options": {"compute_capabilities": ["8.6"]},
         "preprocessing": None,
     }
-    with pytest.raises(BuildFailed, match=message):
-        run_in_child("deployopt.runtime.tensorrt:build_file", arguments, SilentProgress(), "building")
-    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def has_gpu():

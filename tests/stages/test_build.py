@@ -158,7 +158,7 @@ def test_less_int8_than_asked_warns_or_fails(tmp_path, fake):
 
 def test_what_cannot_run_here_is_built_with_the_reason(tmp_path, fake):
     fake.runs = False
-    config = build.Config(backends=["fake"], options={"fake": {"level": 1}}, batch_sizes=[8, 1, 8])
+    config = build.Config(backends=["fake"], options={"fake": {"level": 1}}, batch_sizes=[8, 1, 8], timeout_minutes=1.5)
     (step,) = build.expand(config, planning("int8"))
     result, _, _ = ran(tmp_path, config, step, canonical())
     assert (result.record["status"], result.record["reason"]) == ("built", "no driver")
@@ -166,6 +166,7 @@ def test_what_cannot_run_here_is_built_with_the_reason(tmp_path, fake):
     assert result.record["max_batch"] == 8
     assert fake.requests[0].batch_sizes == (1, 8)
     assert fake.requests[0].options == {"level": 1}
+    assert fake.requests[0].timeout_s == 90
 
 
 @pytest.mark.parametrize(

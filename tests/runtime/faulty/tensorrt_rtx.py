@@ -1,10 +1,11 @@
 """A vendor module that only fails: it injects faults that the real one will not show on demand, and never stands for a result.
 
-The environment variable FAULT chooses: "crash", "out_of_memory", "no_engine", "parser", "raise".
+The environment variable FAULT chooses: "crash", "out_of_memory", "no_engine", "parser", "raise", "hang".
 """
 
 import os
 import signal
+import time
 from enum import Enum
 from types import SimpleNamespace
 
@@ -71,6 +72,8 @@ class Builder:
             os.kill(os.getpid(), signal.SIGSEGV)
         if FAULT == "out_of_memory":
             os.kill(os.getpid(), signal.SIGKILL)
+        if FAULT == "hang":
+            time.sleep(60)
         if FAULT == "raise":
             raise RuntimeError("the vendor's module broke")
         self.logger.log(SimpleNamespace(name="ERROR"), "no kernel image fits")
