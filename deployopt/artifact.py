@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from deployopt.errors import ArtifactCorrupt
-from deployopt.runtime.hashing import sha256_file
+from deployopt.errors import ArtifactCorrupt, ArtifactError, ArtifactMismatch
+from deployopt.runtime.hashing import sha256_file, sha256_json
 from deployopt.runtime.session import TensorSpec
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 FLOAT_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 ArtifactKind = Literal["torch", "onnx", "engine"]
 RowStatus = Literal["ok", "built", "unavailable", "failed", "invalid"]
+WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"  # of a torch model's folder
+DESCRIPTION_SCHEMA = 1
+
+
+def digest(kind: ArtifactKind, path: Path) -> str:
+    """sha256 of an artifact's file; of a torch model, whose weights mean nothing without their description, over both files' sha256 by name."""
+    if kind != "torch":
+        return sha256_file(path)
+    return sha256_json({name: sha256_file(path.with_name(name)) for name in (WEIGHTS, DESCRIPTION)})
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """A torch model's base, preprocessing and lineage.
+
+    Raises:
+        ArtifactError: no readable model.json.
+        ArtifactMismatch: another schema.
+    """
+    path = folder / DESCRIPTION
+    try:
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        schema, _ = description.get("schema"), (description["base"], description["preprocessing"], description["lineage"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise ArtifactError(f"{path} cannot be read: {exc}", f"a torch model is a folder with {WEIGHTS} and {DESCRIPTION}") from exc
+    if schema != DESCRIPTION_SCHEMA:
+        raise ArtifactMismatch(f"{path} has schema {schema}, this deployopt reads {DESCRIPTION_SCHEMA}", "use the deployopt version that wrote it")
+    return description
 
 
 @dataclass(frozen=True)
@@ -23,8 +51,8 @@ class Artifact:
 
     Attributes:
         path: where it lies now.
-        sha256: of the file; for "torch" of model.safetensors.
-        size_bytes: of the file.
+        sha256: see `digest`.
+        size_bytes: of the file; for "torch" of model.safetensors.
         inputs, outputs: specs with named dynamic axes.
         metadata: facts recorded by the maker (precision, opset, verified layers, build seconds …).
     """
@@ -40,15 +68,18 @@ class Artifact:
     @staticmethod
     def of(kind: ArtifactKind, path: Path, **facts: Any) -> Artifact:
         """Reference a file that exists: hashes it and takes its size."""
-        return Artifact(kind, path, sha256_file(path), path.stat().st_size, **facts)
+        return Artifact(kind, path, digest(kind, path), path.stat().st_size, **facts)
 
     def verified(self) -> Artifact:
         """This artifact, after its bytes were hashed again.
 
         Raises:
-            ArtifactCorrupt: the bytes on disk are not the recorded ones.
+            ArtifactCorrupt: the bytes on disk are not the recorded ones, or a file is gone.
         """
-        found = sha256_file(self.path)
+        try:
+            found = digest(self.kind, self.path)
+        except FileNotFoundError as exc:
+            raise ArtifactCorrupt(f"{self.path.name}: {Path(exc.filename).name} is missing", "deployopt run RECIPE --fresh rebuilds it") from exc
         if found != self.sha256:
             raise ArtifactCorrupt(f"{self.path.name}: wanted sha256 {self.sha256[:12]}…, found {found[:12]}…", "deployopt run RECIPE --fresh rebuilds it")
         return self

@@ -26,7 +26,7 @@ from deployopt.runtime.hashing import sha256_file, sha256_json
 
 T = TypeVar("T")
 DONE = "DONE"
-FORMAT = 1  # of DONE; another one is a miss
+FORMAT = 2  # of DONE and of the artifacts' digests; another one is a miss
 
 
 def cache_home() -> Path:

@@ -132,6 +132,18 @@ def test_a_finished_checkpoint_is_quantised_without_training(home: Home, report:
     assert built == {"init-onnxruntime-fp32": "ok", "ptq-onnxruntime-int8": "ok"}
 
 
+@pytest.mark.slow
+def test_a_pruned_variant_is_pruned_again(home: Home, report: dict[str, Any]) -> None:
+    again = home.run("pruned_again.yaml", "pruned_again", "--until", "build", *overrides("data.held_out=0.3", "stages.ptq.calibration_images=64"))
+    variants = {v["name"]: v for v in again["variants"]}
+    once = next(v for v in report["variants"] if v["name"] == "prune")
+    assert variants["init"]["params"] == once["params"]
+    assert variants["init"]["accuracy"] == once["accuracy"]
+    assert variants["prune"]["macs"] <= 0.7 * once["macs"]
+    lineage = json.loads((home.folder / "pruned_again" / "01-ptq" / "model.json").read_text())["lineage"]
+    assert [entry["op"] for entry in lineage] == ["prune", "prune", "quantize"]
+
+
 def test_list_doctor_and_schema_know_the_package(home: Home) -> None:
     names = json.loads(home.deployopt("list", "--json").stdout)
     added = {"datasets": "npz", "models": "narrow", "tasks": "ordinal", "stages": "calibrate_bn", "backends": "reference"}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deployopt import plugins, report
-from deployopt.artifact import Artifact, ArtifactKind, Precision
+from deployopt.artifact import DESCRIPTION, WEIGHTS, Artifact, ArtifactKind, Precision, read_description
 from deployopt.errors import ArtifactError, ArtifactMismatch, MissingDependency, UsageError
 from deployopt.report import summary
 from deployopt.runtime import manifest
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 TORCH = "torch"
 TORCH_OPENER = "deployopt.nn.session:open"
-WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"  # as `nn.checkpoint` writes them
 ENGINE_SUFFIXES = (".engine", ".plan")
 KNOWN_FILES = (".onnx", *ENGINE_SUFFIXES, WEIGHTS)
 CLASSES_KEY = "deployopt.classes"  # in an ONNX file, written by the export stage
@@ -114,7 +113,7 @@ def describe(target: Target) -> Description:
         ArtifactError, MissingDependency: the file that says it cannot be read.
     """
     if target.kind == "torch":
-        found = Description(Preprocessing.from_json(_torch_description(target.path.with_name(DESCRIPTION))["preprocessing"]), None)
+        found = Description(Preprocessing.from_json(read_description(target.path.parent)["preprocessing"]), None)
     elif target.kind == "engine":
         recorded = manifest.read(target.path)
         largest = [ranges["max"][0] for profile in recorded.profiles for ranges in profile.values()]
@@ -199,14 +198,6 @@ def _onnx_description(path: Path) -> Description:
     except (KeyError, TypeError, ValueError) as exc:
         raise ArtifactMismatch(f"the metadata of {path.name} are not as deployopt writes them: {exc}", "deployopt run RECIPE --fresh --until export") from exc
     return Description(preprocessing, classes)
-
-
-def _torch_description(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return {"preprocessing": found["preprocessing"]}
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise ArtifactError(f"{path} cannot be read: {exc}", f"a torch model is a folder with {WEIGHTS} and {DESCRIPTION}") from exc
 
 
 def _load_onnx(path: Path) -> ModelProto:

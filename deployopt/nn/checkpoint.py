@@ -6,7 +6,7 @@ or {"op": "quantize", …} (`nn.quantizer`).
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
-from deployopt.artifact import Artifact
+from deployopt.artifact import DESCRIPTION, DESCRIPTION_SCHEMA, WEIGHTS, Artifact, read_description
 from deployopt.errors import ArtifactError, ArtifactMismatch
 from deployopt.nn import models
 from deployopt.nn.models import Network
 from deployopt.runtime.files import atomic_write, atomic_write_json
 from deployopt.runtime.preprocessing import Preprocessing
+from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import TensorSpec
-
-SCHEMA = 1
-WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
 
 def specs(network: Network) -> tuple[TensorSpec, TensorSpec]:
@@ -39,7 +37,7 @@ def save(folder: Path, network: Network) -> Artifact:
     atomic_write(folder / WEIGHTS, to_safetensors(state))
     inputs, outputs = specs(network)
     description = {
-        "schema": SCHEMA,
+        "schema": DESCRIPTION_SCHEMA,
         "base": network.base,
         "preprocessing": network.preprocessing.to_json(),
         "input": list(inputs),
@@ -57,29 +55,53 @@ def load(folder: Path, device: str = "cpu") -> Network:
         ArtifactError: a file is missing or unreadable.
         ArtifactMismatch: another schema, or weights that do not fit the description.
     """
-    description = _describe(folder / DESCRIPTION)
+    description = read_description(folder)
     with torch.random.fork_rng(devices=[]):  # the random start is overwritten; the caller's stream stays as it was
-        network = models.build(description["base"], Preprocessing.from_json(description["preprocessing"]))
-    for entry in description["lineage"]:
-        _replay(network, entry)
-    network.lineage = description["lineage"]
+        network = _rebuild(description["base"], Preprocessing.from_json(description["preprocessing"]), description["lineage"])
     try:
-        network.load_state_dict(load_file(folder / WEIGHTS), strict=True)
-    except (SafetensorError, OSError) as exc:
-        raise ArtifactError(f"{folder / WEIGHTS} cannot be read: {exc}", "deployopt run RECIPE --fresh rebuilds it") from exc
+        network.load_state_dict(_read_weights(folder), strict=True)
     except RuntimeError as exc:  # torch lists missing, unexpected and misshaped keys
         raise ArtifactMismatch(f"{folder / WEIGHTS} does not fit {DESCRIPTION}: {exc}") from exc
     return network.to(device).eval()
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def resume(folder: Path, outputs: int, preprocessing: Preprocessing, progress: Progress) -> Network:
+    """The network of an earlier run's folder, to go on from: its lineage kept, on images of the given preprocessing.
+
+    A head of another width is replaced by a random one (from torch's global generator), and that is logged.
+
+    Raises:
+        ArtifactError: a file is missing or unreadable.
+        ArtifactMismatch: weights that do not fit; or the network is quantised, and its scales belong to another preprocessing or head.
+    """
+    description = read_description(folder)
+    base, trained_on = description["base"], Preprocessing.from_json(description["preprocessing"])
+    quantized = any(entry["op"] == "quantize" for entry in description["lineage"])
+    if quantized and (trained_on, int(base["outputs"])) != (preprocessing, outputs):
+        raise ArtifactMismatch(
+            f"{folder} is quantised for {base['outputs']} outputs and {trained_on}; the data have {outputs} and {preprocessing}",
+            "set the data section as in the run that made it, or start from its float parent",
+        )
+    network = _rebuild({**base, "outputs": outputs}, preprocessing, description["lineage"])
+    models.load_body(network.body, _read_weights(folder), str(folder), progress)
+    return network
+
+
+def _rebuild(base: Mapping[str, Any], preprocessing: Preprocessing, lineage: list[dict[str, Any]]) -> Network:
+    """A network of random weights, cut and quantised as its lineage says."""
+    network = models.build(base, preprocessing)
+    for entry in lineage:
+        _replay(network, entry)
+    network.lineage = lineage
+    return network
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     try:
-        description: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as exc:
-        raise ArtifactError(f"{path} cannot be read: {exc}", "a torch model is a folder with model.safetensors and model.json") from exc
-    if description.get("schema") != SCHEMA:
-        raise ArtifactMismatch(f"{path} has schema {description.get('schema')}, this deployopt reads {SCHEMA}", "use the deployopt version that wrote it")
-    return description
+        state: dict[str, torch.Tensor] = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as exc:
+        raise ArtifactError(f"{folder / WEIGHTS} cannot be read: {exc}", "deployopt run RECIPE --fresh rebuilds it") from exc
+    return state
 
 
 def _replay(network: Network, entry: dict[str, Any]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import inspect
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,15 @@ def build(base: Mapping[str, Any], preprocessing: Preprocessing, weights: str | 
             f"not for {arch} with stem {stem} and {preprocessing.channels}",
             "model.weights: null, or model.stem: imagenet",
         )
-    network = Network(_body(arch, stem, outputs, preprocessing.channels, options), described, preprocessing)
+    network = Network(_body(arch, stem, outputs, preprocessing, options), described, preprocessing)
     if weights is not None:
         state = _imagenet(arch) if weights == "imagenet" else _read(Path(weights))
-        _load_body(network.body, state, weights, progress or SilentProgress())
+        load_body(network.body, state, weights, progress or SilentProgress())
     return network
 
 
-def _body(arch: str, stem: str, outputs: int, channels: int, options: dict[str, Any]) -> nn.Module:
+def _body(arch: str, stem: str, outputs: int, preprocessing: Preprocessing, options: dict[str, Any]) -> nn.Module:
+    channels = preprocessing.channels
     if stem not in STEMS:
         raise UsageError(plugins.unknown("stem", stem, STEMS))
     try:
@@ -104,10 +106,25 @@ def _body(arch: str, stem: str, outputs: int, channels: int, options: dict[str, 
             return CifarResNet(int(arch.removeprefix("resnet")), outputs, channels, **options)
         if arch not in plugins.names("models"):
             raise UsageError(plugins.unknown("model", arch, [*ARCHITECTURES, *plugins.names("models")]))
-        module: nn.Module = plugins.find("models", arch)(num_outputs=outputs, **options)
+        factory = plugins.find("models", arch)
+        module: nn.Module = factory(num_outputs=outputs, **_data_arguments(factory, preprocessing, options), **options)
         return module
     except TypeError as exc:
         raise UsageError(f"{arch} does not take these model.options: {sorted(options)} ({exc})", "correct model.options") from exc
+
+
+def _data_arguments(factory: Callable[..., nn.Module], preprocessing: Preprocessing, options: Mapping[str, Any]) -> dict[str, int]:
+    """What a third party's factory asks of the data, by naming its parameters `channels` and `image_size`.
+
+    Raises:
+        UsageError: the recipe's options say otherwise.
+    """
+    known = {"channels": preprocessing.channels, "image_size": preprocessing.image_size}
+    asked = {name: value for name, value in known.items() if name in inspect.signature(factory).parameters}
+    for name, value in asked.items():
+        if options.get(name, value) != value:
+            raise UsageError(f"model.options.{name} is {options[name]}, and the data have {value}", f"remove model.options.{name}")
+    return {name: value for name, value in asked.items() if name not in options}
 
 
 def _torchvision(arch: str, stem: str, outputs: int, channels: int, options: dict[str, Any]) -> nn.Module:
@@ -161,7 +178,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     return loaded
 
 
-def _load_body(body: nn.Module, state: dict[str, Tensor], source: str, progress: Progress) -> None:
+def load_body(body: nn.Module, state: dict[str, Tensor], source: str, progress: Progress) -> None:
     """Load strictly, but for a head of another width: the last linear layer then stays as initialised."""
     found = {key.removeprefix("module.").removeprefix("body."): value for key, value in state.items()}
     wanted = body.state_dict()

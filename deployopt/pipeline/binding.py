@@ -11,13 +11,16 @@ from typing import Any
 from pydantic import BaseModel
 
 from deployopt import plugins
+from deployopt.artifact import WEIGHTS, read_description
 from deployopt.data import DataSource
-from deployopt.errors import Problem, RecipeError, UsageError
+from deployopt.errors import ArtifactError, Problem, RecipeError, UsageError
 from deployopt.nn import ARCHITECTURES
 from deployopt.recipe import DataSection, Document, Recipe, StageEntry, bind, json_schema, outline, parse, read_document
 from deployopt.recipe.tree import Node, Place, compose
-from deployopt.stages import Stage, StageConfig
+from deployopt.stages import Family, Stage, StageConfig
 from deployopt.tasks import Task
+
+QUANTIZING = frozenset({"qat", "ptq"})  # a stage that may follow neither works on float networks only
 
 
 def validate(path: Path, overrides: Sequence[str] = ()) -> list[Problem]:
@@ -98,6 +101,8 @@ class Binder:
         """Problems of all sections that could be made out; `recipe` is the whole document."""
         task, model, budget = recipe.get("task"), recipe.get("model"), recipe.get("budget")
         entries = self.stages(stages)
+        if isinstance(model, Mapping):
+            self.start(model, entries)
         if isinstance(budget, Mapping):
             self.budget(entries, budget)
         if data is not None:
@@ -151,6 +156,30 @@ class Binder:
             self.problems.append(self._document.problem(item.at, fault, key=True))
         return not missing
 
+    def start(self, model: Mapping[str, Any], entries: Sequence[Entry]) -> Family:
+        """Family of the network that the first stage is given; a folder of weights must fit the rest of the section, and the stages its lineage."""
+        weights = model.get("weights")
+        if not isinstance(weights, str) or not Path(weights).is_dir():
+            return "float"
+        try:
+            description = read_description(Path(weights))
+            if not (Path(weights) / WEIGHTS).is_file():
+                raise ArtifactError(f"{weights} holds no {WEIGHTS}", "name the folder of a variant, as runs/…/01-prune")
+        except ArtifactError as error:
+            self.problems.append(self._document.problem(("model", "weights"), str(error)))
+            return "float"
+        for key in ("arch", "stem", "options"):
+            wanted, found = model.get(key), description["base"].get(key)
+            if wanted and wanted != found:
+                self.problems.append(self._document.problem(("model", key), f"is {wanted}, and the network in model.weights has {key} {found}: set that"))
+        if not any(entry["op"] == "quantize" for entry in description["lineage"]):
+            return "float"
+        for entry in entries:
+            if entry.stage.not_after >= QUANTIZING:
+                message = f"'{entry.stage_name}' cannot follow model.weights, whose network is quantised: start from its float parent's folder"
+                self.problems.append(self._document.problem(entry.at, message, key=True))
+        return "int8"
+
     def budget(self, entries: Sequence[Entry], limits: Mapping[str, Any]) -> None:
         """Refuse a limit on accuracy that nothing would be scored for: no row could ever meet it."""
         for entry in entries:
@@ -175,6 +204,7 @@ class Binder:
 def bind_recipe(recipe: Recipe) -> Bound:
     binder = Binder(recipe.document)
     entries = binder.stages(recipe.stages)
+    family = binder.start(recipe.model.model_dump(), entries)
     binder.budget(entries, recipe.budget.model_dump())
     task = binder.find("tasks", recipe.task, ("task",))
     binder.architecture(recipe.model.arch, recipe.model.stem)
@@ -182,7 +212,7 @@ def bind_recipe(recipe: Recipe) -> Bound:
     if binder.problems or data is None:
         raise RecipeError(binder.problems)
     init: Stage = plugins.find("stages", "init")
-    start = Entry("init", "init", init, init.Config.model_validate({"fan_out": not entries[0].stage.from_scratch}))
+    start = Entry("init", "init", init, init.Config.model_validate({"fan_out": not entries[0].stage.from_scratch, "family": family}))
     return Bound((start, *entries), task, *data, _resolved(recipe, entries, data[1]))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deployopt import __version__, plugins, store
+from deployopt.artifact import WEIGHTS, digest
 from deployopt.bench.environment import versions
 from deployopt.data import DataSource
 from deployopt.errors import DeviceUnavailable, LackingEnvironment, UsageError
@@ -182,13 +183,13 @@ def _device(asked: str, processes: int) -> str:
 
 
 def _model_parts(recipe: Recipe) -> dict[str, Any]:
-    """The model section as key parts: a local weights file counts by content, not by name, a third party's network by its package's version."""
+    """The model section as key parts: local weights count by content, not by name, a third party's network by its package's version."""
     parts = recipe.model.model_dump(mode="json")
     if recipe.model.arch not in ARCHITECTURES:
         parts["package"] = plugins.origin("models", recipe.model.arch)
     path = recipe.weights_path
     if path is not None:
-        parts["weights"] = sha256_file(path) if path.is_file() else "missing"
+        parts["weights"] = digest("torch", path / WEIGHTS) if path.is_dir() else sha256_file(path) if path.is_file() else "missing"
     return parts
 
 

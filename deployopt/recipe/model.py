@@ -30,7 +30,8 @@ class ModelConfig(Section):
     arch: str = Field(pattern=NAME_PATTERN)
     """Name of the network: torchvision's ResNets, or your own through the entry point `deployopt.models`; see `deployopt list models`."""
     weights: str | None = None
-    """null starts at random; "imagenet" takes torchvision's default weights (downloaded); else the path of a .safetensors or .pth state dict."""
+    """null starts at random; "imagenet" takes torchvision's default weights (downloaded); else the path of a .safetensors or .pth state dict, or the
+    folder of a variant that an earlier run made (runs/…/01-prune): then what was pruned stays pruned, and what was quantised, quantised."""
     stem: Literal["imagenet", "small", "cifar"] | None = None
     """First layers: null is the network's own (imagenet for torchvision's ResNets, cifar for the CIFAR ones); imagenet is 7×7 stride 2
     and max-pool; small 3×3 stride 2 without max-pool; cifar 3×3 stride 1 without max-pool."""
@@ -98,7 +99,7 @@ class Recipe(Section):
 
     @property
     def weights_path(self) -> Path | None:
-        """The local file of weights, if the recipe names one; relative to the working directory, as every path in a recipe."""
+        """The local file or folder of weights, if the recipe names one; relative to the working directory, as every path in a recipe."""
         weights = self.model.weights
         return None if weights in (None, "imagenet") else Path(weights)
 

@@ -145,7 +145,9 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     (source,), (target,) = expansion.inputs, expansion.makes
     name = expansion.parameters["backend"]
     onnx = inputs[0].artifacts[source.artifact]
-    request = BuildRequest(str(target.precision), config.batch_sizes, context.threads, context.device, config.options.get(name, {}), 60 * config.timeout_minutes)
+    request = BuildRequest(
+        str(target.precision), config.batch_sizes, context.threads, context.device, config.options.get(name, {}), 60 * config.timeout_minutes
+    )
     try:
         backend: Backend = plugins.find("backends", name)
         artifact = _build(backend, onnx.path, context.folder, request, context.progress)

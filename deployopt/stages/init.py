@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
+from deployopt.stages import Expansion, Family, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
 from deployopt.stages._training import DISTRIBUTIONS, finish
 
 version = 1
@@ -23,24 +24,31 @@ class Config(StageConfig):
 
     fan_out: bool = True
     """Export and measure this network too: True unless the next stage trains from scratch; then it is a trained checkpoint."""
+    family: Family = "float"
+    """int8 if `model.weights` is the folder of a quantised variant."""
 
 
 def expand(config: Config, planning: Planning) -> list[Expansion]:
-    return [Expansion(makes=(Point("torch", "init", "float", fans_out=config.fan_out),))]
+    return [Expansion(makes=(Point("torch", "init", config.family, fans_out=config.fan_out),))]
 
 
 def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
     import torch
 
-    from deployopt.nn import checkpoint, models
+    from deployopt.nn import checkpoint, models, quantizer
 
     torch.set_num_threads(context.threads)
     dataset = context.dataset()
     outputs = context.task.head_width(dataset.train.targets, dataset.classes)
     base: dict[str, Any] = {**context.base, "outputs": outputs}
+    weights: str | None = context.base.get("weights")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
-        network = models.build(base, dataset.preprocessing, context.base.get("weights"), context.progress)
+        if weights is not None and Path(weights).is_dir():
+            network = checkpoint.resume(Path(weights), outputs, dataset.preprocessing, context.progress)
+        else:
+            network = models.build(base, dataset.preprocessing, weights, context.progress)
     if config.fan_out:
-        return finish(context, network, None, "float", curves=[])
-    return StepResult({"family": "float", "parent": None}, {"model": checkpoint.save(context.folder, network)})  # nothing to score yet
+        scored = quantizer.fake_quantized(network.eval()) if config.family == "int8" else None
+        return finish(context, network, None, config.family, scored=scored, curves=[])
+    return StepResult({"family": config.family, "parent": None}, {"model": checkpoint.save(context.folder, network)})  # nothing to score yet

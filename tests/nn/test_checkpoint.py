@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from deployopt.errors import ArtifactError, ArtifactMismatch
-from deployopt.nn import checkpoint, models
+from deployopt.errors import ArtifactCorrupt, ArtifactError, ArtifactMismatch
+from deployopt.nn import checkpoint, macs, models, pruning
 from deployopt.runtime.preprocessing import Preprocessing
+from deployopt.runtime.progress import SilentProgress
 
 PREPROCESSING = Preprocessing(8, 3, 10, (0.5, 0.4, 0.3), (0.25, 0.5, 1.0))
 
@@ -50,6 +51,49 @@ def test_the_artifact_says_what_the_network_takes_and_gives(tmp_path: Path) -> N
     description = json.loads((tmp_path / checkpoint.DESCRIPTION).read_text())
     assert description["base"]["arch"] == "resnet20"
     assert description["lineage"] == []
+
+
+def test_the_digest_covers_both_files(tmp_path: Path) -> None:
+    artifact = checkpoint.save(tmp_path, network())
+    _edit(tmp_path, note="the same weights")
+    with pytest.raises(ArtifactCorrupt, match=r"model\.safetensors: wanted sha256"):
+        artifact.verified()
+    (tmp_path / checkpoint.DESCRIPTION).unlink()
+    with pytest.raises(ArtifactCorrupt, match=r"model\.json is missing"):
+        artifact.verified()
+
+
+def test_a_pruned_network_goes_on_with_its_cuts_and_a_head_for_the_new_data(tmp_path: Path) -> None:
+    net = network()
+    pruning.prune(net, macs.count(net, net.input_shape)[1] // 2, metric="macs")
+    checkpoint.save(tmp_path, net)
+    log = Log()
+    resumed = checkpoint.resume(tmp_path, 7, PREPROCESSING._replace(image_size=16), log)
+    assert resumed.lineage == net.lineage
+    assert resumed.base == {**net.base, "outputs": 7}
+    assert resumed(torch.rand(2, 3, 16, 16)).shape == (2, 7)
+    assert torch.equal(resumed.body.get_parameter("conv1.weight"), net.body.get_parameter("conv1.weight"))
+    assert "its head has 5 outputs, 7 are wanted" in log.messages[0]
+    pruning.prune(resumed, macs.count(net, net.input_shape)[1], metric="macs")
+    assert [entry["op"] for entry in resumed.lineage] == ["prune", "prune"]
+
+
+def test_a_quantised_network_goes_on_with_its_own_data_only(tmp_path: Path) -> None:
+    net = network()
+    net.lineage.append({"op": "quantize", "sites": {}, "scheme": {}})
+    checkpoint.save(tmp_path, net)
+    assert checkpoint.resume(tmp_path, 5, PREPROCESSING, SilentProgress()).lineage == net.lineage
+    for outputs, preprocessing in ((7, PREPROCESSING), (5, PREPROCESSING._replace(std=(1.0, 1.0, 1.0)))):
+        with pytest.raises(ArtifactMismatch, match="is quantised for 5 outputs"):
+            checkpoint.resume(tmp_path, outputs, preprocessing, SilentProgress())
+
+
+class Log(SilentProgress):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def log(self, message: str) -> None:
+        self.messages.append(message)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,22 @@ def test_a_third_partys_model_is_found_by_its_entry_point(tmp_path: Path, monkey
     assert made.body[0].out_channels == 6
 
 
+def test_a_third_partys_model_is_told_of_the_data_what_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flat(num_outputs: int, channels: int, image_size: int = 32, hidden: int = 3) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(channels * image_size**2, hidden), nn.Linear(hidden, num_outputs))
+
+    monkeypatch.setattr(models.plugins, "names", lambda kind: ["flat"])
+    monkeypatch.setattr(models.plugins, "find", lambda kind, name: flat)
+    grey = Preprocessing(12, 1, None, (0.5,), (0.5,))
+    for options in ({}, {"hidden": 2}, {"channels": 1}):
+        made = models.build({"arch": "flat", "outputs": 5, "options": options}, grey)
+        assert made(torch.rand(2, 1, 12, 12)).shape == (2, 5)
+        assert made.base["options"] == options
+    with pytest.raises(UsageError, match=r"model\.options\.image_size is 32, and the data have 12") as caught:
+        models.build({"arch": "flat", "outputs": 5, "options": {"image_size": 32}}, grey)
+    assert caught.value.remedy == "remove model.options.image_size"
+
+
 class Log(SilentProgress):
     def __init__(self) -> None:
         self.messages: list[str] = []

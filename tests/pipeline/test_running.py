@@ -91,3 +91,27 @@ def test_a_folder_that_is_no_run_of_this_recipe_is_left_alone(recipe: Path, tmp_
     with pytest.raises(UsageError, match="'large', not of 'tiny'"):
         pipeline.execute(planned, other)
     assert (mine / "thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.slow  # half a minute
+def test_a_recipe_starts_from_a_variant_of_an_earlier_run(cache: Path, finished: Finished, tmp_path: Path) -> None:
+    start = tmp_path / "start.yaml"
+    head = f"name: again\nmodel: {{arch: resnet20, weights: {finished.folder / '02-qat'}}}\ndata: {{name: digits, image_size: 8}}\nstages:\n"
+    start.write_text(head + "  - export\n  - build: {backends: [onnxruntime]}\n")
+    document = run(start, tmp_path / "again", cache)
+    (variant,), quantized = document["variants"], finished.document["variants"][-1]
+    assert (variant["family"], variant["params"], variant["accuracy"]) == ("int8", quantized["params"], quantized["accuracy"])
+    assert [(s["label"], s["status"]) for s in document["steps"] if s["stage"] == "build"] == [("init-onnxruntime-int8", "ok")]
+    steps = ("00-finetune", "01-prune", "02-qat")
+    keys = {pipeline.plan(load_recipe(start, [f"model.weights={finished.folder / step}"]), device="cpu").steps[0].key for step in steps}
+    assert len(keys) == len(steps)
+
+    start.write_text(head.replace("resnet20", "resnet32") + "  - finetune\n  - qat\n  - export\n")
+    said = [(p.line, p.message) for p in pipeline.validate(start)]
+    assert [line for line, _ in said] == [2, 5, 6]
+    assert "the network in model.weights has arch resnet20" in said[0][1]
+    assert all("whose network is quantised: start from its float parent's folder" in message for _, message in said[1:])
+    start.write_text(head.replace(str(finished.folder / "02-qat"), str(tmp_path)) + "  - export\n")
+    (problem,) = pipeline.validate(start)
+    assert problem.line == 2
+    assert "model.json cannot be read" in problem.message

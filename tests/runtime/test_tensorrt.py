@@ -1,6 +1,6 @@
 import re
-import time
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
