@@ -52,7 +52,8 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, 
     model = load(prepared)
     atomic_write(path, prepared.read_bytes())
     arguments = {"path": str(path), "precision": request.precision}
-    executed = run_in_child(counter, arguments, progress, f"compiling {path.name} to see what runs", request.timeout_s)
+    with progress.track(f"compile for {provider}", None):
+        executed = run_in_child(counter, arguments, progress, f"compiling {path.name} to see what runs", request.timeout_s)
     verified = Verified(executed.get("int8", 0), sum(executed.values()), executed)
     metadata = {
         "precision": request.precision,

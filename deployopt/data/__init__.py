@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from deployopt.config import Strict
 from deployopt.data._arrays import ArraySet, stratified_split
 from deployopt.runtime.preprocessing import Preprocessing
+from deployopt.runtime.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["ArraySet", "DataConfig", "DataSource", "Dataset", "ImageSet", "stratified_split"]
+__all__ = ["ArraySet", "DataConfig", "DataSource", "Dataset", "ImageSet", "load", "stratified_split"]
 
 
 class DataConfig(Strict):
@@ -76,4 +78,10 @@ class DataSource(Protocol):
         """
 
     def load(self, config: Any) -> Dataset:
-        """Open the data. Raises DataNotFound, MissingDependency."""
+        """Open the data. Raises DataNotFound, MissingDependency. One that also takes `progress` is given it (see `load`)."""
+
+
+def load(source: DataSource, config: Any, progress: Progress) -> Dataset:
+    """`source.load(config)`, with `progress` if it takes it: a source that downloads tells how far it is."""
+    arguments = {"progress": progress} if "progress" in inspect.signature(source.load).parameters else {}
+    return source.load(config, **arguments)

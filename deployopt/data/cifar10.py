@@ -19,6 +19,7 @@ from deployopt.data._download import fetch, md5_file
 from deployopt.data._published import PublishedConfig, dataset
 from deployopt.errors import ArtifactError, DataNotFound
 from deployopt.runtime.hashing import sha256_json
+from deployopt.runtime.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,10 +59,10 @@ def fingerprint(config: Config) -> str:
     return sha256_json({"files": contents, **config.model_dump(exclude={"folder", "download"})})
 
 
-def load(config: Config) -> Dataset:
+def load(config: Config, progress: Progress | None = None) -> Dataset:
     import numpy as np
 
-    *batches, tested = [read_batch(name, data) for name, data in _contents(config)]
+    *batches, tested = [read_batch(name, data) for name, data in _contents(config, progress)]
     train = np.concatenate([b[0] for b in batches]), np.concatenate([b[1] for b in batches])
     return dataset(train, tested, CLASSES, config)
 
@@ -85,7 +86,7 @@ def read_batch(name: str, data: bytes) -> tuple[NDArray[np.uint8], NDArray[np.in
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels
 
 
-def _contents(config: Config) -> Iterator[tuple[str, bytes]]:
+def _contents(config: Config, progress: Progress | None) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of the five training files and the test file, in that order, unpacked or straight from the archive."""
     archive, files = _archive(config), _files(config)
     if files:
@@ -94,7 +95,7 @@ def _contents(config: Config) -> Iterator[tuple[str, bytes]]:
     if not archive.is_file():
         if not config.download:
             raise _not_found(config)
-        fetch(URL, archive, MD5)
+        fetch(URL, archive, MD5, progress)
     try:
         with tarfile.open(archive) as tar:  # one pass: seeking back in a gzipped archive unpacks it again
             members = {Path(member.name).name: tar.extractfile(member).read() for member in tar if member.isfile()}  # type: ignore[union-attr]

@@ -18,6 +18,7 @@ from deployopt.data._download import fetch, md5_file
 from deployopt.data._published import Part, PublishedConfig, dataset
 from deployopt.errors import ArtifactError, DataNotFound
 from deployopt.runtime.hashing import sha256_json
+from deployopt.runtime.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,9 +57,9 @@ def fingerprint(config: Config) -> str:
     return sha256_json({"files": contents, **config.model_dump(exclude={"folder", "download"})})
 
 
-def load(config: Config) -> Dataset:
+def load(config: Config, progress: Progress | None = None) -> Dataset:
     if _to_download(config):
-        _download(_download_folder(config))
+        _download(_download_folder(config), progress)
     files = _files(config)
     return dataset(_pair(files, "train"), _pair(files, "t10k"), CLASSES, config)
 
@@ -134,6 +135,6 @@ def _download_folder(config: Config) -> Path:
     return _folders(config)[-1]
 
 
-def _download(folder: Path) -> None:
+def _download(folder: Path, progress: Progress | None) -> None:
     for name in sorted(set(MD5) - set(_found(folder))):
-        fetch(f"{MIRROR}{name}.gz", folder / f"{name}.gz", MD5[name])
+        fetch(f"{MIRROR}{name}.gz", folder / f"{name}.gz", MD5[name], progress)

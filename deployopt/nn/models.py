@@ -86,7 +86,7 @@ def build(base: Mapping[str, Any], preprocessing: Preprocessing, weights: str | 
         )
     network = Network(_body(arch, stem, outputs, preprocessing, options), described, preprocessing)
     if weights is not None:
-        state = _imagenet(arch) if weights == "imagenet" else _read(Path(weights))
+        state = _imagenet(arch, progress or SilentProgress()) if weights == "imagenet" else _read(Path(weights))
         load_body(network.body, state, weights, progress or SilentProgress())
     return network
 
@@ -142,11 +142,12 @@ def _torchvision(arch: str, stem: str, outputs: int, channels: int, options: dic
     return body
 
 
-def _imagenet(arch: str) -> dict[str, Tensor]:
+def _imagenet(arch: str, progress: Progress) -> dict[str, Tensor]:
     import torchvision
 
     try:
-        state: dict[str, Tensor] = torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(progress=False, check_hash=True)
+        with progress.track(f"fetch torchvision's weights of {arch}", None):
+            state: dict[str, Tensor] = torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(progress=False, check_hash=True)
     except (OSError, http.client.HTTPException, RuntimeError) as exc:  # RuntimeError: other bytes than published
         raise DataNotFound(f"ImageNet weights of {arch} could not be downloaded: {exc}", "set model.weights to a local .pth or .safetensors file") from exc
     return state

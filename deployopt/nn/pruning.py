@@ -94,9 +94,8 @@ def prune(
         PruningImpossible: no cut reaches the target (says the best), or scores are not finite.
     """
     progress = progress or SilentProgress()
-    with progress.track(f"score channels by {criterion}", 1) as bar:
+    with progress.track(f"score channels by {criterion}", None):
         groups = _groups(network, criterion, backward)
-        bar.advance()
     if not groups:
         raise PruningImpossible(f"{network.base['arch']} has no channels that could be cut by the criterion {criterion}", "choose another importance")
     shadow = macs.on_meta(network)

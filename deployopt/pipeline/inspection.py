@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deployopt import __version__, plugins
+from deployopt import __version__, data, plugins
 from deployopt.bench.environment import environment, versions
 from deployopt.pipeline.binding import data_of
 from deployopt.runtime import host
@@ -32,7 +32,7 @@ def evaluate(
 
     source, config = data_of(data_spec)
     scorer: Task = plugins.find("tasks", task)
-    return artifacts.evaluate(artifact, source.load(config), scorer, backend=backend, threads=threads or host.usable_cores(), progress=progress)
+    return artifacts.evaluate(artifact, data.load(source, config, progress), scorer, backend=backend, threads=threads or host.usable_cores(), progress=progress)
 
 
 def diagnose() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deployopt import store
+from deployopt import data, store
 from deployopt.artifact import Artifact
 from deployopt.data import Dataset
 from deployopt.pipeline.planning import Plan, Step, plan
@@ -83,11 +83,12 @@ class Invocation:
             "threads": self.planned.threads,
             "processes": processes,
         }
+        self.dataset()  # a download happens once, here
         (self.folder / RANKS).mkdir()
         calls = [{**common, "rank": rank} for rank in range(processes)]
         result = run_in_children(f"{__name__}:run_rank", calls, self.progress, f"{self.step.title} in {processes} processes")
         shutil.rmtree(self.folder / RANKS)
-        return StepResult(result["record"], {name: Artifact.from_json(data, self.folder) for name, data in result["artifacts"].items()})
+        return StepResult(result["record"], {name: Artifact.from_json(value, self.folder) for name, value in result["artifacts"].items()})
 
 
 def run_rank(
@@ -104,7 +105,7 @@ def run_rank(
     own.mkdir(parents=True, exist_ok=True)
     stored = store.StoredChoices(Path(choices))
     inputs = [read_output(steps[p.step], home / p.step) for p in step.expansion.inputs]
-    invocation = Invocation(planned, step, inputs, own, home, stored, cache(lambda: planned.data.load(planned.data_config)), progress)
+    invocation = Invocation(planned, step, inputs, own, home, stored, cache(lambda: data.load(planned.data, planned.data_config, progress)), progress)
     with distributed.joined(rank, processes, step_folder / RANKS / "rendezvous", place := _device(device, rank)):
         result = invocation.run(own, SharedChoices(stored), place, threads // processes)
     return result_json(result, own) if rank == 0 else None
@@ -139,5 +140,5 @@ def write_result(result: StepResult, folder: Path) -> None:
 def read_output(step: Step, folder: Path, *, cached: bool = True, seconds: float = 0.0) -> StepOutput:
     """What a finished step left in `folder`."""
     result: Mapping[str, Any] = json.loads((folder / RESULT).read_text())
-    artifacts = {name: Artifact.from_json(data, folder) for name, data in result["artifacts"].items()}
+    artifacts = {name: Artifact.from_json(value, folder) for name, value in result["artifacts"].items()}
     return StepOutput(step.id, step.stage_name, step.expansion.makes, result["record"], artifacts, folder, cached, seconds)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from deployopt import report, store
+from deployopt import data, report, store
 from deployopt.bench.environment import environment, utc_now
 from deployopt.errors import UsageError
 from deployopt.pipeline.document import assemble
@@ -112,13 +112,13 @@ class _Runner:
         self._fresh = fresh
         self._outputs: dict[str, StepOutput] = {}
         self._digests: dict[str, str] = {}
-        self._dataset = functools.cache(lambda: planned.data.load(planned.data_config))
+        self._dataset = functools.cache(lambda: data.load(planned.data, planned.data_config, self._progress))
 
     def dataset_facts(self) -> dict[str, Any]:
-        data = self._dataset()
+        dataset = self._dataset()
         return {
-            "dataset": {"name": self._plan.recipe.data.name, "train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
-            "classes": list(data.classes),
+            "dataset": {"name": self._plan.recipe.data.name, "train": len(dataset.train), "validation": len(dataset.validation), "test": len(dataset.test)},
+            "classes": list(dataset.classes),
         }
 
     def run(self, step: Step) -> StepOutput:

@@ -13,7 +13,7 @@ from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from deployopt.report import units
@@ -129,6 +129,42 @@ class _LogBar:
         _plain(self._console, f"  {self._description}: {', '.join(p for p in parts if p)}")
 
 
+class _WaitingLogBar:
+    """For work that cannot tell how far it is: says every `LINE_EVERY_S` for how long it has been going on."""
+
+    def __init__(self, console: Console, description: str) -> None:
+        self._console, self._description = console, description
+        self._started, self._over = time.monotonic(), threading.Event()
+
+    def advance(self, steps: float = 1, note: str = "") -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._say, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def _say(self) -> None:
+        while not self._over.wait(LINE_EVERY_S):
+            _plain(self._console, f"  {self._description}: {units.seconds(time.monotonic() - self._started)} so far")
+
+
+class _Share(TaskProgressColumn):
+    """Percent done; nothing for work that cannot tell."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
+
+
+class _Clock(TimeRemainingColumn):
+    """Time left; time gone for work that cannot tell how far it is."""
+
+    def render(self, task: Task) -> Text:
+        return Text(units.seconds(task.elapsed or 0.0), style="progress.elapsed") if task.total is None else super().render(task)
+
+
 class _QuietBar:
     def advance(self, steps: float = 1, note: str = "") -> None:
         pass
@@ -154,8 +190,8 @@ class LiveProgress:
         self._bars = Progress(
             TextColumn("  {task.description}", markup=False),
             BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TimeRemainingColumn(compact=True),
+            _Share(),
+            _Clock(compact=True),
             TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=console,
         )
@@ -242,11 +278,11 @@ class LiveProgress:
         else:
             _plain(self._console, message)
 
-    def track(self, description: str, total: float) -> ContextManagerOfBar:
+    def track(self, description: str, total: float | None) -> ContextManagerOfBar:
         return self._track(description, total)
 
     @contextmanager
-    def _track(self, description: str, total: float) -> Iterator[Bar]:
+    def _track(self, description: str, total: float | None) -> Iterator[Bar]:
         if self._quiet:
             yield _QuietBar()
         elif self._live:
@@ -255,5 +291,8 @@ class LiveProgress:
                 yield _LiveBar(self._bars, task)
             finally:
                 self._bars.remove_task(task)
+        elif total is None:
+            with _WaitingLogBar(self._console, description) as bar:
+                yield bar
         else:
             yield _LogBar(self._console, description, total)

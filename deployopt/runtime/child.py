@@ -233,11 +233,11 @@ class _Sender:
     def log(self, message: str) -> None:
         self.send("log", text=message)
 
-    def track(self, description: str, total: float) -> ContextManagerOfBar:
+    def track(self, description: str, total: Optional[float]) -> ContextManagerOfBar:
         return self._track(description, total)
 
     @contextlib.contextmanager
-    def _track(self, description: str, total: float) -> Iterator[Bar]:
+    def _track(self, description: str, total: Optional[float]) -> Iterator[Bar]:
         self._bars += 1
         key = self._bars
         self.send("track", bar=key, description=description, total=total)

@@ -1,7 +1,7 @@
 """How long work tells how far it is. Whoever runs it decides how that looks; work itself only counts."""
 
 from contextlib import contextmanager
-from typing import ContextManager, Iterator, Protocol
+from typing import ContextManager, Iterator, Optional, Protocol
 
 
 class Bar(Protocol):
@@ -14,8 +14,8 @@ class Bar(Protocol):
 class Progress(Protocol):
     """Where work reports to."""
 
-    def track(self, description: str, total: float) -> "ContextManagerOfBar":
-        """A bar over `total` steps, gone when the context ends."""
+    def track(self, description: str, total: Optional[float]) -> "ContextManagerOfBar":
+        """A bar over `total` steps, gone when the context ends. None: work that cannot tell how far it is; then only its time is shown."""
 
     def log(self, message: str) -> None:
         """One line worth keeping."""
@@ -36,7 +36,7 @@ class SilentProgress:
     def _track(self) -> Iterator[Bar]:
         yield _SilentBar()
 
-    def track(self, description: str, total: float) -> "ContextManagerOfBar":
+    def track(self, description: str, total: Optional[float]) -> "ContextManagerOfBar":
         return self._track()
 
     def log(self, message: str) -> None:

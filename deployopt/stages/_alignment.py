@@ -45,7 +45,8 @@ def fastest(context: StageContext, network: Network, cut: Callable[[Network, int
             except PruningImpossible as error:
                 impossible = error
                 continue
-            path = _export(trial, Path(folder) / f"{candidate}.onnx")
+            with context.progress.track(f"export with multiples of {candidate}", None):
+                path = _export(trial, Path(folder) / f"{candidate}.onnx")
             subjects.append(Subject(str(candidate), "deployopt.backends.onnxruntime:open", path, SessionOptions(context.threads * context.processes)))
         if not subjects and impossible is not None:
             raise impossible

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from deployopt.runtime.progress import Bar
 from deployopt.stages import Expansion, Planning, StageConfig, StageContext
 from deployopt.stages._training import DISTRIBUTIONS as TRAINING
 from deployopt.stages._training import next_point
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from deployopt.nn.models import Network
     from deployopt.nn.prepared import Prepared
 
@@ -41,9 +45,16 @@ def calibrated(context: StageContext, config: Quantization, network: Network) ->
     from deployopt.nn import evaluate
     from deployopt.nn.prepared import Prepared, Scheme
 
-    with context.progress.track("calibrate", 2) as bar:
+    images = context.dataset().train
+    with context.progress.track("insert fake quantisers", None):
         prepared = Prepared(network, Scheme(config.observer, config.saturation_guard)).to(context.device)
-        bar.advance()
-        prepared.calibrate(evaluate.calibration_batches(context.dataset().train, config.calibration_images, context.seed, context.device))
-        bar.advance()
+    with context.progress.track("calibrate", min(config.calibration_images, len(images))) as bar:
+        batches = evaluate.calibration_batches(images, config.calibration_images, context.seed, context.device)
+        prepared.calibrate(_counted(batches, bar))
     return prepared
+
+
+def _counted(batches: Iterable[Tensor], bar: Bar) -> Iterator[Tensor]:
+    for batch in batches:
+        yield batch
+        bar.advance(len(batch))

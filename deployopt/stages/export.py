@@ -102,13 +102,13 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     images = _first_images(context)
     records: dict[str, dict[str, Any]] = {}
     artifacts: dict[str, Artifact] = {}
-    with context.progress.track(f"export {variant}", 2 + len(precisions)) as bar:
+    with context.progress.track(f"trace {variant}", None):
         module = deployed(network)
         reference = evaluate.outputs(module, images)
-        bar.advance(note="torch.onnx")
+    with context.progress.track(f"write {variant} by torch.onnx", None):
         model = to_onnx(module, example_input(network.preprocessing), config.opset)
         canonical = canonicalize(model, scales=_range_only_scales(network), metadata=_metadata(context, network, variant))
-        bar.advance()
+    with context.progress.track(f"cast and compare {variant}", len(precisions)) as bar:
         for precision in precisions:
             path = context.folder / f"{precision}.onnx"
             records[precision] = _write(canonical, precision, path)

@@ -62,6 +62,23 @@ def test_a_bar_logs_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "30 %, about 28.0 s left" in lines[0]
 
 
+def test_work_that_cannot_tell_how_far_it_is_says_how_long_it_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "LINE_EVERY_S", 0.05)
+    console, stream = plain_console()
+    with LiveProgress(console, STEPS) as progress, progress.track("torch.onnx", None):
+        time.sleep(0.3)
+    lines = said(stream)
+    assert lines
+    assert all(line.startswith("  torch.onnx: ") and line.endswith(" so far") for line in lines)
+    time.sleep(0.15)
+    assert said(stream) == lines
+    terminal = Console(file=io.StringIO(), width=100, height=24, force_terminal=True)
+    with LiveProgress(terminal, STEPS) as progress, progress.track("torch.onnx", None):
+        (line,) = [line for line in drawn(progress, 24) if "torch.onnx" in line]
+        assert "%" not in line
+        assert "0.0 s" in line
+
+
 def test_quiet_says_only_failures() -> None:
     console, stream = plain_console()
     with LiveProgress(console, STEPS, quiet=True) as progress:
