@@ -105,7 +105,7 @@ def run_rank(
     own.mkdir(parents=True, exist_ok=True)
     stored = store.StoredChoices(Path(choices))
     inputs = [read_output(steps[p.step], home / p.step) for p in step.expansion.inputs]
-    invocation = Invocation(planned, step, inputs, own, home, stored, cache(lambda: data.load(planned.data, planned.data_config, progress)), progress)
+    invocation = Invocation(planned, step, inputs, own, home, stored, cache(lambda: load_data(planned, progress)), progress)
     with distributed.joined(rank, processes, step_folder / RANKS / "rendezvous", place := _device(device, rank)):
         result = invocation.run(own, SharedChoices(stored), place, threads // processes)
     return result_json(result, own) if rank == 0 else None
@@ -121,6 +121,12 @@ class SharedChoices:
         from deployopt.nn import distributed
 
         return distributed.decided(lambda: self._stored.get_or_make(name, make))
+
+
+def load_data(planned: Plan, progress: Progress) -> Dataset:
+    """The plan's data set, downloaded if the recipe allows it."""
+    with progress.track(f"open the data {planned.recipe.data.name}", None):
+        return data.load(planned.data, planned.data_config, progress)
 
 
 def _device(first: str, rank: int) -> str:

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from deployopt import data, report, store
+from deployopt import report, store
 from deployopt.bench.environment import environment, utc_now
 from deployopt.errors import UsageError
 from deployopt.pipeline.document import assemble
 from deployopt.pipeline.inspection import REPORTED
-from deployopt.pipeline.invocation import RESULT, Invocation, read_output, write_result
+from deployopt.pipeline.invocation import RESULT, Invocation, load_data, read_output, write_result
 from deployopt.pipeline.planning import Plan, Step
 from deployopt.recipe import read_document
 from deployopt.runtime.files import atomic_write, atomic_write_json
@@ -112,7 +112,7 @@ class _Runner:
         self._fresh = fresh
         self._outputs: dict[str, StepOutput] = {}
         self._digests: dict[str, str] = {}
-        self._dataset = functools.cache(lambda: data.load(planned.data, planned.data_config, self._progress))
+        self._dataset = functools.cache(lambda: load_data(planned, self._progress))
 
     def dataset_facts(self) -> dict[str, Any]:
         dataset = self._dataset()

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deployopt.stages import Expansion, Family, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
 from deployopt.stages._training import DISTRIBUTIONS, finish
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deployopt.nn.models import Network
 
 version = 1
 not_after: frozenset[str] = frozenset()
@@ -33,9 +38,10 @@ def expand(config: Config, planning: Planning) -> list[Expansion]:
 
 
 def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
-    import torch
+    with context.progress.track("load torch", None):
+        import torch
 
-    from deployopt.nn import checkpoint, models, quantizer
+        from deployopt.nn import checkpoint, models
 
     torch.set_num_threads(context.threads)
     dataset = context.dataset()
@@ -49,6 +55,11 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
         else:
             network = models.build(base, dataset.preprocessing, weights, context.progress)
     if config.fan_out:
-        scored = quantizer.fake_quantized(network.eval()) if config.family == "int8" else None
-        return finish(context, network, None, config.family, scored=scored, curves=[])
+        return finish(context, network, None, config.family, scored=_quantized(network) if config.family == "int8" else None, curves=[])
     return StepResult({"family": config.family, "parent": None}, {"model": checkpoint.save(context.folder, network)})  # nothing to score yet
+
+
+def _quantized(network: Network) -> nn.Module:
+    from deployopt.nn.quantizer import fake_quantized
+
+    return fake_quantized(network.eval())
