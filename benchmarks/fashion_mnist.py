@@ -1,0 +1,134 @@
+"""Fashion-MNIST, whole 10,000-image test split: what pruning to 40 % of the MACs plus INT8 costs against a dense network trained as long in total.
+
+    python benchmarks/fashion_mnist.py --limits 20000 --seeds 0 1 2       # about 20 minutes a seed on two AVX2 cores
+    python benchmarks/fashion_mnist.py --limits 60000 --seeds 0           # about an hour
+
+Both networks see the same number of images: the dense one all epochs in one schedule, the other fine-tune + recovery + QAT. The loss is paired: both
+networks' predictions on the same images, its interval a bootstrap over images, and so says nothing about the spread over seeds, which is listed.
+Adds to benchmarks/results/fashion_mnist.json; a finished (limit, seed) is not run again, and trained stages come from the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import deployopt
+from deployopt.runtime.preprocessing import to_feed
+
+RESULT = Path(__file__).resolve().parent / "results" / "fashion_mnist.json"
+RUNTIMES = ("onnxruntime", "openvino")
+EPOCHS = {"finetune": 2, "recovery": 3, "qat": 1}  # chosen beforehand, for two cores; not tuned
+RECIPE = """
+name: {name}
+seed: {seed}
+model: {{arch: resnet18, weights: null, stem: small}}
+data: {{name: fashion_mnist, image_size: 28, limit: {limit}}}
+stages:
+  - finetune: {{epochs: {epochs}, batch_size: 128, lr: 0.1}}
+{compression}
+  - export: {{precisions: [{precision}]}}
+  - build: {{backends: [onnxruntime, openvino]}}
+  - benchmark: {{batch_sizes: [1], min_seconds: 3}}
+"""
+COMPRESSION = """
+  - prune: {{target: {{macs_ratio: 0.4}}, finetune: {{epochs: {recovery}, batch_size: 128, lr: 0.05}}}}
+  - qat: {{epochs: {qat}, batch_size: 128, lr: 0.005}}
+"""
+BATCH = 50
+
+
+def run(folder: Path, limit: int, seed: int, *, compressed: bool) -> deployopt.Report:
+    """Train, export, build and measure one of the two networks in `folder`."""
+    text = RECIPE.format(
+        name="compressed" if compressed else "dense",
+        seed=seed,
+        limit=limit,
+        epochs=EPOCHS["finetune"] if compressed else sum(EPOCHS.values()),
+        compression=COMPRESSION.format(**EPOCHS) if compressed else "",
+        precision="int8" if compressed else "fp32",
+    )
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(text)
+    return deployopt.run(deployopt.load_recipe(folder / "recipe.yaml"), run_dir=folder / "run")
+
+
+def correct(folder: Path, row: str) -> NDArray[np.float64]:
+    """1 where the row's artifact is right about a test image, else 0: [10000]."""
+    planned = deployopt.plan(deployopt.load_recipe(folder / "recipe.yaml"))
+    test = planned.data.load(planned.data_config).test
+    with deployopt.open_session(f"{folder / 'run'}:{row}", threads=2) as session:
+        outputs = [next(iter(session.infer({"input": to_feed(test.images(range(i, i + BATCH)))}).values())).copy() for i in range(0, len(test), BATCH)]
+    return np.asarray(np.concatenate(outputs).argmax(1) == test.targets, dtype=np.float64)
+
+
+def paired_loss(dense: NDArray[np.float64], compressed: NDArray[np.float64]) -> dict[str, Any]:
+    """Loss in points with its 95 % bootstrap interval over images."""
+    difference = 100 * (dense - compressed)
+    random = np.random.default_rng(0)
+    means = [float(random.choice(difference, len(difference)).mean()) for _ in range(2000)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"loss_pp": float(difference.mean()), "loss_ci95": [float(low), float(high)], "n": len(difference)}
+
+
+def experiment(limit: int, seed: int) -> dict[str, Any]:
+    """Both networks with one seed on `limit` training images (a tenth of them held out for validation)."""
+    with TemporaryDirectory() as temporary:
+        folders = {kind: Path(temporary) / kind for kind in ("dense", "compressed")}
+        reports = {kind: run(folder, limit, seed, compressed=kind == "compressed") for kind, folder in folders.items()}
+        rows = {}
+        for runtime in RUNTIMES:
+            dense = correct(folders["dense"], f"finetune/{runtime}/fp32/b1")
+            compressed = correct(folders["compressed"], f"qat/{runtime}/int8/b1")
+            row = next(r for r in reports["compressed"].rows if r["backend"] == runtime)
+            rows[runtime] = {
+                "dense_top1": float(dense.mean()),
+                "compressed_top1": float(compressed.mean()),
+                **paired_loss(dense, compressed),
+                "verified": row["verified"],
+                "torch_agreement": row["accuracy"].get("torch_agreement"),
+            }
+    macs = {kind: report["variants"][-1]["macs"] for kind, report in reports.items()}
+    return {
+        "limit": limit,
+        "seed": seed,
+        "epochs": EPOCHS,
+        "macs": macs,
+        "macs_ratio": macs["dense"] / macs["compressed"],
+        "rows": rows,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": reports["compressed"]["environment"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limits", type=int, nargs="+", default=[20_000])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
+    found: list[dict[str, Any]] = json.loads(RESULT.read_text()) if RESULT.exists() else []
+    for limit in arguments.limits:
+        for seed in arguments.seeds:
+            if not any((f["limit"], f["seed"]) == (limit, seed) for f in found):
+                found.append(experiment(limit, seed))
+                RESULT.parent.mkdir(exist_ok=True)
+                RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{'images':>7} {'seed':>4} {'runtime':12} {'MACs':>6} {'dense %':>8} {'pruned INT8 %':>13}  loss in points [95 %]")
+    for entry in found:
+        for runtime, row in entry["rows"].items():
+            low, high = row["loss_ci95"]
+            print(
+                f"{entry['limit']:>7} {entry['seed']:>4} {runtime:12} {1 / entry['macs_ratio']:6.2f} {100 * row['dense_top1']:8.2f} "
+                f"{100 * row['compressed_top1']:13.2f}  {row['loss_pp']:+.2f} [{low:+.2f}, {high:+.2f}]"
+            )
+
+
+if __name__ == "__main__":
+    main()
