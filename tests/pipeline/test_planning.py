@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from cli_runs import TINY
+from cli_runs import HURRIED, TINY
 
 from deployopt import load_recipe, pipeline
 from deployopt.errors import RecipeError
@@ -82,7 +82,7 @@ def test_the_extras_that_doctor_knows_are_those_of_the_package(repository: Path)
 @pytest.mark.parametrize(("written", "override"), [("{accuracy: false}", ()), ("{}", ("stages.benchmark.accuracy=false",))])
 def test_an_accuracy_budget_without_scores_is_refused_where_it_stands(tmp_path: Path, written: str, override: tuple[str, ...]) -> None:
     path = tmp_path / "blind.yaml"
-    path.write_text(TINY.replace("- benchmark: {min_seconds: 0.05, max_contention: 10, max_steal_percent: 100, max_spread: 10}", f"- benchmark: {written}"))
+    path.write_text(TINY.replace(f"- benchmark: {json.dumps(HURRIED)}", f"- benchmark: {written}"))
     assert pipeline.validate(path, override) == []  # nothing to miss
     path.write_text(path.read_text() + "budget: {max_accuracy_drop_pp: 1.5}\n")
     (problem,) = pipeline.validate(path, override)
