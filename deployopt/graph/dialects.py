@@ -47,7 +47,9 @@ def to_unsigned(model: ModelProto) -> ModelProto:
 
 
 def quantize_outputs(graph: Graph, scales: Scales) -> None:
-    """Q/DQ after every INT8 convolution and Add whose result some reader (an Add, the pooling) would take as a float.
+    """Q/DQ after every INT8 convolution and Add whose result some reader (an Add, the pooling, a layer kept in float) would take as a float.
+
+    A result that is quantised for another reader already gets no second pair.
 
     Args:
         scales: as `canonicalize` stores them. An Add's are kept with the layer it follows: the operand that is not the quantised identity.
@@ -57,8 +59,12 @@ def quantize_outputs(graph: Graph, scales: Scales) -> None:
         if not all(graph.producer(name, "DequantizeLinear") for name in node.input[:2]):
             continue  # kept in float (mixed precision), or a normalisation
         result = _through_relu(graph, node.output[0])
-        floating = [reader for reader in graph.consumers.get(result, ()) if not _keeps(graph, reader)]
-        if floating:
+        readers = graph.consumers.get(result, [])
+        floating = [reader for reader in readers if not _keeps(graph, reader)]
+        quantized = next((reader.output[0] for reader in readers if reader.op_type == "QuantizeLinear"), None)
+        if floating and quantized is not None:
+            graph.redirect(result, graph.consumers[quantized][0].output[0], floating)
+        elif floating:
             layer, role = (followed.get(node.output[0], node), "sum") if node.op_type == "Add" else (node, "output")
             scale = _observed(scales, layer_name(graph, layer), role)
             graph.redirect(result, _add_pair(graph, result, scale), floating)
@@ -72,10 +78,10 @@ def _through_relu(graph: Graph, tensor: str) -> str:
 
 
 def _keeps(graph: Graph, reader: NodeProto) -> bool:
-    """Whether a reader may go on reading what it reads: it quantises, or is a layer kept in float."""
+    """Whether a reader quantises what it reads, so that an INT8 kernel may write it."""
     if reader.op_type in TRANSPARENT:
         return all(_keeps(graph, n) for n in graph.consumers.get(reader.output[0], ()))
-    return reader.op_type in ("QuantizeLinear", *PRODUCTS)
+    return reader.op_type == "QuantizeLinear"
 
 
 def _observed(scales: Scales, layer: str, role: str) -> np.float32:

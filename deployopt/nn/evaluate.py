@@ -16,7 +16,12 @@ from deployopt.runtime.preprocessing import to_feed
 
 @torch.inference_mode()
 def outputs(
-    module: nn.Module, image_set: ImageSet, batch_size: int = 256, device: str = "cpu", on_batch: Callable[[int], None] | None = None
+    module: nn.Module,
+    image_set: ImageSet,
+    batch_size: int = 256,
+    device: str = "cpu",
+    on_batch: Callable[[int], None] | None = None,
+    count: int | None = None,
 ) -> NDArray[np.float32]:
     """Outputs float32 [N, K] in the split's order. `module` must already be in evaluation mode.
 
@@ -24,8 +29,10 @@ def outputs(
 
     Args:
         on_batch: called after each batch with its number of images, and at the end with the number that other processes computed.
+        count: how many, from the first; None: all.
     """
-    parts, own = [], distributed.share(len(image_set))
+    total = len(image_set) if count is None else min(count, len(image_set))
+    parts, own = [], distributed.share(total)
     for start in range(own.start, own.stop, batch_size):
         images = image_set.images(range(start, min(start + batch_size, own.stop)))
         parts.append(module(torch.from_numpy(to_feed(images)).to(device, memory_format=torch.channels_last)).float().cpu().numpy())

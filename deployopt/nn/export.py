@@ -14,9 +14,8 @@ from onnx import ModelProto
 from torch import nn
 
 from deployopt.errors import ExportFailed
-from deployopt.nn.capture import MAX_BATCH, capture, example_input
-from deployopt.nn.fold import fold_batchnorm
-from deployopt.nn.quantizer import fake_quantized, quantization
+from deployopt.nn.capture import MAX_BATCH
+from deployopt.nn.quantizer import fake_quantized, folded, quantization
 
 if TYPE_CHECKING:
     from deployopt.nn.models import Network
@@ -34,7 +33,7 @@ def deployed(network: Network) -> nn.Module:
     """
     if quantization(network) is not None:
         return fake_quantized(network)
-    return fold_batchnorm(capture(network, example_input(network.preprocessing)))
+    return folded(network)
 
 
 def to_onnx(graph_module: nn.Module, example: torch.Tensor, opset: int) -> ModelProto:

@@ -9,8 +9,9 @@ TensorRT's placement for a residual block, Q for a quantise/dequantise pair, (R)
 
 - every Conv2d and Linear reads a quantised input and a quantised weight (per output channel);
 - of a residual Add only the identity operand is quantised, so that conv2 + add + relu become one INT8 kernel;
-- a range is recorded for the output of the convolution before an Add, and for a sum that nothing quantised reads: runtimes that
-  want both operands and the result in INT8 (ONNX Runtime on x86) need those scales.
+- a range is recorded for the output of each convolution and for the sum, after their ReLU: runtimes whose kernels also write INT8 (ONNX
+  Runtime on x86) need those scales wherever nothing quantised reads the tensor;
+- a layer kept in float (mixed precision) reads and writes floats, and so does the Add that it is the main operand of.
 
 A layer is known by the module path of its weight relative to the network ("body.layer1.0.conv1"), a tensor by the layer
 that reads (input, identity) or makes it (output, sum): names of torch.export or torchao are never stored.
@@ -18,7 +19,7 @@ that reads (input, identity) or makes it (output, sum): names of torch.export or
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -30,8 +31,8 @@ CONVOLUTION = aten.conv2d.default
 LINEAR = aten.linear.default
 BATCH_NORM = aten.batch_norm.default
 ADDS = {aten.add.Tensor, aten.add_.Tensor}
-RELUS = {aten.relu.default, aten.relu_.default}
-POSITIVE = RELUS | {aten.relu6.default, aten.relu6_.default, aten.sigmoid.default, aten.sigmoid_.default, aten.hardsigmoid.default, aten.softmax.int}
+RELUS = {aten.relu.default, aten.relu_.default, aten.relu6.default, aten.relu6_.default}  # those that kernels fuse
+POSITIVE = RELUS | {aten.sigmoid.default, aten.sigmoid_.default, aten.hardsigmoid.default, aten.softmax.int}
 SIGN_KEEPING = {
     aten.max_pool2d.default,
     aten.avg_pool2d.default,
@@ -60,7 +61,7 @@ class Layer:
         node: the convolution or matrix product. Its arguments are (input, weight, bias …).
         add: the residual Add that the layer's output is the main operand of.
         quantized: role → tensor that is quantised for its consumer ("input" for `node`, "identity" for `add`).
-        observed: role → tensor whose range is recorded only. A tensor that some layer quantises is not among them.
+        observed: role → tensor whose scale is recorded; some layer may quantise it too ("output" of a convolution, "sum" of its Add).
         signed_input: the input may be negative.
     """
 
@@ -107,23 +108,31 @@ def norm_of(convolution: Node) -> Node | None:
     return norm if norm is not None and all(isinstance(a, Node) for a in norm.args[1:5]) else None
 
 
-def layers(graph: Graph) -> list[Layer]:
-    """Every layer to quantise, in graph order; the graph may still hold its BatchNorms.
+def layers(graph: Graph, float_layers: Collection[str] = ()) -> list[Layer]:
+    """Every layer to quantise but `float_layers`, in graph order; the graph may still hold its BatchNorms.
 
     A weight that is computed, or that two nodes read, is left in float: it has no single module or no single input scale.
     """
     nodes = [n for n in graph.nodes if n.target in (CONVOLUTION, LINEAR) and _own_weight(n)]
     residuals = _residuals(graph, nodes)
-    quantized = {n.args[0] for n in nodes} | {identity for _, identity in residuals.values()}
     found = []
     for node in nodes:
-        layer = Layer(parameter_owner(node.args[1]), node, residuals.get(node, (None, None))[0], {"input": node.args[0]}, {}, not _nonnegative(node.args[0]))
+        name = parameter_owner(node.args[1])
+        if name in float_layers:
+            continue
+        layer = Layer(name, node, residuals.get(node, (None, None))[0], {"input": node.args[0]}, {}, not _nonnegative(node.args[0]))
+        if node.target is CONVOLUTION:
+            layer.observed["output"] = _activated(norm_of(node) or node)
         if node in residuals:
             add, layer.quantized["identity"] = residuals[node]
-            ranges: dict[Role, Node] = {"output": norm_of(node) or node, "sum": sole_user(add, cast("set[object]", RELUS)) or add}
-            layer.observed.update({role: tensor for role, tensor in ranges.items() if tensor not in quantized})
+            layer.observed["sum"] = _activated(add)
         found.append(layer)
     return found
+
+
+def _activated(node: Node) -> Node:
+    """The ReLU that alone reads a tensor, else the tensor itself."""
+    return sole_user(node, cast("set[object]", RELUS)) or node
 
 
 def _own_weight(node: Node) -> bool:

@@ -65,10 +65,12 @@ class Scheme:
         observer: of activations. "moving_average" of batches' minimum and maximum, "min_max" over all batches,
             "mse": moving average of the clipping range with the least squared rounding error.
         saturation_guard: limit weights whose input may be negative to ±63 (`Layer.weight_limit`).
+        float_layers: kept in float, by module path.
     """
 
     observer: ObserverName = "moving_average"
     saturation_guard: bool = True
+    float_layers: tuple[str, ...] = ()
 
 
 class MeanSquaredErrorObserver(MovingAverageMinMaxObserver):  # type: ignore[misc]
@@ -100,19 +102,63 @@ OBSERVERS: dict[ObserverName, tuple[type[MinMaxObserver], dict[str, float]]] = {
 }
 
 
+class _Step(torch.autograd.Function):
+    """A step size s = e^θ, always positive. θ's gradient is s's divided by s, so that descent on θ moves s as descent on s itself would (to first
+    order), and an optimizer that normalises gradients moves it by a share of itself."""
+
+    @staticmethod
+    def forward(ctx: Any, log_step: Tensor) -> Tensor:
+        step = log_step.exp()
+        ctx.save_for_backward(step)
+        return step
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (step,) = ctx.saved_tensors
+        return gradients[0] / step
+
+
 class SiteFakeQuantize(FakeQuantize):  # type: ignore[misc]
-    """A fake-quantiser that knows which tensor it stands on, and that may record the range only.
+    """A fake-quantiser that knows which tensor it stands on, and that may record the range only, or learn its scale.
+
+    Learned step sizes follow LSQ (Esser et al., https://arxiv.org/abs/1902.08153): the gradient of section 2.1, scaled by 1/√(N·Q_P) as in section
+    2.2, N the values an image has in the tensor, or the weights of an output channel. torchao's LearnableFakeQuantize has the same gradient, but
+    counts the whole batch in N and lets a scale become negative.
 
     Attributes:
         tensor: key of the tensor, shared by all sites that read it.
         place: what an error calls it, as "the input of layer1.0.conv1".
         kind: "weight", "activation", or "range" for one that leaves the tensor as it is.
+        log_step: logarithm of the scale while it is learned, else None.
     """
+
+    log_step: nn.Parameter | None
 
     def __init__(self, *, tensor: str, place: str, kind: Literal["weight", "activation", "range"], **options: Any) -> None:
         super().__init__(**options)
         self.tensor, self.place, self.kind = tensor, place, kind
+        self.register_parameter("log_step", None)
         self.enable_fake_quant()
+
+    def learn(self) -> None:
+        """From now on the scale is a parameter that starts at the observer's; a recorded range stays one."""
+        if self.kind != "range":
+            self.log_step = nn.Parameter(self.usable_scale().log())
+            self.disable_observer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.log_step is None or not self.fake_quant_enabled[0]:
+            return cast(Tensor, super().forward(x))
+        step: Tensor = _Step.apply(self.log_step)  # type: ignore[no-untyped-call]
+        self.scale.copy_(step.detach())
+        low, high = self.activation_post_process.quant_min, self.activation_post_process.quant_max
+        zero_point, factor = torch.zeros_like(step), (x[0].numel() * high) ** -0.5
+        if self.is_per_channel:
+            return torch._fake_quantize_learnable_per_channel_affine(x, step, zero_point, self.ch_axis, low, high, factor)
+        return torch._fake_quantize_learnable_per_tensor_affine(x, step, zero_point, low, high, factor)
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        super().enable_observer(enabled and self.log_step is None)
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
         super().enable_fake_quant(enabled and self.kind != "range")
@@ -127,6 +173,12 @@ class SiteFakeQuantize(FakeQuantize):  # type: ignore[misc]
         """Largest magnitude seen, per tensor [] or per channel [C]."""
         observer = self.activation_post_process
         return torch.maximum(observer.min_val.abs(), observer.max_val.abs())
+
+    def usable_scale(self) -> Tensor:
+        """Scales [1] or [C]. A channel of zeros is zero under any scale; its layer's largest keeps a bias in units of it within int32."""
+        if self.log_step is not None or not self.is_per_channel:
+            return cast(Tensor, self.scale)
+        return torch.where(self.magnitude() > 0, self.scale, self.scale.max())
 
 
 class PlacementQuantizer(Quantizer):  # type: ignore[misc]
@@ -143,11 +195,13 @@ class PlacementQuantizer(Quantizer):  # type: ignore[misc]
 
     def annotate(self, model: GraphModule) -> GraphModule:
         notes: dict[Node, QuantizationAnnotation] = {}
+        found = layers(model.graph, self.scheme.float_layers)
+        quantized = {tensor for layer in found for _, tensor, _ in layer.edges()}
 
         def note(node: Node) -> QuantizationAnnotation:
             return notes.setdefault(node, QuantizationAnnotation(_annotated=True))
 
-        for layer in layers(model.graph):
+        for layer in found:
             keys = self.tensors[layer.name] = {}
             for role, tensor, consumer in layer.edges():
                 keys[role] = tensor.name
@@ -157,7 +211,8 @@ class PlacementQuantizer(Quantizer):  # type: ignore[misc]
                     note(layer.node).input_qspec_map[layer.weight] = self._weight(layer)
             for role, tensor in layer.observed.items():
                 keys[role] = tensor.name
-                note(tensor).output_qspec = self._activation(layer, role, tensor, "range")
+                if tensor not in quantized:
+                    note(tensor).output_qspec = self._activation(layer, role, tensor, "range")
         for node, annotation in notes.items():
             node.meta["quantization_annotation"] = annotation
         return model
@@ -205,7 +260,8 @@ class Prepared(nn.Module):
         self.graph_module: GraphModule = prepare_qat_pt2e(capture(network, self.example), quantizer)
         self.tensors = quantizer.tensors
         if not self.tensors:
-            raise StageFailed("the network has no Conv2d or Linear layer to quantise")
+            kept = " beside those that mixed_precision keeps in float" if scheme.float_layers else ""
+            raise StageFailed(f"the network has no Conv2d or Linear layer to quantise{kept}")
         self.batchnorm_frozen = self.observers_frozen = False
         _restore_norms(self.graph_module, network)
         self.train()
@@ -232,6 +288,11 @@ class Prepared(nn.Module):
         """From now on activations' scales stay."""
         self.observers_frozen = True
         self.train(self.training)
+
+    def learn_scales(self) -> None:
+        """From now on the scales of weights and activations are parameters, trained with the weights (`SiteFakeQuantize.learn`). After `calibrate`."""
+        for site in self.fake_quantizers():
+            site.learn()
 
     def fake_quantizers(self) -> Iterator[SiteFakeQuantize]:
         return (m for m in self.graph_module.modules() if isinstance(m, SiteFakeQuantize))
@@ -264,10 +325,12 @@ class Prepared(nn.Module):
         self.check()
 
     def check(self) -> None:
-        """Raise StageFailed for a tensor that is always zero: it has no scale."""
+        """Raise StageFailed for a tensor that is always zero, or too small for a scale."""
         for site in self.fake_quantizers():
-            if float(site.magnitude().max()) == 0.0:
-                raise StageFailed(f"{site.place} is always zero, so it has no scale", "train the network first, or prune the dead layer")
+            largest = float(site.magnitude().max())
+            if largest < SMALLEST_SCALE:
+                found = "is always zero, so it has no scale" if largest == 0 else f"never exceeds {largest:.2g}, too little for a scale"
+                raise StageFailed(f"{site.place} {found}", "train the network first, or prune the dead layer")
 
     @torch.no_grad()
     def sites(self) -> dict[str, dict[str, Any]]:
@@ -279,21 +342,15 @@ class Prepared(nn.Module):
         self.eval()
         self(self.example.to(next(self.parameters()).device))  # weights moved after their scales were last taken
         self.check()
-        scales = {site.tensor: _scale(site) for site in self.fake_quantizers()}
+        found = {site.tensor: (site.usable_scale().tolist(), site.is_per_channel) for site in self.fake_quantizers()}
+        scales = {tensor: values if per_channel else values[0] for tensor, (values, per_channel) in found.items()}
         return {name: {role: scales[key] for role, key in keys.items()} for name, keys in self.tensors.items()}
 
     def write_back(self, network: Network) -> None:
         """Give `network` the trained weights and BatchNorm statistics, and the lineage entry of its quantisation."""
         sites, own = self.sites(), self.graph_module.state_dict()
         network.load_state_dict({name: own.get(name, value) for name, value in network.state_dict().items()})
-        network.lineage.append({"op": "quantize", "sites": sites, "scheme": asdict(self.scheme)})
-
-
-def _scale(site: SiteFakeQuantize) -> float | list[float]:
-    if not site.is_per_channel:
-        return float(site.scale)
-    # a channel of zeros is zero under any scale; its layer's largest keeps a bias in units of it within int32
-    return cast("list[float]", torch.where(site.magnitude() > 0, site.scale, site.scale.max()).tolist())
+        network.lineage.append({"op": "quantize", "sites": sites, "scheme": {**asdict(self.scheme), "float_layers": sorted(self.scheme.float_layers)}})
 
 
 def _restore_norms(graph_module: GraphModule, network: nn.Module) -> None:

@@ -4,15 +4,16 @@ A lineage entry of a quantised network:
 
     {"op": "quantize",
      "sites": {"body.layer1.0.conv2": {"input": s, "weight": [s, …], "identity": s, "output": s}, …},
-     "scheme": {"saturation_guard": true, …}}
+     "scheme": {"saturation_guard": true, "float_layers": ["body.conv1"], …}}
 
+`float_layers` are kept in float (mixed precision) and have no sites.
 Every s is a positive float: the real value of one integer step. Zero points are 0. Roles as in `nn.placement`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -30,12 +31,36 @@ if TYPE_CHECKING:
 
 Sites = Mapping[str, Mapping[str, Any]]
 ACTIVATION_MIN, ACTIVATION_MAX = -128, 127
+SMALLEST_NORMAL = float(torch.finfo(torch.float32).tiny)  # runtimes flush what is smaller to zero
 operators = torch.ops.quantized_decomposed
 
 
 def quantization(network: Network) -> Mapping[str, Any] | None:
     """The lineage entry that quantised the network, None for a float network."""
     return next((e for e in network.lineage if e["op"] == "quantize"), None)
+
+
+def float_layers(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Layers that a quantisation keeps in float."""
+    return tuple(entry["scheme"].get("float_layers", ()))
+
+
+def recorded_scales(network: Network, extra_float: Collection[str] = ()) -> dict[str, dict[str, float]] | None:
+    """Scales that some dialects need beside those of the Q/DQ pairs: "output" and "sum", by layer; None for a float network."""
+    entry = quantization(network)
+    if entry is None:
+        return None
+    kept = {
+        name: {role: scale for role, scale in site.items() if role in ("output", "sum")} for name, site in entry["sites"].items() if name not in extra_float
+    }
+    return {name: roles for name, roles in kept.items() if roles}
+
+
+def keep_float(network: Network, names: Collection[str]) -> None:
+    """Take layers out of the network's quantisation; the scales of the others stay."""
+    entry = next(e for e in network.lineage if e["op"] == "quantize")
+    entry["scheme"]["float_layers"] = sorted({*float_layers(entry), *names})
+    entry["sites"] = {name: site for name, site in entry["sites"].items() if name not in names}
 
 
 def replay(network: nn.Module, entry: Mapping[str, Any]) -> None:
@@ -45,6 +70,8 @@ def replay(network: nn.Module, entry: Mapping[str, Any]) -> None:
         ArtifactMismatch: a layer is missing, has another number of output channels, or has a scale that is not a positive number.
     """
     modules = dict(network.named_modules())
+    if unknown := set(float_layers(entry)) - modules.keys():
+        raise ArtifactMismatch(f"the quantisation keeps {', '.join(sorted(unknown))} in float, which this network lacks", _remedy())
     for name, site in entry["sites"].items():
         if name not in modules:
             raise ArtifactMismatch(f"the quantisation has scales for the layer '{name}', which this network lacks", _remedy())
@@ -52,8 +79,8 @@ def replay(network: nn.Module, entry: Mapping[str, Any]) -> None:
         if wanted != found:
             raise ArtifactMismatch(f"layer '{name}' has {wanted} output channels and {found} weight scales", _remedy())
         for role, scale in site.items():
-            if not all(math.isfinite(s) and s > 0 for s in (scale if isinstance(scale, Sequence) else [scale])):
-                raise ArtifactMismatch(f"layer '{name}' has a {role} scale that is not a positive number", _remedy())
+            if not all(math.isfinite(s) and s >= SMALLEST_NORMAL for s in (scale if isinstance(scale, Sequence) else [scale])):
+                raise ArtifactMismatch(f"layer '{name}' has a {role} scale that is not a positive number (and not denormal)", _remedy())
 
 
 def fake_quantized(network: Network) -> GraphModule:
@@ -69,15 +96,19 @@ def fake_quantized(network: Network) -> GraphModule:
     entry = quantization(network)
     if entry is None:
         raise ArtifactMismatch("the network was not quantised: its lineage has no 'quantize' entry", "quantise it by a qat or ptq stage")
-    graph_module = fold_batchnorm(capture(network, example_input(network.preprocessing)))
-    return insert_quantization(graph_module, entry["sites"], saturation_guard=entry["scheme"]["saturation_guard"])
+    return insert_quantization(folded(network), entry)
 
 
-def insert_quantization(graph_module: GraphModule, sites: Sites, *, saturation_guard: bool) -> GraphModule:
-    """Write Q/DQ operators and integer weights into a folded graph, in place."""
-    graph = graph_module.graph
-    found = layers(graph)
-    if missing := {layer.name for layer in found} ^ set(sites):
+def folded(network: Network) -> GraphModule:
+    """The float network as runtimes see it: BatchNorm folded, on the CPU. Raises ExportFailed if torch.export cannot trace it."""
+    return fold_batchnorm(capture(network, example_input(network.preprocessing)))
+
+
+def insert_quantization(graph_module: GraphModule, entry: Mapping[str, Any], extra_float: Collection[str] = ()) -> GraphModule:
+    """Write Q/DQ operators and integer weights into a folded graph, in place, except for the entry's float layers and `extra_float`."""
+    graph, sites, saturation_guard = graph_module.graph, cast(Sites, entry["sites"]), bool(entry["scheme"]["saturation_guard"])
+    found = layers(graph, {*float_layers(entry), *extra_float})
+    if missing := {layer.name for layer in found} ^ (set(sites) - set(extra_float)):
         raise ArtifactMismatch(f"the scales and the network's layers differ at {', '.join(sorted(missing))}", _remedy())
     dequantized: dict[Node, Node] = {}
     for layer in found:

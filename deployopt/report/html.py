@@ -269,6 +269,20 @@ def _curves(report: Report) -> Section | None:
     return Section("training", "Training curves", figures) if figures else None
 
 
+def _sensitivity(report: Report) -> list[Section]:
+    sections = []
+    for found in summary.sensitivities(report["variants"], summary.task_of(report)):
+        figures = []
+        for title, column in (("alone in INT8", 1), ("alone in float", 2)):
+            values = [(row[0], float(row[column])) for row in found.distances]
+            shown = [(name, value, units.significant(value)) for name, value in values]
+            items = [charts.Bar(name, 0.0, value, text, "neutral", f"{name} {title}: {text} ({found.distance})") for name, value, text in shown]
+            figures.append(_bars(f"{found.distance}, each layer {title}", items))
+        anchor, title = f"sensitivity-{len(sections)}", f"Sensitivity of each layer: {found.variant}"
+        sections.append(Section(anchor, title, figures, found.lead, (found.headers, found.rows)))
+    return sections
+
+
 def _confusion(report: Report) -> Section | None:
     variant = next((v for v in reversed(report["variants"]) if (v.get("details") or {}).get("confusion")), None)
     if variant is None:
@@ -352,6 +366,7 @@ def render(report: Report) -> str:
         _distributions(report, palette),
         _sizes(report, palette),
         _curves(report),
+        *_sensitivity(report),
         _confusion(report),
     ]
     dataset = report.get("dataset") or {}

@@ -99,6 +99,8 @@ def render(report: Report) -> str:
     ]
     parts.append(table(["variant", "params", "MACs", "size", name, "took"], figures) if figures else "")
     parts += [_rows(report), _reasons(report["rows"])]
+    for found in summary.sensitivities(variants, task):
+        parts.append(folded(f"Sensitivity of each layer: {cell(found.variant)}", f"{cell(found.lead)}\n\n{table(found.headers, found.rows)}"))
     contract = [
         *(cell(line) for line in summary.contract_lines(report["rows"], report.get("environment") or {})),
         cell(summary.environment_line(report.get("environment") or {})),

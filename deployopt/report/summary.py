@@ -86,6 +86,52 @@ def accuracy_drop(value: float | None, reference: float | None, task: Mapping[st
     return -difference if task["higher_is_better"] else difference
 
 
+class SensitivityTable(NamedTuple):
+    """A quantised variant's sensitivity by layer, ready to print.
+
+    Attributes:
+        distance: what `alone` and `spared` of `distances` are: "KL, nats" or "mean squared error".
+        distances: (layer, with it alone in INT8, with it alone in float).
+        rows: cells under `headers`; the last says whether mixed precision keeps the layer in float.
+    """
+
+    variant: str
+    lead: str
+    distance: str
+    distances: list[tuple[str, float, float]]
+    headers: list[str]
+    rows: list[list[str]]
+
+
+def sensitivities(variants: Sequence[Mapping[str, Any]], task: Mapping[str, Any]) -> list[SensitivityTable]:
+    """One for each variant whose stage was asked for `sensitivity`."""
+    return [_sensitivity(v["name"], found, task) for v in variants if (found := (v.get("record") or {}).get("quantization") or {}).get("sensitivity")]
+
+
+def _sensitivity(variant: str, quantization: Mapping[str, Any], task: Mapping[str, Any]) -> SensitivityTable:
+    table, kept, chosen = quantization["sensitivity"], quantization["float_layers"], quantization.get("mixed_precision") or {}
+    distance = {"kl": "KL, nats", "mse": "mean squared error"}[table["distance"]]
+    metric, costs = units.metric_name(task["primary"]), chosen.get("latency_cost") or {}
+    headers = ["layer", f"alone in INT8: {distance}", metric, f"alone in float: {distance}", metric, "latency in float", "kept in float"]
+    rows, distances = [], []
+    for row in table["layers"]:
+        name, cost = row["layer"], costs.get(row["layer"])
+        cells = [text for key in ("alone", "spared") for text in (units.significant(row[key]["distance"]), units.score(row[key]["primary"], task))]
+        rows.append([name, *cells, "" if cost is None else f"{units.signed(100 * cost, 1)} %", "yes" if name in kept else ""])
+        distances.append((name, row["alone"]["distance"], row["spared"]["distance"]))
+    lead = (
+        f"Distance of the outputs from the float parent's on {table['images']} validation images. All in INT8: {units.significant(table['int8']['distance'])}, "
+        f"{metric} {units.score(table['int8']['primary'], task)}; the same weights all in float: {units.significant(table['float']['distance'])}, "
+        f"{units.score(table['float']['primary'], task)}. Kept in float: {', '.join(kept) or 'none'}."
+    )
+    if chosen:
+        steps = [step for step in chosen["trace"] if step["layer"]]
+        said = [f"{step['layer']} {'to float' if step['kept'] else 'back to INT8'} {units.score(step['primary'], task)}" for step in steps]
+        lead += f" Chosen for a drop of at most {chosen['max_accuracy_drop_pp']:g} from {units.score(chosen['parent'], task)}, timed on {chosen['backend']}"
+        lead += f": {'; '.join(said)}." if said else ": the whole network in INT8 meets it."
+    return SensitivityTable(variant, lead, distance, distances, headers, rows)
+
+
 def lineage(name: str, variants: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The variant and its ancestors, oldest first."""
     by_name = {v["name"]: v for v in variants}

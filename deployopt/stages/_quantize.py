@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from deployopt import plugins
+from deployopt.runtime import host
 from deployopt.runtime.progress import Bar
 from deployopt.stages import Expansion, Planning, StageConfig, StageContext
 from deployopt.stages._training import DISTRIBUTIONS as TRAINING
 from deployopt.stages._training import next_point
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
 
     from deployopt.nn.models import Network
     from deployopt.nn.prepared import Prepared
@@ -21,6 +25,31 @@ if TYPE_CHECKING:
 DISTRIBUTIONS = (*TRAINING, "torchao")
 
 Observer = Literal["moving_average", "min_max", "mse"]
+
+
+class Sensitivity(StageConfig):
+    """How each layer's sensitivity is measured."""
+
+    images: int = Field(default=512, ge=1)
+    """The first images of the validation split; all if it has fewer."""
+
+
+class MixedPrecision(StageConfig):
+    """Keep the fewest layers in float that meet an accuracy."""
+
+    max_accuracy_drop_pp: float = Field(default=0.5, ge=0)
+    """How much the whole validation split's headline metric may fall below the float parent's: percentage points, or the task's unit."""
+    backend: str = "onnxruntime"
+    """Runtime on which the latency that a layer costs in float is timed."""
+    batch: int = Field(default=1, ge=1, le=65_536)
+    """Images a timed inference."""
+
+    @field_validator("backend")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in (available := plugins.names("backends")):
+            raise ValueError(plugins.unknown("backend", name, available))
+        return name
 
 
 class Quantization(StageConfig):
@@ -33,24 +62,50 @@ class Quantization(StageConfig):
     """Training images that set the first ranges; ptq keeps them."""
     saturation_guard: bool = True
     """Keep weights of layers whose input may be negative (the first) within ±63, so that x86 CPUs without VNNI do not overflow int16."""
+    sensitivity: bool | Sensitivity = False
+    """Measure for each layer how far the outputs move from the float parent's, and the accuracy, with it alone in INT8 and with it alone in float: two
+    passes over the images a layer."""
+    mixed_precision: Literal["auto"] | MixedPrecision | Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    """Layers kept in float: a list of names as in the sensitivity table; null none; auto, or its options, the fewest that meet an accuracy, those first
+    that gain most for the latency they cost. auto chooses after calibration (ptq) or training (qat), and is stored and reused when the run is resumed."""
+
+    @property
+    def automatic(self) -> MixedPrecision | None:
+        """The options of auto; None if the layers are given or none is kept."""
+        return MixedPrecision() if self.mixed_precision == "auto" else self.mixed_precision if isinstance(self.mixed_precision, MixedPrecision) else None
+
+    @property
+    def float_layers(self) -> tuple[str, ...]:
+        """Layers that are given by name."""
+        return self.mixed_precision if isinstance(self.mixed_precision, tuple) else ()
 
 
 def expand(config: Quantization, planning: Planning) -> list[Expansion]:
     """One INT8 variant of the trunk."""
-    return [Expansion((planning.trunk,), (next_point(planning, "int8"),))]
+    timed: dict[str, Any] = {}
+    if config.automatic is not None:
+        timed = {"machine": host.timing_facts(), "runtime": plugins.find("backends", config.automatic.backend).probe().version}
+    return [Expansion((planning.trunk,), (next_point(planning, "int8"),), parameters=timed)]
 
 
 def calibrated(context: StageContext, config: Quantization, network: Network) -> Prepared:
-    """`network` with fake quantisers on the context's device, their ranges set by training images."""
+    """`network` with fake quantisers on the context's device, their ranges set by training images: all of them if there are fewer than asked for.
+
+    Raises:
+        UsageError: mixed_precision names a layer that the network lacks.
+    """
     from deployopt.nn import evaluate
     from deployopt.nn.prepared import Prepared, Scheme
+    from deployopt.nn.sensitivity import check_layers
 
-    images = context.dataset().train
+    check_layers(network, config.float_layers)
+    train = context.dataset().train
+    if len(train) < config.calibration_images and "calibration_images" in config.model_fields_set:
+        context.progress.log(f"{context.name}: calibrates on all {len(train)} training images (calibration_images is {config.calibration_images})")
     with context.progress.track("insert fake quantisers", None):
-        prepared = Prepared(network, Scheme(config.observer, config.saturation_guard)).to(context.device)
-    with context.progress.track("calibrate", min(config.calibration_images, len(images))) as bar:
-        batches = evaluate.calibration_batches(images, config.calibration_images, context.seed, context.device)
-        prepared.calibrate(_counted(batches, bar))
+        prepared = Prepared(network, Scheme(config.observer, config.saturation_guard, config.float_layers)).to(context.device)
+    with context.progress.track("calibrate", min(config.calibration_images, len(train))) as bar:
+        prepared.calibrate(_counted(evaluate.calibration_batches(train, config.calibration_images, context.seed, context.device), bar))
     return prepared
 
 
@@ -58,3 +113,19 @@ def _counted(batches: Iterable[Tensor], bar: Bar) -> Iterator[Tensor]:
     for batch in batches:
         yield batch
         bar.advance(len(batch))
+
+
+def parent_outputs(context: StageContext, config: Quantization, network: Network) -> NDArray[np.float32] | None:
+    """The float network's outputs on the validation split, if `config` compares with them."""
+    if not config.sensitivity and config.automatic is None:
+        return None
+    return validation_outputs(context, network.to(context.device).eval())
+
+
+def validation_outputs(context: StageContext, module: nn.Module) -> NDArray[np.float32]:
+    """Outputs float32 [N, K] of a module in evaluation mode on the validation split."""
+    from deployopt.nn import evaluate
+
+    validation = context.dataset().validation
+    with context.progress.track("validate", len(validation)) as bar:
+        return evaluate.outputs(module, validation, device=context.device, on_batch=bar.advance)

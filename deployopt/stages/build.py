@@ -47,7 +47,7 @@ class Config(StageConfig):
     timeout_minutes: PositiveFloat = 60.0
     """One build that takes longer is ended, and its row has failed. Large INT8 networks take TensorRT some minutes."""
     on_unverified: Literal["warn", "fail"] = "warn"
-    """What to do with an INT8 artifact of which the runtime executes less than all convolutions and matrix products in INT8."""
+    """What to do with an INT8 artifact of which the runtime executes less in INT8 than all convolutions and matrix products that mixed_precision leaves so."""
 
     @field_validator("backends")
     @classmethod
@@ -151,7 +151,7 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     try:
         backend: Backend = plugins.find("backends", name)
         artifact = _build(backend, onnx.path, context.folder, request, context.progress)
-        shortfall = _shortfall(artifact, request.precision)
+        shortfall = _shortfall(artifact, request.precision, len(onnx.metadata.get("float_layers", ())))
         if shortfall and config.on_unverified == "fail":
             raise BuildFailed(shortfall, "set build.on_unverified: warn to keep it")
         probed = backend.probe()
@@ -179,13 +179,14 @@ def _build(backend: Backend, canonical: Path, folder: Path, request: BuildReques
         return backend.build(prepared, folder, request, progress)
 
 
-def _shortfall(artifact: Artifact, precision: str) -> str | None:
-    """What is missing from an INT8 artifact that should run in INT8 throughout; None if nothing is, or if it cannot be told here."""
+def _shortfall(artifact: Artifact, precision: str, float_layers: int) -> str | None:
+    """What is missing from an INT8 artifact that should run in INT8 but for `float_layers`; None if nothing is, or if it cannot be told here."""
     verified = artifact.metadata.get("verified")
-    if precision != "int8" or verified is None or verified["quantized_layers"] == verified["quantizable_layers"]:
+    if precision != "int8" or verified is None or verified["quantized_layers"] + float_layers >= verified["quantizable_layers"]:
         return None
     executed = ", ".join(f"{count} in {kind}" for kind, count in sorted(verified["executed"].items()))
-    return f"only {verified['quantized_layers']} of {verified['quantizable_layers']} layers run in INT8 ({executed})"
+    kept = f"; mixed_precision keeps {float_layers} in float" if float_layers else ""
+    return f"only {verified['quantized_layers']} of {verified['quantizable_layers']} layers run in INT8 ({executed}){kept}"
 
 
 def _notes(artifact: Artifact, precision: str, shortfall: str | None) -> list[str]:

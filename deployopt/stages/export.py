@@ -96,9 +96,12 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     from deployopt.nn import evaluate
     from deployopt.nn.capture import example_input
     from deployopt.nn.export import deployed, to_onnx
+    from deployopt.nn.quantizer import float_layers, quantization, recorded_scales
 
     precisions: list[Precision] = list(expansion.parameters["precisions"])
     network, variant = load_parent(inputs, context.threads), expansion.inputs[0].variant
+    entry = quantization(network)
+    kept = float_layers(entry) if entry else ()
     images = _first_images(context)
     records: dict[str, dict[str, Any]] = {}
     artifacts: dict[str, Artifact] = {}
@@ -107,13 +110,13 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
         reference = evaluate.outputs(module, images)
     with context.progress.track(f"write {variant} by torch.onnx", None):
         model = to_onnx(module, example_input(network.preprocessing), config.opset)
-        canonical = canonicalize(model, scales=_range_only_scales(network), metadata=_metadata(context, network, variant))
+        canonical = canonicalize(model, scales=recorded_scales(network), metadata=_metadata(context, network, variant))
     with context.progress.track(f"cast and compare {variant}", len(precisions)) as bar:
         for precision in precisions:
             path = context.folder / f"{precision}.onnx"
             records[precision] = _write(canonical, precision, path)
             records[precision]["parity"] = _parity(path, precision, images, reference, context)
-            artifacts[precision] = _artifact(path, precision, records[precision], inputs[0].artifacts["model"])
+            artifacts[precision] = _artifact(path, precision, records[precision], inputs[0].artifacts["model"], kept)
             bar.advance(note=precision)
     return StepResult({"variant": variant, "precisions": records}, artifacts)
 
@@ -133,20 +136,9 @@ def _write(canonical: ModelProto, precision: Precision, path: Path) -> dict[str,
     }
 
 
-def _artifact(path: Path, precision: Precision, record: dict[str, Any], parent: Artifact) -> Artifact:
-    facts = {"precision": precision, "opset": record["opset"]}
+def _artifact(path: Path, precision: Precision, record: dict[str, Any], parent: Artifact, float_layers: Sequence[str]) -> Artifact:
+    facts = {"precision": precision, "opset": record["opset"], "float_layers": list(float_layers)}
     return Artifact.of("onnx", path, inputs=parent.inputs, outputs=parent.outputs, metadata=facts)
-
-
-def _range_only_scales(network: Network) -> dict[str, dict[str, float]] | None:
-    """Scales without a Q/DQ pair in the canonical graph, which some dialects need."""
-    from deployopt.nn.quantizer import quantization
-
-    entry = quantization(network)
-    if entry is None:
-        return None
-    kept = {name: {role: scale for role, scale in site.items() if role in ("output", "sum")} for name, site in entry["sites"].items()}
-    return {name: roles for name, roles in kept.items() if roles}
 
 
 def _metadata(context: StageContext, network: Network, variant: str) -> dict[str, str]:

@@ -10,7 +10,8 @@ from pydantic import Field
 
 from deployopt.errors import UsageError
 from deployopt.stages import Expansion, StageConfig, StageContext, StepOutput, StepResult
-from deployopt.stages._quantize import DISTRIBUTIONS, Observer, Quantization, calibrated, expand
+from deployopt.stages._mixed_precision import decide
+from deployopt.stages._quantize import DISTRIBUTIONS, Observer, Quantization, calibrated, expand, parent_outputs, validation_outputs
 from deployopt.stages._training import TrainingConfig, finish, load_parent
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Config", "Distill", "after", "cacheable", "distributions", "expand", "from_scratch", "not_after", "run", "timed", "trains", "version"]
 
-version = 1
+version = 2
 not_after = frozenset({"qat", "ptq", "export", "build", "benchmark"})
 after: frozenset[str] = frozenset()
 cacheable = True
@@ -54,6 +55,9 @@ class Config(TrainingConfig, Quantization):
     """Share of the epochs, rounded up, after which BatchNorm trains with its running statistics, as the folded model will compute."""
     freeze_observers_after: float = Field(default=0.75, ge=0, le=1)
     """Share of the epochs, rounded up, after which activations' ranges stay. 0 keeps those of the calibration, 1 never freezes."""
+    learn_scales: bool = False
+    """Learn the scales of weights and activations with the weights (LSQ, https://arxiv.org/abs/1902.08153), from the observers' on: at the stage's
+    learning rate, without weight decay. Observers and freeze_observers_after then concern only ranges that are recorded and quantise nothing."""
     distill: Distill | None = None
     """Distillation from the float parent; null trains on the targets alone."""
 
@@ -65,7 +69,9 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
 
     _check_temperature(config, context.task)
     network = load_parent(inputs, context.threads)
-    prepared = calibrated(context, config, network)
+    prepared, reference = calibrated(context, config, network), parent_outputs(context, config, network)
+    if config.learn_scales:
+        prepared.learn_scales()
     history = training.fit(
         prepared,
         context.dataset(),
@@ -81,7 +87,11 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     )
     prepared.write_back(network)
     facts: dict[str, Any] = {"validation": history.validation, "curves": history.records, "kept_epoch": history.epoch}
-    return finish(context, network, expansion.inputs[0].variant, "int8", scored=fake_quantized(network), **facts)
+    facts["quantization"] = decide(context, config, network, reference)
+    quantized = fake_quantized(network).to(context.device)
+    if config.automatic is not None:
+        facts["validation"] = context.task.score(validation_outputs(context, quantized), context.dataset().validation.targets)
+    return finish(context, network, expansion.inputs[0].variant, "int8", scored=quantized, **facts)
 
 
 def _check_temperature(config: Config, task: Task) -> None:

@@ -17,7 +17,7 @@ from deployopt.nn.export import deployed, to_onnx
 from deployopt.nn.fold import fold_batchnorm
 from deployopt.nn.models import Network
 from deployopt.nn.placement import layers
-from deployopt.nn.prepared import MeanSquaredErrorObserver, Prepared, Scheme
+from deployopt.nn.prepared import MeanSquaredErrorObserver, MinMaxObserver, Prepared, Scheme, SiteFakeQuantize
 from deployopt.nn.quantizer import fake_quantized, replay
 from deployopt.runtime.preprocessing import Preprocessing
 
@@ -102,8 +102,12 @@ def test_placement_of_resnets(arch: str, base: dict[str, object], expected_layer
     assert sorted(names) == sorted(wanted)
     assert len(found) == expected_layers
     assert sum("identity" in layer.quantized for layer in found) == adds
-    assert sum("output" in layer.observed for layer in found) == adds
-    assert sum("sum" in layer.observed for layer in found) == 1
+    read = {tensor for layer in found for _, tensor, _ in layer.edges()}
+    outputs, sums = ([layer.observed[role] for layer in found if role in layer.observed] for role in ("output", "sum"))
+    assert len(outputs) == expected_layers - 1
+    assert sum(tensor not in read for tensor in outputs) == adds + (arch == "resnet50")  # before an Add, and before the stem's pooling
+    assert len(sums) == adds
+    assert sum(tensor not in read for tensor in sums) == 1
     assert [layer.name for layer in found if layer.signed_input] == ["body.conv1"]
     own = {layer.quantized["input"] for layer in found}
     assert sum(layer.quantized["identity"] not in own for layer in found if layer.add) == downsamples
@@ -240,12 +244,80 @@ def test_dead_channel_takes_its_layers_largest_scale(prepared: Prepared) -> None
     assert scales[2] == max(scales)
 
 
+def test_a_tensor_too_small_for_a_scale_is_refused(prepared: Prepared) -> None:
+    with torch.no_grad():
+        prepared.graph_module.get_parameter("body.fc.weight").fill_(1e-40)
+    with pytest.raises(StageFailed, match=r"the weight of 'body\.fc' never exceeds 1e-40, too little for a scale"):
+        prepared.calibrate([images()])
+
+
+def test_learned_scales_follow_the_gradient_of_lsq() -> None:
+    site = SiteFakeQuantize(tensor="x", place="x", kind="activation", observer=MinMaxObserver, dtype=torch.int8, quant_min=-128, quant_max=127)
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    site(x)
+    site.learn()
+    assert site.log_step is not None
+    with torch.no_grad():
+        site.log_step -= 0.7  # so that some values are clipped
+    site(x).sum().backward()
+    step = site.scale
+    ratio = x / step
+    inside = (ratio >= -128) & (ratio <= 127)
+    wanted = torch.where(inside, ratio.round() - ratio, ratio.clamp(-128, 127)).sum() * (3 * 8 * 8 * 127) ** -0.5 / step
+    assert inside.float().mean() < 1
+    torch.testing.assert_close(site.log_step.grad, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_learned_scales_survive_any_learning_rate_and_are_written_back(prepared: Prepared) -> None:
+    made = network()
+    prepared.calibrate([images()])
+    before = prepared.sites()
+    prepared.learn_scales()
+    learned = [site for site in prepared.fake_quantizers() if site.log_step is not None]
+    assert {site.kind for site in learned} == {"weight", "activation"}
+    optimizer = torch.optim.SGD([site.log_step for site in learned if site.log_step is not None], 10.0)
+    prepared.train()
+    prepared(images()).square().mean().backward()
+    optimizer.step()
+    prepared.write_back(made)
+    sites = made.lineage[0]["sites"]
+    replay(made, made.lineage[0])
+    assert sites["body.conv1"]["input"] != before["body.conv1"]["input"]
+    assert sites["body.layer1.0.conv2"]["weight"] != before["body.layer1.0.conv2"]["weight"]
+    with torch.no_grad():
+        prepared.eval()
+        trained = prepared(images())
+        assert (fake_quantized(made)(images()) - trained).abs().max() < 0.1 * trained.abs().max() + 1e-3
+
+
+class Unreached(nn.Module):
+    """Has a layer that its forward pass never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.unused, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.a(x)).mean((2, 3)))
+
+
+def test_a_layer_that_is_never_reached_has_no_scales_and_keeps_its_weights() -> None:
+    torch.manual_seed(0)
+    made = Network(Unreached(), {"arch": "unreached", "outputs": 10}, PREPROCESSING).eval()
+    kept = made.get_parameter("body.unused.weight").clone()
+    quantized(made)
+    assert set(made.lineage[0]["sites"]) == {"body.a", "body.head"}
+    assert torch.equal(made.get_parameter("body.unused.weight"), kept)
+    assert fake_quantized(made)(images()).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda sites: sites.update({"body.nowhere": {"weight": [1.0]}}), "lacks"),
         (lambda sites: sites["body.conv1"].update(weight=[1.0]), "weight scales"),
         (lambda sites: sites["body.conv1"].update(input=0.0), "not a positive number"),
+        (lambda sites: sites["body.conv1"].update(input=1e-40), "denormal"),
     ],
 )
 def test_replay_refuses_sites_that_do_not_fit(change: object, message: str, quantized_once: dict[str, tuple[Network, Prepared]]) -> None:

@@ -150,6 +150,36 @@ def _curves(epochs: int, start: float, rate: float) -> list[dict[str, Any]]:
     ]
 
 
+def _quantization() -> dict[str, Any]:
+    def score(distance: float, top1: float) -> dict[str, float]:
+        return {"distance": distance, "primary": top1}
+
+    layers = [("body.conv1", 0.04, 0.011), ("body.layer1.0.conv1", 0.002, 0.049), ("body.fc", 0.001, 0.05)]
+    trace = [
+        {"layer": None, "kept": False, **score(0.05, 0.975), "accepted": False},
+        {"layer": "body.conv1", "kept": True, **score(0.011, 0.9806), "accepted": True},
+    ]
+    return {
+        "float_layers": ["body.conv1"],
+        "sensitivity": {
+            "images": 57,
+            "distance": "kl",
+            "int8": score(0.05, 0.975),
+            "float": score(0.001, 0.9806),
+            "layers": [{"layer": name, "alone": score(alone, 0.9778), "spared": score(spared, 0.9806)} for name, alone, spared in layers],
+        },
+        "mixed_precision": {
+            "backend": "onnxruntime",
+            "batch": 1,
+            "max_accuracy_drop_pp": 0.5,
+            "parent": 0.9806,
+            "float_layers": ["body.conv1"],
+            "latency_cost": {"body.conv1": 0.052},
+            "trace": trace,
+        },
+    }
+
+
 def _variants() -> list[dict[str, Any]]:
     confusion = [[54 if i == j else 0 for j in range(10)] for i in range(10)]
     for truth, found, number in ((8, 1, 3), (9, 3, 2), (3, 9, 1), (4, 7, 1)):
@@ -200,6 +230,7 @@ def _variants() -> list[dict[str, Any]]:
             "cached": False,
             "curves": _curves(2, 0.3, 0.005),
             "details": details,
+            "record": {"quantization": _quantization()},
         },
     ]
 

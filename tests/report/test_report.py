@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,13 @@ def test_a_note_is_shown_once_for_all_batches(report: dict[str, Any], format: st
     text = reports.render(report, format)
     assert text.count("19 of 21 layers only") == 1
     assert "qat onnxruntime int8" in text
+
+
+@pytest.mark.parametrize("format", ["markdown", "html"])
+def test_sensitivity_is_shown_layer_by_layer(report: dict[str, Any], format: str) -> None:
+    text = re.sub(r"\\(.)", r"\1", reports.render(report, format))
+    assert "Sensitivity of each layer: qat" in text
+    for wanted in ("body.layer1.0.conv1", "0.0400", "+5.2 %", "body.conv1 to float 98.06 %", "All in INT8: 0.0500"):
+        assert wanted in text
+    report["variants"][2]["record"] = {}
+    assert "Sensitivity of each layer" not in reports.render(report, format)

@@ -118,6 +118,7 @@ def quantized(stem_limit=63, seed=0):
     """(Q/DQ model, the scales that only some dialects need)."""
     ranges = calibrate(residual(seed=seed), images(64, seed=2))
     scales = {
+        "conv1": {"output": ranges["stem"] / 127},
         "layer1.0.conv2": {"output": ranges["layer1.0.conv2.out"] / 127, "sum": ranges["layer1.0.sum"] / 127},
         "layer2.0.conv2": {"output": ranges["layer2.0.conv2.out"] / 127, "sum": ranges["layer2.0.sum"] / 127},
     }

@@ -1,0 +1,136 @@
+"""Which layers a quantised variant keeps in float: sensitivity on validation, weighed by latency on the backend that will run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from deployopt.stages import StageContext
+from deployopt.stages._quantize import MixedPrecision, Quantization, Sensitivity
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from deployopt.nn.models import Network
+    from deployopt.nn.sensitivity import Score, Study
+
+SECONDS = 1.0  # timed for each candidate
+IMAGES = 32
+
+
+def decide(context: StageContext, config: Quantization, network: Network, reference: NDArray[np.float32] | None) -> dict[str, Any]:
+    """Study a network that was just quantised, and take out of its quantisation the layers that `mixed_precision: auto` keeps in float.
+
+    Args:
+        reference: the float parent's outputs on the validation split; None if `config` asks for nothing that needs it.
+
+    Returns:
+        The record's "quantization": {"float_layers", "sensitivity" (None if not asked for), "mixed_precision" (None unless auto)}.
+    """
+    from deployopt.nn.quantizer import float_layers, keep_float, quantization
+    from deployopt.nn.sensitivity import Study
+
+    found: dict[str, Any] = {"sensitivity": None, "mixed_precision": None}
+    if reference is not None:
+        study = Study(network, reference, context.dataset().validation, context.task, context.device)
+        found["sensitivity"] = _table(context, config, study)
+    if config.automatic is not None and reference is not None:
+        automatic = config.automatic
+        found["mixed_precision"] = context.choices.get_or_make("mixed_precision", lambda: _choose(context, automatic, network, study, found["sensitivity"]))
+        keep_float(network, found["mixed_precision"]["float_layers"])
+    entry = quantization(network)
+    assert entry is not None
+    return {"float_layers": list(float_layers(entry)), **found}
+
+
+def _table(context: StageContext, config: Quantization, study: Study) -> dict[str, Any]:
+    """{"images", "distance" ("kl" | "mse"), "int8" and "float" (the whole network in INT8, or in float with these weights), "layers"}."""
+    asked = config.sensitivity if isinstance(config.sensitivity, Sensitivity) else Sensitivity()
+    images = min(asked.images, len(context.dataset().validation))
+    rows = study.sensitivity(images, context.progress)
+    return {
+        "images": images,
+        "distance": "kl" if context.task.loss == "cross_entropy" else "mse",
+        "int8": study.score((), images)._asdict(),
+        "float": study.score(study.layers, images)._asdict(),
+        "layers": [{"layer": row.layer, "alone": row.alone._asdict(), "spared": row.spared._asdict()} for row in rows],
+    }
+
+
+def _choose(context: StageContext, config: MixedPrecision, network: Network, study: Study, table: Mapping[str, Any]) -> dict[str, Any]:
+    from deployopt.nn.sensitivity import LayerScores, Score, keep_fewest
+    from deployopt.report import summary, units
+
+    task = {name: getattr(context.task, name) for name in ("primary", "unit", "higher_is_better")}
+    parent = study.parent
+
+    def accepted(score: Score) -> bool:
+        drop = summary.accuracy_drop(score.primary, parent, task)
+        return drop is not None and drop <= config.max_accuracy_drop_pp
+
+    def describe(score: Score) -> str:
+        change = units.change(summary.accuracy_change(score.primary, parent, task), task)
+        return f"{change} of {units.metric_name(context.task.primary)} on validation (wanted a drop of at most {config.max_accuracy_drop_pp:g})"
+
+    rows = [LayerScores(row["layer"], Score(**row["alone"]), Score(**row["spared"])) for row in table["layers"]]
+    chosen = keep_fewest(study, rows, accepted, lambda names: latency_cost(context, config, network, study, names), describe)
+    return {"backend": config.backend, "batch": config.batch, "max_accuracy_drop_pp": config.max_accuracy_drop_pp, "parent": parent, **chosen}
+
+
+def latency_cost(context: StageContext, config: MixedPrecision, network: Network, study: Study, names: Sequence[str]) -> dict[str, float]:
+    """Share by which each layer, kept in float, lengthens the INT8 network's median latency: built by the backend, timed interleaved.
+
+    Raises:
+        BackendUnavailable: the backend does not run on this machine.
+        StageFailed: a candidate could not be built or timed.
+    """
+    from deployopt import plugins
+    from deployopt.bench.harness import Failure, Settings, Subject, measure, speedup
+    from deployopt.bench.targets import opener
+    from deployopt.errors import BackendUnavailable, StageFailed
+    from deployopt.runtime.session import SessionOptions
+
+    probed = plugins.find("backends", config.backend).probe()
+    if not probed.runs:
+        raise BackendUnavailable(f"mixed_precision times layers on {config.backend}: {probed.reason}", "set mixed_precision.backend to one that runs here")
+    options = SessionOptions(context.threads, context.device, "int8")
+    candidates: dict[str, list[str]] = {"INT8": [], **{name: [name] for name in names}}
+    with TemporaryDirectory() as folder:
+        subjects = []
+        with context.progress.track("build candidates", len(candidates)) as bar:
+            for number, (key, kept) in enumerate(candidates.items()):
+                path = _build(context, config, network, study, kept, Path(folder) / str(number))
+                subjects.append(Subject(key, opener(config.backend), path, options))
+                bar.advance(note=key)
+        validation = context.dataset().validation
+        images = validation.images(range(min(IMAGES * config.batch, len(validation))))
+        settings = Settings(min_seconds=SECONDS)
+        results = measure(subjects, images, settings, context.progress, batch=config.batch, source="validation split")
+    failed = [f"{key}: {result.reason}" for key, result in results.items() if isinstance(result, Failure)]
+    if failed:
+        raise StageFailed(f"mixed_precision could not time a candidate on {config.backend}: {failed[0]}", "set mixed_precision to a list of layers")
+    measured = {key: result for key, result in results.items() if not isinstance(result, Failure)}
+    return {name: 1 / speedup(measured["INT8"], measured[name])[0] - 1 for name in names}
+
+
+def _build(context: StageContext, config: MixedPrecision, network: Network, study: Study, kept: Sequence[str], folder: Path) -> Path:
+    """A candidate's artifact, below `folder`."""
+    import onnx
+
+    from deployopt import plugins
+    from deployopt.backends import BuildRequest
+    from deployopt.graph.canonical import canonicalize
+    from deployopt.nn.capture import example_input
+    from deployopt.nn.export import to_onnx
+    from deployopt.nn.quantizer import recorded_scales
+
+    folder.mkdir()
+    backend = plugins.find("backends", config.backend)
+    model = to_onnx(study.graph(kept), example_input(network.preprocessing), opset=21)
+    onnx.save(canonicalize(model, scales=recorded_scales(network, kept)), str(folder / "canonical.onnx"))
+    prepared = backend.prepare(folder / "canonical.onnx", "int8", folder / "prepared.onnx")
+    request = BuildRequest("int8", (config.batch,), context.threads, context.device)
+    return Path(backend.build(prepared, folder, request, context.progress).path)

@@ -1,0 +1,116 @@
+"""Sensitivity and mixed precision on a tiny trained network: tables, choices by real sessions, and mixed files on every runtime here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployopt import plugins
+from deployopt.errors import StageFailed, UsageError
+from deployopt.nn import checkpoint
+from deployopt.nn.quantizer import fake_quantized, quantization
+from deployopt.stages import StepOutput, build, export, finetune, init, ptq, qat
+from deployopt.stages._quantize import MixedPrecision
+
+TRAIN = {"batch_size": 32, "warmup_epochs": 0.0}
+KEPT = ("body.conv1", "body.layer1.0.conv1", "body.layer2.0.conv2", "body.fc")  # stem, before and at an Add, head
+LAYERS = 22
+
+
+@pytest.fixture(scope="module")
+def floating(run_stages, tmp_path_factory: pytest.TempPathFactory) -> list[StepOutput]:  # type: ignore[no-untyped-def]
+    return run_stages(tmp_path_factory.mktemp("float"), [(init, init.Config(fan_out=False)), (finetune, finetune.Config(epochs=2, **TRAIN))])
+
+
+@pytest.fixture(scope="module")
+def mixed(run_stages, floating: list[StepOutput], tmp_path_factory: pytest.TempPathFactory) -> list[StepOutput]:  # type: ignore[no-untyped-def]
+    config = ptq.Config(calibration_images=64, mixed_precision=KEPT, sensitivity=True)
+    return run_stages(tmp_path_factory.mktemp("mixed"), [(ptq, config), (export, export.Config(precisions=("int8",)))], floating)
+
+
+def test_layers_kept_in_float_live_in_the_lineage_and_replay(mixed: list[StepOutput]) -> None:
+    loaded = checkpoint.load(mixed[-2].folder)
+    entry = quantization(loaded)
+    assert entry is not None
+    assert entry["scheme"]["float_layers"] == sorted(KEPT)
+    assert len(entry["sites"]) == LAYERS - len(KEPT)
+    graph_module = fake_quantized(loaded)
+    assert {name: hasattr(graph_module.get_submodule(name), "weight_scale") for name in (*KEPT, "body.layer1.0.conv2")} == {
+        **dict.fromkeys(KEPT, False),
+        "body.layer1.0.conv2": True,
+    }
+
+
+def test_every_int8_layer_has_its_sensitivity(mixed: list[StepOutput]) -> None:
+    table = mixed[-2].record["quantization"]["sensitivity"]
+    assert table["images"] == 57
+    assert len(table["layers"]) == LAYERS - len(KEPT)
+    assert not {row["layer"] for row in table["layers"]} & set(KEPT)
+    assert table["float"]["distance"] < 1e-6 < table["int8"]["distance"]
+    assert all(0 <= row["alone"]["distance"] < 10 * table["int8"]["distance"] for row in table["layers"])
+    json.dumps(mixed[-2].record)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "tensorrt_rtx"])
+def test_runtimes_build_a_mixed_model_and_run_all_but_the_kept_layers_in_int8(run_stages, mixed: list[StepOutput], backend: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    probed = plugins.find("backends", backend).probe()
+    if not probed.builds:
+        pytest.skip(probed.reason)
+    config = build.Config(backends=(backend,), batch_sizes=(1,), on_unverified="fail")
+    record = run_stages(tmp_path, [(build, config)], mixed)[-1].record
+    assert record["status"] in ("ok", "built"), record["reason"]
+    verified = record["verified"]
+    if verified is not None:
+        assert (verified["quantized_layers"], verified["quantizable_layers"]) == (LAYERS - len(KEPT), LAYERS)
+
+
+class Kept:
+    """Choices that are remembered, as the store's are."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+    def get_or_make(self, name: str, make: Any) -> Any:
+        if name not in self.values:
+            self.values[name] = make()
+        return self.values[name]
+
+
+def test_auto_keeps_the_fewest_layers_and_repeats_its_choice(run_stages, floating: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    choices = Kept()
+    config = ptq.Config(calibration_images=64, observer="min_max", mixed_precision=MixedPrecision(max_accuracy_drop_pp=0.0))
+    first = run_stages(tmp_path / "a", [(ptq, config)], floating, choices=choices)[-1]
+    decision = first.record["quantization"]["mixed_precision"]
+    assert choices.values["mixed_precision"] == decision
+    assert decision["trace"][0]["layer"] is None
+    assert first.record["validation"]["top1"] >= decision["parent"]
+    kept = [step["layer"] for step in decision["trace"][1:] if step["kept"]]
+    assert set(decision["float_layers"]) <= set(kept)
+    assert set(decision["latency_cost"]) == (set() if decision["trace"][0]["accepted"] else set(decision["latency_cost"]))
+    second = run_stages(tmp_path / "b", [(ptq, config)], floating, choices=choices)[-1]
+    assert quantization(checkpoint.load(second.folder)) == quantization(checkpoint.load(first.folder))
+
+
+def test_unknown_layers_are_refused_with_the_nearest_name(run_stages, floating: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UsageError, match=r"unknown layer 'body\.conv'; did you mean 'body\.conv1'"):
+        run_stages(tmp_path, [(ptq, ptq.Config(mixed_precision=("body.conv",)))], floating)
+
+
+def test_no_layer_left_is_refused(run_stages, floating: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    network = checkpoint.load(floating[-1].folder)
+    everything = tuple(n.removesuffix(".weight") for n, p in network.named_parameters() if p.ndim > 1)
+    with pytest.raises(StageFailed, match="beside those that mixed_precision keeps in float"):
+        run_stages(tmp_path, [(ptq, ptq.Config(mixed_precision=everything))], floating)
+
+
+def test_learned_scales_train_and_stay_positive(run_stages, floating: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    config = {"epochs": 2, "calibration_images": 64, **TRAIN}
+    learned, observed = (
+        run_stages(tmp_path / name, [(qat, qat.Config.model_validate({**config, "learn_scales": learn}))], floating)[-1]
+        for name, learn in (("learned", True), ("observed", False))
+    )
+    assert learned.record["accuracy"]["top1"] >= observed.record["accuracy"]["top1"] - 0.05
+    sites = [quantization(checkpoint.load(step.folder))["sites"]["body.conv1"]["weight"] for step in (learned, observed)]  # type: ignore[index]
+    assert min(sites[0]) > 0
+    assert sites[0] != sites[1]
