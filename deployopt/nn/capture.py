@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import linecache
+import re
 import traceback
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from deployopt.errors import ExportFailed
 from deployopt.runtime.preprocessing import Preprocessing
@@ -64,6 +65,16 @@ def _culprit(exc: BaseException) -> str:
     frame = frames[-1]
     source = frame.line or linecache.getline(frame.filename, frame.lineno or 0).strip()
     return f"at {Path(frame.filename).name}:{frame.lineno} in {frame.name}: `{source}`"
+
+
+def source_of(node: Node) -> str | None:
+    """The line of the model's own code that made a captured node, as `capture`'s errors write it; None if torch.export recorded none."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.+)', node.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if not _inside(frame[0], Path(torch.__file__).parent)]
+    if not own:
+        return None
+    filename, line, function, source = own[-1]
+    return f"at {Path(filename).name}:{line} in {function}: `{source.strip()}`"
 
 
 def _inside(filename: str, folder: Path) -> bool:

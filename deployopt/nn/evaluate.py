@@ -38,8 +38,8 @@ def outputs(
         parts.append(module(torch.from_numpy(to_feed(images)).to(device, memory_format=torch.channels_last)).float().cpu().numpy())
         if on_batch is not None:
             on_batch(len(images))
-    rows = distributed.gathered(np.concatenate(parts), len(image_set))
-    others = len(image_set) - (own.stop - own.start)
+    rows = distributed.gathered(np.concatenate(parts), total)
+    others = total - (own.stop - own.start)
     if on_batch is not None and others:
         on_batch(others)
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from onnx import ModelProto
 from torch import nn
+from torch.fx import GraphModule
 
 from deployopt.errors import ExportFailed
-from deployopt.nn.capture import MAX_BATCH
+from deployopt.nn.capture import MAX_BATCH, source_of
 from deployopt.nn.quantizer import fake_quantized, folded, quantization
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ def to_onnx(graph_module: nn.Module, example: torch.Tensor, opset: int) -> Model
         example: float32 [2, C, H, W].
 
     Raises:
-        ExportFailed: an operator has no ONNX form; names it.
+        ExportFailed: an operator has no ONNX form; names it and the line of source.
     """
     batch = torch.export.Dim(BATCH, min=1, max=MAX_BATCH)
     with _quiet():
@@ -60,10 +62,25 @@ def to_onnx(graph_module: nn.Module, example: torch.Tensor, opset: int) -> Model
             )
         except torch.onnx.OnnxExporterError as exc:
             reason = next((line for line in reversed(str(exc.__cause__ or exc).splitlines()) if line.strip()), type(exc).__name__)
-            raise ExportFailed(f"the network could not be written as ONNX opset {opset}: {reason.strip()}", "replace that operator in the network") from exc
+            where = f" ({found})" if (found := _source(graph_module, reason)) else ""
+            raise ExportFailed(
+                f"the network could not be written as ONNX opset {opset}: {reason.strip()}{where}", "replace that operator in the network"
+            ) from exc
     if program is None:
         raise ExportFailed(f"torch.onnx.export wrote nothing for opset {opset}")
     return program.model_proto
+
+
+def _source(graph_module: nn.Module, reason: str) -> str | None:
+    """The line of the model's code behind the operator that the exporter's reason names: "target=torch.ops.prims.bessel_j0.default".
+
+    It is named as decomposed; the captured graph has the operator it came from, "aten.special_bessel_j0.default".
+    """
+    operator = re.search(r"target=torch\.ops\.\w+\.(\w+)", reason)
+    if operator is None or not isinstance(graph_module, GraphModule):
+        return None
+    named = (n for n in graph_module.graph.nodes if n.op == "call_function" and str(n.target).rpartition(".")[0].endswith(operator[1]))
+    return next((found for node in named if (found := source_of(node))), None)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ name, and `nn.quantizer` builds the deployed graph from them.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -104,18 +105,20 @@ OBSERVERS: dict[ObserverName, tuple[type[MinMaxObserver], dict[str, float]]] = {
 
 class _Step(torch.autograd.Function):
     """A step size s = e^θ, always positive. θ's gradient is s's divided by s, so that descent on θ moves s as descent on s itself would (to first
-    order), and an optimizer that normalises gradients moves it by a share of itself."""
+    order), and an optimizer that normalises gradients moves it by a share of itself. s stays within 2^±24, where float32 divides exactly enough."""
+
+    LARGEST_LOG = 24 * math.log(2)
 
     @staticmethod
     def forward(ctx: Any, log_step: Tensor) -> Tensor:
-        step = log_step.exp()
+        step = log_step.clamp(-_Step.LARGEST_LOG, _Step.LARGEST_LOG).exp()
         ctx.save_for_backward(step)
         return step
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (step,) = ctx.saved_tensors
-        return gradients[0] / step
+        return gradients[0] / cast(Tensor, step)
 
 
 class SiteFakeQuantize(FakeQuantize):  # type: ignore[misc]
@@ -149,7 +152,7 @@ class SiteFakeQuantize(FakeQuantize):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         if self.log_step is None or not self.fake_quant_enabled[0]:
             return cast(Tensor, super().forward(x))
-        step: Tensor = _Step.apply(self.log_step)  # type: ignore[no-untyped-call]
+        step: Tensor = _Step.apply(self.log_step)
         self.scale.copy_(step.detach())
         low, high = self.activation_post_process.quant_min, self.activation_post_process.quant_max
         zero_point, factor = torch.zeros_like(step), (x[0].numel() * high) ** -0.5

@@ -270,7 +270,7 @@ def _curves(report: Report) -> Section | None:
 
 
 def _sensitivity(report: Report) -> list[Section]:
-    sections = []
+    sections: list[Section] = []
     for found in summary.sensitivities(report["variants"], summary.task_of(report)):
         figures = []
         for title, column in (("alone in INT8", 1), ("alone in float", 2)):
