@@ -12,8 +12,9 @@ from deployopt.errors import ArtifactCorrupt, ArtifactError, ArtifactMismatch
 from deployopt.runtime.hashing import sha256_file, sha256_json
 from deployopt.runtime.session import TensorSpec
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int8_fp16"]
 FLOAT_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+INT8_PRECISIONS: tuple[Precision, ...] = ("int8", "int8_fp16")  # by what is not INT8: FP32 or FP16
 ArtifactKind = Literal["torch", "onnx", "engine"]
 RowStatus = Literal["ok", "built", "unavailable", "failed", "invalid"]
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"  # of a torch model's folder

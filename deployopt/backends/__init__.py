@@ -17,7 +17,7 @@ class BuildRequest:
     """What to build.
 
     Attributes:
-        precision: "fp32", "fp16", "bf16" or "int8", as typed in the prepared graph.
+        precision: an `artifact.Precision`, as typed in the prepared graph.
         batch_sizes: that will be measured; an optimisation profile spans them.
         threads: CPU threads the artifact will run with.
         device: "cpu" or "cuda:N".

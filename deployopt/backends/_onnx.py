@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from onnx import ValueInfoProto
 
 
-def prepare(canonical: Path, precision: str, out: Path) -> Path:
+def prepare(canonical: Path, precision: str, out: Path, *, keep_signed: bool = False) -> Path:
     """INT8 in the unsigned dialect of x86 CPUs, float precisions as they are.
+
+    Args:
+        keep_signed: as `to_unsigned` takes it.
 
     Raises:
         ExportFailed: a scale that only this dialect needs is missing; names the layer.
@@ -31,7 +34,7 @@ def prepare(canonical: Path, precision: str, out: Path) -> Path:
     if precision == "int8":
         from deployopt.graph.dialects import to_unsigned
 
-        model = to_unsigned(model)
+        model = to_unsigned(model, keep_signed=keep_signed)
     atomic_write(out, model.SerializeToString(deterministic=True))
     return out
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -14,7 +14,7 @@ from deployopt.artifact import Artifact, Verified
 from deployopt.backends import BuildRequest
 from deployopt.backends._shared import load
 from deployopt.config import Strict
-from deployopt.errors import BackendUnavailable, BuildFailed, DeployoptError, ExportFailed
+from deployopt.errors import BackendUnavailable, BuildFailed, DeployoptError
 from deployopt.runtime import manifest
 from deployopt.runtime.child import run_in_child
 from deployopt.runtime.cuda import Gpu, device_index, find_gpu
@@ -25,9 +25,6 @@ from deployopt.runtime.session import Session, SessionOptions, TensorSpec
 from deployopt.runtime.tensorrt import BuildOptions, load_vendor
 from deployopt.runtime.tensorrt_layers import Execution
 from deployopt.runtime.tensorrt_session import TensorRTSession
-
-if TYPE_CHECKING:
-    from onnx import GraphProto, NodeProto, TensorProto
 
 
 class BuildOptionsModel(Strict):
@@ -58,50 +55,21 @@ def gpu_or_reason() -> tuple[Gpu | None, str | None]:
         return None, exc.message
 
 
-def prepare(canonical: Path, out: Path) -> Path:
+def prepare(canonical: Path, out: Path, *, weakly_typed: bool = False) -> Path:
     """The canonical ONNX as it is: its Q/DQ already stand where TensorRT 10 and TensorRT-RTX want them. What they would misread is refused.
 
+    Args:
+        weakly_typed: write the dialect of TensorRT 8.x.
+
     Raises:
-        ExportFailed: no ONNX graph; or names the first node that quantises asymmetrically, to UINT8, or a bias.
+        ExportFailed: no ONNX graph; or names the first node that quantises asymmetrically, to UINT8, or a bias; or what 8.x cannot read.
     """
-    check_quantization(load(canonical).graph)
-    atomic_write(out, canonical.read_bytes())
+    from deployopt.graph.tensorrt import check_quantization, to_tensorrt8
+
+    model = load(canonical)
+    check_quantization(model.graph)
+    atomic_write(out, to_tensorrt8(model).SerializeToString(deterministic=True) if weakly_typed else canonical.read_bytes())
     return out
-
-
-def check_quantization(graph: GraphProto) -> None:
-    """Refuse Q/DQ that TensorRT rejects, or takes for something else (it reads UINT8 as INT8, with a mere warning).
-
-    Raises:
-        ExportFailed: with the node and the remedy.
-    """
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            fault = _fault(node, constants)
-            if fault:
-                raise ExportFailed(
-                    f"node '{node.name}' ({node.op_type}): {fault}", "quantise to symmetric INT8 with zero point 0, and leave biases in floating point"
-                )
-
-
-def _fault(node: NodeProto, constants: Mapping[str, TensorProto]) -> str | None:
-    """What TensorRT would misread in a QuantizeLinear or DequantizeLinear, if anything."""
-    from onnx import TensorProto, numpy_helper
-
-    data = constants.get(node.input[0])
-    if data is not None and data.data_type == TensorProto.INT32:
-        return f"'{data.name}' is INT32: TensorRT takes no quantised bias"
-    zero_point = constants.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-    typed = next((a.i for a in node.attribute if a.name == "output_dtype"), 0)
-    # ONNX: without a zero point and output_dtype, QuantizeLinear makes UINT8
-    unsigned_by_default = node.op_type == "QuantizeLinear" and zero_point is None and not typed
-    types = {tensor.data_type for tensor in (data, zero_point) if tensor is not None} | {typed}
-    if unsigned_by_default or TensorProto.UINT8 in types:
-        return "quantised to UINT8, which TensorRT reads as INT8"
-    if zero_point is not None and numpy_helper.to_array(zero_point).any():
-        return f"zero point '{zero_point.name}' is not 0"
-    return None
 
 
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, *, vendor: str, options: BuildOptions) -> Artifact:

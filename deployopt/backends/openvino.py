@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from deployopt.artifact import FLOAT_PRECISIONS, Artifact, Availability
+from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact, Availability
 from deployopt.backends import BuildRequest, _onnx
 from deployopt.backends._shared import sentence
 from deployopt.errors import BackendUnavailable
@@ -30,12 +30,12 @@ def probe() -> Availability:
     if DEVICE not in core.available_devices:
         return Availability(False, False, ov.__version__, None, f"OpenVINO finds no CPU plugin (devices: {', '.join(core.available_devices) or 'none'})")
     capabilities = core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
-    offered: dict[str, str | None] = {precision: not_offered(capabilities, precision) for precision in (*FLOAT_PRECISIONS, "int8")}
+    offered: dict[str, str | None] = {precision: not_offered(capabilities, precision) for precision in (*FLOAT_PRECISIONS, *INT8_PRECISIONS)}
     return Availability(True, True, ov.__version__, core.get_property(DEVICE, "FULL_DEVICE_NAME"), None, offered)
 
 
 def prepare(canonical: Path, precision: str, out: Path) -> Path:
-    return _onnx.prepare(canonical, precision, out)
+    return _onnx.prepare(canonical, precision, out, keep_signed=True)
 
 
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:

@@ -1,4 +1,4 @@
-"""TensorRT 10 or later: engines for the GPU of this machine."""
+"""TensorRT 8.5 or later: engines for the GPU of this machine."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from pathlib import Path
 
 from pydantic import Field
 
-from deployopt.artifact import Artifact, Availability
+from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact, Availability
 from deployopt.backends import BuildRequest, _tensorrt
 from deployopt.backends._shared import sentence
 from deployopt.errors import BackendUnavailable
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
 from deployopt.runtime.tensorrt import BuildOptions, load_vendor
+from deployopt.runtime.tensorrt_versions import is_weakly_typed, not_offered
 
 distributions = ("tensorrt",)
 build_depends_on_machine = True
 
 _VENDOR = "tensorrt"
-_PRECISIONS: dict[str, str | None] = dict.fromkeys(("fp32", "fp16", "bf16", "int8"))
 
 
 class Options(_tensorrt.BuildOptionsModel):
@@ -35,14 +35,20 @@ def probe() -> Availability:
         trt = load_vendor(_VENDOR)
     except BackendUnavailable as exc:
         return Availability(False, False, None, None, sentence(exc))
+    offered: dict[str, str | None] = {precision: not_offered(trt, precision) for precision in (*FLOAT_PRECISIONS, *INT8_PRECISIONS)}
     gpu, reason = _tensorrt.gpu_or_reason()
     if gpu is None:
-        return Availability(False, False, trt.__version__, None, reason, _PRECISIONS)
-    return Availability(True, True, trt.__version__, gpu.name, None, _PRECISIONS)
+        return Availability(False, False, trt.__version__, None, reason, offered)
+    return Availability(True, True, trt.__version__, gpu.name, None, offered)
 
 
 def prepare(canonical: Path, precision: str, out: Path) -> Path:
-    return _tensorrt.prepare(canonical, out)
+    """In the dialect of the version that is installed here; without one, of TensorRT 10 and later."""
+    try:
+        weakly_typed = is_weakly_typed(load_vendor(_VENDOR))
+    except BackendUnavailable:
+        weakly_typed = False
+    return _tensorrt.prepare(canonical, out, weakly_typed=weakly_typed)
 
 
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:

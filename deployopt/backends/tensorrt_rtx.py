@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from deployopt.artifact import Artifact, Availability
+from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact, Availability
 from deployopt.backends import BuildRequest, _tensorrt
 from deployopt.backends._shared import sentence
 from deployopt.errors import BackendUnavailable, BuildFailed
@@ -22,7 +22,7 @@ build_depends_on_machine = False
 _VENDOR = "tensorrt_rtx"
 _TURING = "7.5"
 _PORTABLE = ("8.6", "8.9", "12.0")  # GeForce RTX 30, 40 and 50
-_PRECISIONS: dict[str, str | None] = dict.fromkeys(("fp32", "fp16", "bf16", "int8"))
+_PRECISIONS: dict[str, str | None] = dict.fromkeys((*FLOAT_PRECISIONS, *INT8_PRECISIONS))
 
 
 def _distinct(capabilities: list[float]) -> list[float]:
@@ -69,7 +69,7 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) 
     """One optimisation profile: minimum batch 1, optimum and maximum the largest of `request.batch_sizes`."""
     options = _tensorrt.bind(_VENDOR, Options, request.options)
     targets = tuple(f"{c:.1f}" for c in options.compute_capabilities) if options.compute_capabilities else _default_targets()
-    if request.precision == "int8" and _TURING in targets and len(targets) > 1:
+    if request.precision in INT8_PRECISIONS and _TURING in targets and len(targets) > 1:
         raise BuildFailed(
             f"INT8 for compute capabilities {', '.join(targets)}: one engine for {_TURING} and others runs its convolutions in FP16 on all of them",
             f"build for {_TURING} in a recipe of its own: take it out of tensorrt_rtx's compute_capabilities here",

@@ -127,18 +127,18 @@ def describe(target: Target) -> Description:
 
 
 def precision_of(path: Path) -> Precision:
-    """What an ONNX file is typed as: int8 if it quantises anything, else its narrowest float initializers.
+    """What an ONNX file is typed as: int8 or int8_fp16 if it quantises anything, else its narrowest float initializers.
 
     Raises:
         MissingDependency: onnx is not installed.
         ArtifactMismatch: the file is no ONNX model.
     """
     graph = _load_onnx(path).graph
-    if any(node.op_type.startswith(("QuantizeLinear", "DequantizeLinear", "QLinear")) for node in graph.node):
-        return "int8"
-    from onnx import TensorProto
+    from onnx import TensorProto  # installed, or the file would not have been read
 
     kinds = {tensor.data_type for tensor in graph.initializer}
+    if any(node.op_type.startswith(("QuantizeLinear", "DequantizeLinear", "QLinear")) for node in graph.node):
+        return "int8_fp16" if TensorProto.FLOAT16 in kinds else "int8"
     if TensorProto.FLOAT16 in kinds:
         return "fp16"
     return "bf16" if TensorProto.BFLOAT16 in kinds else "fp32"

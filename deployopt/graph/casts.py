@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, ModelProto, TensorProto, checker, helper, numpy_helper, version_converter
 
 from deployopt.errors import ExportFailed
-from deployopt.graph.editing import Graph, clone, with_shapes
+from deployopt.graph.editing import Graph, clone, opset_of, with_shapes
 
 _TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _Q_OPSET = 19  # QuantizeLinear takes FP16 and BF16 scales from here on
@@ -28,7 +28,7 @@ def cast(model: ModelProto, precision: Literal["fp16", "bf16"]) -> ModelProto:
         ExportFailed: a value overflows, a scale vanishes (both name the initializer), or the opset is too old.
     """
     target = _TYPES[precision]
-    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    opset = opset_of(model)
     if opset < _Q_OPSET and any(n.op_type in ("QuantizeLinear", "DequantizeLinear") for n in model.graph.node):
         raise ExportFailed(f"INT8 with {precision.upper()} around it needs opset {_Q_OPSET} or newer, found {opset}", "set export.opset: 21")
     model = version_converter.convert_version(model, _BF16_OPSET) if precision == "bf16" and opset < _BF16_OPSET else clone(model)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from onnx import ModelProto, checker, shape_inference
 
 from deployopt.errors import ExportFailed
-from deployopt.graph.editing import PRODUCTS, Graph, has_constant_weight, layer_name, with_shapes
+from deployopt.graph.editing import PRODUCTS, Graph, has_constant_weight, layer_name, unmoved, with_shapes
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def quantization_report(model: ModelProto) -> QuantizationReport:
     floating: list[str] = []
     for node in graph.nodes(*PRODUCTS):
         if has_constant_weight(graph, node):
-            is_int8 = all(graph.producer(name, "DequantizeLinear") is not None for name in node.input[:2])
+            is_int8 = all(graph.producer(unmoved(graph, name), "DequantizeLinear") is not None for name in node.input[:2])
             (quantized if is_int8 else floating).append(layer_name(graph, node))
     adds = [n for n in graph.nodes("Add") if all(graph.constant(name) is None for name in n.input)]
     pairs = [any(graph.producer(name, "DequantizeLinear") is not None for name in n.input) for n in adds]

@@ -17,7 +17,7 @@ _PAIR_SAFE = 64  # 2 · 255 · 64 < 2^15: a pair of products of x86's vpmaddubsw
 _BIAS_LIMIT = 2**30  # leaves as much of the int32 accumulator to the products
 
 
-def to_unsigned(model: ModelProto) -> ModelProto:
+def to_unsigned(model: ModelProto, *, keep_signed: bool = False) -> ModelProto:
     """The dialect of x86 CPUs (ONNX Runtime, OpenVINO): u8 activations, s8 weights, int32 biases, Q/DQ around every Add and pooling.
 
     Activations keep their signed scale; the zero point becomes 0 where a tensor cannot be negative (then a ReLU fuses) and 128 elsewhere, so the
@@ -25,6 +25,7 @@ def to_unsigned(model: ModelProto) -> ModelProto:
 
     Args:
         model: canonical INT8, with the scales "output" of each convolution before an Add and "sum" of an Add that no layer reads.
+        keep_signed: leave activations that may be negative as s8, which OpenVINO adds and convolves without a shift by a zero point.
 
     Raises:
         ExportFailed: a scale is missing; names the layer.
@@ -33,12 +34,14 @@ def to_unsigned(model: ModelProto) -> ModelProto:
     graph = Graph(model.graph)
     trained = graph.nodes("QuantizeLinear")
     quantize_outputs(graph, stored_scales(model))
-    make_unsigned(graph)
+    make_unsigned(graph, keep_signed=keep_signed)
     clip_to_signed_range(graph, trained)
     quantize_biases(graph)
+    saturating = saturating_layers(graph)
+    hoist_quantizers(graph)
     graph.finish()
     props = {p.key: p.value for p in model.metadata_props}
-    if saturating := saturating_layers(model):
+    if saturating:
         props[SATURATION_KEY] = ",".join(saturating)
     helper.set_model_props(model, props)
     model = with_shapes(model)
@@ -116,10 +119,13 @@ def is_non_negative(graph: Graph, tensor: str) -> bool:
     return node.op_type in ("Relu", "Sigmoid", "Softmax")
 
 
-def make_unsigned(graph: Graph) -> None:
-    """Signed symmetric activations → unsigned ones of the same scale."""
+def make_unsigned(graph: Graph, *, keep_signed: bool) -> None:
+    """Signed symmetric activations → unsigned ones of the same scale, those that may be negative only if they are not to be kept."""
     for quantizer in graph.nodes("QuantizeLinear"):
-        zero = np.uint8(0 if is_non_negative(graph, quantizer.input[0]) else 128)
+        positive = is_non_negative(graph, quantizer.input[0])
+        if keep_signed and not positive:
+            continue
+        zero = np.uint8(0 if positive else 128)
         name = graph.add_constant(f"{quantizer.input[1].removesuffix('.scale')}.zero_point_u8", zero)
         for node in (quantizer, *graph.consumers[quantizer.output[0]]):
             node.input[2:] = [name]
@@ -131,7 +137,8 @@ def clip_to_signed_range(graph: Graph, quantizers: Iterable[NodeProto]) -> None:
     The Clip works on u8: before the QuantizeLinear, ONNX Runtime would fuse it into a float convolution.
     """
     for quantizer in quantizers:
-        if graph.constant(quantizer.input[2]) == 0:
+        zero = graph.constant(quantizer.input[2])
+        if zero is not None and zero.dtype == np.uint8 and zero == 0:
             tensor = quantizer.output[0]
             low, high = (graph.add_constant(f"{tensor}.{name}", np.uint8(value)) for name, value in (("low", 0), ("high", 127)))
             clipped = graph.free_name(f"{tensor}.clipped")
@@ -183,12 +190,39 @@ def _widened(graph: Graph, w: NodeProto, scale: NDArray[np.float32], least: NDAr
     return wide
 
 
-def saturating_layers(model: ModelProto) -> list[str]:
+def hoist_quantizers(graph: Graph) -> None:
+    """x → pool → Q → DQ becomes x → Q → DQ → pool, also for reshaping: the same values, as rounding keeps their order.
+
+    The layer before then writes integers, a quarter of the bytes, and pooling reads them. ONNX Runtime carries the DQ on to the reader by itself.
+    """
+    for quantizer in graph.nodes("QuantizeLinear"):
+        while (moved := _moves_alone(graph, quantizer.input[0])) and (dequantizer := _sole_dequantizer(graph, quantizer)):
+            source, result = moved.input[0], moved.output[0]
+            graph.redirect(dequantizer.output[0], result, list(graph.consumers.get(dequantizer.output[0], ())))
+            graph.redirect(result, source, [quantizer])
+            graph.redirect(source, dequantizer.output[0], [moved])
+
+
+def _moves_alone(graph: Graph, tensor: str) -> NodeProto | None:
+    """The node that makes a tensor, if it only moves values and they have no other reader."""
+    node = graph.producers.get(tensor)
+    alone = node is not None and node.op_type in TRANSPARENT and len(graph.consumers[tensor]) == 1 and tensor not in graph.outputs
+    return node if alone else None
+
+
+def _sole_dequantizer(graph: Graph, quantizer: NodeProto) -> NodeProto | None:
+    """The only DequantizeLinear behind a quantizer, also behind the Clip of its integers."""
+    readers = graph.consumers.get(quantizer.output[0], [])
+    while len(readers) == 1 and readers[0].op_type == "Clip":
+        readers = graph.consumers.get(readers[0].output[0], [])
+    return readers[0] if len(readers) == 1 and readers[0].op_type == "DequantizeLinear" else None
+
+
+def saturating_layers(graph: Graph) -> list[str]:
     """Layers in which x86 CPUs without VNNI may saturate: inputs over the whole u8 range times weights beyond ±64.
 
     vpmaddubsw adds two u8 · s8 products in int16 (Intel SDM). After a ReLU inputs end at 127, where two products fit.
     """
-    graph = Graph(model.graph)
     found = []
     for node in graph.nodes(*PRODUCTS):
         x, w = (graph.producer(name, "DequantizeLinear") for name in node.input[:2])

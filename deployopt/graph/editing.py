@@ -35,6 +35,11 @@ def with_shapes(model: ModelProto) -> ModelProto:
         raise ExportFailed(f"the ONNX graph's shapes or types contradict each other: {exc}") from exc
 
 
+def opset_of(model: ModelProto) -> int:
+    """The version of ONNX's own operators."""
+    return next(int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx"))
+
+
 def attribute(node: NodeProto, name: str, default: Any) -> Any:
     """A node's attribute, or ONNX's default given by the caller."""
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
@@ -148,6 +153,13 @@ def layer_name(graph: Graph, node: NodeProto) -> str:
     while tensor not in graph.initializers and tensor in graph.producers:
         tensor = graph.producers[tensor].input[0] if graph.producers[tensor].input else ""
     return tensor.removesuffix(".weight") if tensor.endswith(".weight") else node.name or node.output[0]
+
+
+def unmoved(graph: Graph, tensor: str) -> str:
+    """The tensor whose values this one holds, before they were pooled by their maximum, reshaped or moved about."""
+    while (node := graph.producers.get(tensor)) is not None and node.op_type in TRANSPARENT:
+        tensor = node.input[0]
+    return tensor
 
 
 def has_constant_weight(graph: Graph, node: NodeProto) -> bool:

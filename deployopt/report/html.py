@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from deployopt.artifact import INT8_PRECISIONS
 from deployopt.report import charts, summary, units
 from deployopt.report.summary import JsonRow, Report
 from deployopt.report.verdict import headline, limit_sentences
@@ -113,14 +114,15 @@ def _tradeoff(report: Report, palette: _Palette) -> Section | None:
 
 
 def _path(report: Report) -> list[JsonRow]:
-    """One measured row a variant, in trunk order, on the recommended row's backend and batch; float variants in FP32."""
+    """One measured row a variant, in trunk order, on the recommended row's backend and batch; float variants in FP32, others as that row if it is INT8."""
     recommended = report.get("recommended")
     if not recommended:
         return []
     best = report["rows"][recommended["row"]]
+    int8 = best["precision"] if best["precision"] in INT8_PRECISIONS else "int8"
     found = []
     for variant in report["variants"]:
-        precision = "int8" if variant.get("family") == "int8" else "fp32"
+        precision = int8 if variant.get("family") == "int8" else "fp32"
         wanted = (variant["name"], best["backend"], precision, best["batch"])
         found += [r for r in summary.measured(report["rows"]) if (r["variant"], r["backend"], r["precision"], r["batch"]) == wanted]
     return found

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from deployopt.artifact import INT8_PRECISIONS
 from deployopt.report import units
 
 Report = Mapping[str, Any]
@@ -318,6 +319,6 @@ def accuracy_cell(row: JsonRow, reference: float | None, task: Mapping[str, Any]
 def quantized_cell(row: JsonRow) -> str:
     """Layers that really run in INT8: "21/21"; – where none is wanted, ? where the runtime does not tell."""
     verified = row.get("verified")
-    if row["precision"] != "int8" and not (verified and verified["quantized_layers"]):
+    if row["precision"] not in INT8_PRECISIONS and not (verified and verified["quantized_layers"]):
         return units.UNKNOWN
     return f"{verified['quantized_layers']}/{verified['quantizable_layers']}" if verified else "?"

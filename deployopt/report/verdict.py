@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from deployopt.artifact import INT8_PRECISIONS
 from deployopt.report import summary, units
 from deployopt.report.summary import JsonRow
 
@@ -137,7 +138,7 @@ def _quantization_violations(rows: Sequence[JsonRow], share: float | None) -> li
     if share is None:
         return []
     limit = _quantization_limit(share)
-    planned = [r for r in rows if r["precision"] == "int8" and r["status"] != "unavailable"]
+    planned = [r for r in rows if r["precision"] in INT8_PRECISIONS and r["status"] != "unavailable"]
     verified = [r for r in planned if quantized_share(r) is not None]
     return [limit.violation(r) for r in (verified or planned[:1]) if limit.miss(r)]
 

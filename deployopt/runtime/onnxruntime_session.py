@@ -15,6 +15,7 @@ SATURATION_KEY = "deployopt.int16_saturation"  # written by graph/dialects.py
 NOT_OFFERED = {  # ONNX Runtime inserts casts around its FP32 kernels: right results, but never that precision
     "fp16": "ONNX Runtime's CPU kernels compute FP16 graphs in FP32",
     "bf16": "ONNX Runtime has no BF16 convolution on CPUs",
+    "int8_fp16": "ONNX Runtime's CPU kernels compute in FP32 what is not INT8: that is precision int8",
 }
 _DTYPES = {
     "tensor(float)": "float32",

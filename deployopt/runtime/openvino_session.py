@@ -14,6 +14,7 @@ DEVICE = "CPU"
 _TELEMETRY = "openvino_telemetry"
 _HINTS = {"fp32": "f32", "int8": "f32", "fp16": "f16", "bf16": "bf16"}  # of what is not INT8; without it AMX machines run FP32 in BF16
 _CAPABILITIES = {"int8": "INT8", "fp16": "FP16", "bf16": "BF16"}
+_MIXED = "OpenVINO's CPU plugin takes the INT8 dialect with FP32 around it: that is precision int8"
 
 
 def load_vendor() -> Any:
@@ -41,6 +42,8 @@ def not_offered(capabilities: Sequence[str], precision: str) -> Optional[str]:
     Args:
         capabilities: the device's OPTIMIZATION_CAPABILITIES.
     """
+    if precision == "int8_fp16":
+        return _MIXED
     needed = _CAPABILITIES.get(precision)
     if needed is None or needed in capabilities:
         return None

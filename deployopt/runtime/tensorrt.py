@@ -1,6 +1,7 @@
-"""Building engines with TensorRT 10 or later and TensorRT-RTX. They share one API shape, so the vendor module is an argument (`trt`).
+"""Building engines with TensorRT and TensorRT-RTX. They share one API shape, so the vendor module is an argument (`trt`).
 
-Precision is typed in the ONNX (casts, Q/DQ) and networks are strongly typed; no builder flag changes it. TF32 is off: FP32 means FP32.
+Precision is typed in the ONNX (casts, Q/DQ); networks are strongly typed and no builder flag changes it, but for TensorRT 8.x
+(`runtime/tensorrt_versions.py`). TF32 is off: FP32 means FP32.
 """
 
 import errno
@@ -13,6 +14,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 from deployopt.errors import ArtifactMismatch, BackendUnavailable, BuildFailed
 from deployopt.runtime import manifest
+from deployopt.runtime import tensorrt_versions as versions
 from deployopt.runtime.cuda import Gpu, device_index, find_gpu
 from deployopt.runtime.files import atomic_write
 from deployopt.runtime.hashing import sha256_bytes
@@ -20,6 +22,7 @@ from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import Progress, SilentProgress
 from deployopt.runtime.session import TensorSpec
 from deployopt.runtime.tensorrt_layers import Execution, Network, execution, layers_of_inspector, layers_of_log, network_of
+from deployopt.runtime.tensorrt_versions import is_rtx, product
 
 Shape = Tuple[int, ...]
 Ranges = Dict[str, Dict[str, Shape]]  # input → {"min", "opt", "max"}: shape
@@ -95,20 +98,11 @@ def load_vendor(name: str) -> Any:
         raise BackendUnavailable(f"package {name} cannot be loaded ({type(exc).__name__}: {exc})", install) from exc
     if not usable(trt):
         raise BackendUnavailable(f"package {name} is not installed (only its type stubs are)", install)
-    if not is_rtx(trt) and int(trt.__version__.split(".")[0]) < 10:
+    if not versions.is_served(trt):
         raise BackendUnavailable(
-            f"TensorRT {trt.__version__} is not served: it is weakly typed and needs an ONNX dialect of its own", "install TensorRT 10.3 or later"
+            f"{product(trt)} is not served: it has no named tensors", f"install TensorRT {'.'.join(map(str, versions.OLDEST))} or later (JetPack 5.1 or later)"
         )
     return trt
-
-
-def is_rtx(trt: Any) -> bool:
-    return bool(trt.__name__ == "tensorrt_rtx")
-
-
-def product(trt: Any) -> str:
-    """Name and version for messages."""
-    return f"{'TensorRT-RTX' if is_rtx(trt) else 'TensorRT'} {trt.__version__}"
 
 
 def compute_capabilities(trt: Any) -> List[str]:
@@ -175,9 +169,7 @@ def make_monitor(trt: Any, advance: Callable[[float, str], None]) -> Any:
 
 def _parse(trt: Any, builder: Any, logger: Any, onnx: bytes) -> Tuple[Any, Any]:
     """(network, parser); the parser owns the weights, so it must outlive the build."""
-    modes = trt.NetworkDefinitionCreationFlag
-    flags = 1 << int(modes.STRONGLY_TYPED) if hasattr(modes, "STRONGLY_TYPED") else 0  # 11 knows no other kind
-    network = builder.create_network(flags)
+    network = builder.create_network(versions.network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(onnx):
         raise _refusal(trt, parser, logger)
@@ -193,9 +185,9 @@ def _refusal(trt: Any, parser: Any, logger: Any) -> BuildFailed:
         return BuildFailed(f"{product(trt)} cannot read the ONNX: {_clean(' '.join(logger.errors()))}", _REMEDY_ELSE)
     lines, remedies = [], []
     for error in errors:
-        operator = error.node_operator()
+        name, operator = versions.node_of(error)
         what, remedy = explain(error.code().name, _clean(error.desc()), operator)
-        lines.append(f"node '{error.node_name()}' ({operator}): {what}" if operator else what)
+        lines.append(f"node '{name}' ({operator}): {what}" if operator else what)
         remedies.append(remedy)
     return BuildFailed(f"{product(trt)} cannot build this ONNX:\n  " + "\n  ".join(lines), remedies[0])
 
@@ -251,8 +243,13 @@ def ranges_of(inputs: Sequence[TensorSpec], batch_sizes: Sequence[int]) -> Range
     return ranges
 
 
-def build_engine(trt: Any, onnx: bytes, options: BuildOptions, progress: Optional[Progress] = None, description: str = "building") -> Build:
+def build_engine(
+    trt: Any, onnx: bytes, options: BuildOptions, progress: Optional[Progress] = None, description: str = "building", precision: str = "fp32"
+) -> Build:
     """Build an engine in this process. On a machine without a GPU only TensorRT-RTX can, ahead of time.
+
+    Args:
+        precision: as typed in the ONNX; a weakly typed builder must be allowed it.
 
     Raises:
         BuildFailed: the parser or the builder refused; says the node, what is wrong and what to do.
@@ -264,17 +261,19 @@ def build_engine(trt: Any, onnx: bytes, options: BuildOptions, progress: Optiona
     inputs = _specs([network.get_input(i) for i in range(network.num_inputs)])
     outputs = _specs([network.get_output(i) for i in range(network.num_outputs)])
     ranges = ranges_of(inputs, options.batch_sizes)
-    config = _configure(trt, builder, logger, options)
+    config = _configure(trt, builder, logger, options, precision)
     _add_profile(builder, config, logger, ranges)
     start = time.monotonic()
     with ExitStack() as stack:
         bar = stack.enter_context((progress or SilentProgress()).track(description, 1.0))
-        monitor = config.progress_monitor = make_monitor(trt, bar.advance)
+        monitor = make_monitor(trt, bar.advance) if versions.has_monitor(trt) else None
+        if monitor is not None:
+            config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
         if plan is not None:
-            bar.advance(1.0 - monitor.told)  # the builder skips steps it has nothing to do in
+            bar.advance(1.0 - (monitor.told if monitor is not None else 0.0))  # the builder skips steps it has nothing to do in
     seconds = time.monotonic() - start
-    if monitor.raised is not None:
+    if monitor is not None and monitor.raised is not None:
         raise monitor.raised
     if plan is None:
         raise BuildFailed(f"{product(trt)} built no engine: {_clean(' '.join(logger.errors())) or 'it gave no reason'}", _REMEDY_ELSE)
@@ -284,14 +283,15 @@ def build_engine(trt: Any, onnx: bytes, options: BuildOptions, progress: Optiona
     return Build(data, seconds, ranges, inputs, outputs, ran, reason)
 
 
-def _configure(trt: Any, builder: Any, logger: Any, options: BuildOptions) -> Any:
+def _configure(trt: Any, builder: Any, logger: Any, options: BuildOptions, precision: str) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)
+    versions.allow(trt, config, precision)
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
-    if options.optimization_level is not None:
-        config.builder_optimization_level = options.optimization_level
+    if options.optimization_level is not None and not versions.set_optimization_level(config, options.optimization_level):
+        raise BuildFailed(f"{product(trt)} has no optimisation levels", "remove optimization_level from the options of tensorrt in the recipe's build stage")
     if options.compute_capabilities:
         known = compute_capabilities(trt)
         unknown = [c for c in options.compute_capabilities if c not in known]
@@ -379,7 +379,7 @@ def build_file(
     build_options = BuildOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})  # type: ignore[arg-type]
     source, target = Path(onnx), Path(engine)
     data = source.read_bytes()
-    built = build_engine(trt, data, build_options, progress, f"{product(trt)} builds {target.name}")
+    built = build_engine(trt, data, build_options, progress, f"{product(trt)} builds {target.name}", precision)
     _save(target, built.plan)
     manifest.write(
         target,

@@ -76,18 +76,24 @@ def nodes_of(metadata: str) -> Tuple[str, ...]:
 
 def network_of(trt: Any, network: Any) -> Network:
     """The convolutions, matrix products and Adds of a parsed network (`INetworkDefinition`)."""
-    wanted = {trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION, trt.LayerType.MATRIX_MULTIPLY}
+    kinds = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "FULLY_CONNECTED")  # the last: 8.x only
+    wanted = {getattr(trt.LayerType, kind) for kind in kinds if hasattr(trt.LayerType, kind)}
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    products = [(nodes_of(layer.metadata) or (layer.name,))[0] for layer in layers if layer.type in wanted]
+    products = [_node_of(layer) for layer in layers if layer.type in wanted]
     adds = []
     for layer in layers:
-        node = (nodes_of(layer.metadata) or (layer.name,))[0]
+        node = _node_of(layer)
         if layer.type != trt.LayerType.ELEMENTWISE or node in products:  # a Gemm's bias is an Add of that Gemm's node
             continue
         layer.__class__ = trt.IElementWiseLayer  # get_layer returns the base class; this is the vendor's way to the derived one
         if layer.op == trt.ElementWiseOperation.SUM:
             adds.append(node)
     return Network(tuple(products), tuple(adds))
+
+
+def _node_of(layer: Any) -> str:
+    """The ONNX node that a layer of a parsed network stands for: by its metadata, in 8.5, which has none, by its name."""
+    return str((nodes_of(getattr(layer, "metadata", "")) or (layer.name,))[0])
 
 
 def layers_of_log(messages: Iterable[Tuple[str, str]]) -> List[Layer]:
@@ -123,10 +129,9 @@ def _layer_of_json(entry: Mapping[str, Any]) -> Layer:
     def precisions(tensors: Sequence[Mapping[str, Any]]) -> Tuple[str, ...]:
         return tuple(precision_of(str(t.get("Format/Datatype", t.get("Datatype", "?")))) for t in tensors)
 
-    kind = str(entry.get("ParameterType") or entry.get("LayerType") or "?")
-    return Layer(
-        str(entry.get("Name", "?")), kind, precisions(entry.get("Inputs", [])), precisions(entry.get("Outputs", [])), nodes_of(str(entry.get("Metadata", "")))
-    )
+    name, kind = str(entry.get("Name", "?")), str(entry.get("ParameterType") or entry.get("LayerType") or "?")
+    nodes = nodes_of(str(entry.get("Metadata", ""))) or tuple(name.split(" + "))  # without metadata, fused names are joined so
+    return Layer(name, kind, precisions(entry.get("Inputs", [])), precisions(entry.get("Outputs", [])), nodes)
 
 
 def execution(network: Network, layers: Sequence[Layer]) -> Execution:

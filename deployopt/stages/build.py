@@ -11,12 +11,12 @@ import traceback
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, Field, PositiveFloat, ValidationError, field_validator, model_validator
 
 from deployopt import plugins
-from deployopt.artifact import Artifact, Availability
+from deployopt.artifact import INT8_PRECISIONS, Artifact, Availability, Precision
 from deployopt.backends import Backend, BuildRequest
 from deployopt.bench.environment import without_folders
 from deployopt.errors import BuildFailed, DeployoptError, UsageError
@@ -104,7 +104,7 @@ def _load(names: Sequence[str]) -> list[tuple[str, Backend]]:
 
 def _step(source: Point, name: str, backend: Backend, probed: Availability) -> Expansion:
     if source.precision is None:
-        raise UsageError(f"the exported model of '{source.variant}' states no precision; wanted fp32, fp16, bf16 or int8")
+        raise UsageError(f"the exported model of '{source.variant}' states no precision; wanted one of {', '.join(get_args(Precision))}")
     parameters: dict[str, Any] = {"backend": name, "runtime": probed.version, "distributions": _versions(backend.distributions)}
     if backend.build_depends_on_machine:
         parameters["device"] = probed.device
@@ -182,7 +182,7 @@ def _build(backend: Backend, canonical: Path, folder: Path, request: BuildReques
 def _shortfall(artifact: Artifact, precision: str, float_layers: int) -> str | None:
     """What is missing from an INT8 artifact that should run in INT8 but for `float_layers`; None if nothing is, or if it cannot be told here."""
     verified = artifact.metadata.get("verified")
-    if precision != "int8" or verified is None or verified["quantized_layers"] + float_layers >= verified["quantizable_layers"]:
+    if precision not in INT8_PRECISIONS or verified is None or verified["quantized_layers"] + float_layers >= verified["quantizable_layers"]:
         return None
     executed = ", ".join(f"{count} in {kind}" for kind, count in sorted(verified["executed"].items()))
     kept = f"; mixed_precision keeps {float_layers} in float" if float_layers else ""
@@ -192,7 +192,7 @@ def _shortfall(artifact: Artifact, precision: str, float_layers: int) -> str | N
 def _notes(artifact: Artifact, precision: str, shortfall: str | None) -> list[str]:
     """The INT8 shortfall or why INT8 could not be verified, and what the backend noted."""
     facts = artifact.metadata
-    unverified = facts.get("verified_reason") if precision == "int8" and facts.get("verified") is None else None
+    unverified = facts.get("verified_reason") if precision in INT8_PRECISIONS and facts.get("verified") is None else None
     said = (shortfall, unverified and f"INT8 is not verified: {unverified}", facts.get("note"))
     return [without_folders(str(note)) for note in said if note]
 

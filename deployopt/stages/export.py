@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from deployopt.artifact import FLOAT_PRECISIONS, Artifact, Precision
+from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact, Precision
 from deployopt.errors import ExportFailed, UsageError
 from deployopt.runtime.files import atomic_write
 from deployopt.runtime.preprocessing import PREPROCESSING_KEY
@@ -37,6 +37,7 @@ distributions = ("torch", "onnx", "onnxscript", "onnxruntime")
 
 MIN_OPSET, MAX_OPSET = 19, 23  # 19: FP16 scales of Q/DQ; 23: the newest that torch.onnx writes for these operators
 PARITY_IMAGES = 128
+_TYPED: dict[Precision, Literal["fp16", "bf16"]] = {"fp16": "fp16", "bf16": "bf16", "int8_fp16": "fp16"}  # type of the float parts; else FP32
 BATCHES = (1, 2, 7)  # the rest in one batch
 
 
@@ -46,7 +47,8 @@ class Config(StageConfig):
     opset: int = Field(default=21, ge=MIN_OPSET, le=MAX_OPSET)
     """ONNX operator set. BF16 files have at least 22, the first whose convolution takes it."""
     precisions: tuple[Precision, ...] = Field(default=("fp32", "fp16", "bf16", "int8"), min_length=1, strict=False)
-    """Files to make: of float variants those of fp32, fp16 and bf16, of quantised variants int8."""
+    """Files to make: of float variants those of fp32, fp16 and bf16; of quantised variants int8 (FP32 around the INT8 layers) and int8_fp16 (FP16 there,
+    for TensorRT)."""
 
     @field_validator("precisions")
     @classmethod
@@ -70,14 +72,14 @@ class Limit:
 
 
 # float32 sums in another order; 11 bits of mantissa; an INT8 value on the other side of a rounding tie is one whole step, and steps add up over layers
-LIMITS: dict[str, Limit] = {"fp32": Limit(1e-3, 0.99), "fp16": Limit(0.03, 0.98), "int8": Limit(0.25, 0.95)}
+LIMITS: dict[str, Limit] = {"fp32": Limit(1e-3, 0.99), "fp16": Limit(0.03, 0.98), "int8": Limit(0.25, 0.95), "int8_fp16": Limit(0.25, 0.95)}
 UNCHECKED = {"bf16": "ONNX Runtime has no BF16 convolution on CPUs: graph checked, outputs not compared"}
 
 
 def expand(config: Config, planning: Planning) -> list[Expansion]:
     steps = []
     for variant in planning.variants:
-        allowed = ("int8",) if variant.family == "int8" else FLOAT_PRECISIONS
+        allowed = INT8_PRECISIONS if variant.family == "int8" else FLOAT_PRECISIONS
         chosen = [p for p in config.precisions if p in allowed]
         points = tuple(Point("onnx", variant.variant, variant.family, artifact=p, precision=p) for p in chosen)
         if points:
@@ -85,7 +87,8 @@ def expand(config: Config, planning: Planning) -> list[Expansion]:
     if not steps:
         families = ", ".join(f"{v.variant} ({v.family})" for v in planning.variants) or "none"
         raise UsageError(
-            f"export.precisions {list(config.precisions)} fits no variant (variants: {families}); float variants take fp32, fp16 and bf16, quantised ones int8",
+            f"export.precisions {list(config.precisions)} fits no variant (variants: {families}); "
+            f"float variants take {', '.join(FLOAT_PRECISIONS)}, quantised ones {', '.join(INT8_PRECISIONS)}",
             "add a precision to export.precisions, or a qat or ptq stage before export",
         )
     return steps
@@ -125,12 +128,14 @@ def _write(canonical: ModelProto, precision: Precision, path: Path) -> dict[str,
     from deployopt.graph import macs
     from deployopt.graph.casts import cast
     from deployopt.graph.checks import check
+    from deployopt.graph.editing import opset_of
 
-    model = cast(canonical, precision) if precision in ("fp16", "bf16") else canonical
+    typed = _TYPED.get(precision)
+    model = cast(canonical, typed) if typed else canonical
     check(model)
     atomic_write(path, model.SerializeToString(deterministic=True))
     return {
-        "opset": next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")),
+        "opset": opset_of(model),
         "macs": sum(macs.by_node(model).values()),
         "nodes": dict(sorted(Counter(n.op_type for n in model.graph.node).items())),
     }

@@ -6,7 +6,8 @@ from residual_onnx import CONVOLUTIONS, images, quantized, run
 from deployopt.errors import ExportFailed
 from deployopt.graph.canonical import SCALES_KEY, canonicalize
 from deployopt.graph.checks import check, quantization_report
-from deployopt.graph.dialects import SATURATION_KEY, saturating_layers, to_unsigned
+from deployopt.graph.dialects import SATURATION_KEY, to_unsigned
+from deployopt.graph.editing import Graph, unmoved
 
 
 def canonical(stem_limit=63):
@@ -34,7 +35,7 @@ def test_zero_points_are_0_where_nothing_is_negative_and_128_elsewhere():
     zero = {n.input[0]: int(values[n.input[2]]) for n in model.graph.node if n.op_type == "QuantizeLinear"}
     assert zero == {
         "normal": 128,
-        "pooled": 0,
+        "stem": 0,
         "layer1.0.relu": 0,
         "layer1.0.conv2.out": 128,
         "layer1.0.sum": 0,
@@ -42,7 +43,7 @@ def test_zero_points_are_0_where_nothing_is_negative_and_128_elsewhere():
         "layer2.0.conv2.out": 128,
         "layer2.0.downsample.0.out": 128,
         "layer2.0.sum": 0,
-        "flat": 0,
+        "spatial_mean": 0,
     }
     assert {values[n.input[2]].dtype for n in model.graph.node if n.op_type == "QuantizeLinear"} == {np.dtype(np.uint8)}
 
@@ -63,8 +64,26 @@ def test_every_trained_quantizer_behind_a_relu_ends_at_127_and_no_other():
     values = constants(model)
     limited = {n.input[0]: (int(values[n.input[1]]), int(values[n.input[2]])) for n in model.graph.node if n.op_type == "Clip"}
     quantizers = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
-    assert {quantizers[name] for name in limited} == {"pooled", "layer1.0.relu", "layer1.0.sum", "layer2.0.relu", "flat"}
+    assert {quantizers[name] for name in limited} == {"stem", "layer1.0.relu", "layer1.0.sum", "layer2.0.relu", "spatial_mean"}
     assert set(limited.values()) == {(0, 127)}
+
+
+def test_what_may_be_negative_can_stay_signed():
+    model = to_unsigned(canonical(), keep_signed=True)
+    check(model)
+    values = constants(model)
+    kinds = {n.input[0]: values[n.input[2]].dtype for n in model.graph.node if n.op_type == "QuantizeLinear"}
+    signed = {"normal", "layer1.0.conv2.out", "layer2.0.conv2.out", "layer2.0.downsample.0.out"}
+    assert {name for name, kind in kinds.items() if kind == np.int8} == signed
+    assert {name for name, kind in kinds.items() if kind == np.uint8} == kinds.keys() - signed
+    np.testing.assert_array_equal(run(model, images(64)), run(to_unsigned(canonical()), images(64)))
+
+
+def test_pooling_and_reshaping_work_on_integers():
+    model = to_unsigned(canonical())
+    made = {o: n for n in model.graph.node for o in n.output}
+    kinds = {n.op_type: [made[name].op_type for name in n.input[:1]] for n in model.graph.node if n.op_type in ("MaxPool", "Reshape")}
+    assert kinds == {"MaxPool": ["DequantizeLinear"], "Reshape": ["DequantizeLinear"]}
 
 
 def test_biases_are_int32_and_every_add_is_quantised_on_both_sides():
@@ -72,7 +91,9 @@ def test_biases_are_int32_and_every_add_is_quantised_on_both_sides():
     kinds = {t.name: t.data_type for t in model.graph.initializer}
     assert all(kinds[f"{name}.bias.quantized"] == TensorProto.INT32 for name in (*CONVOLUTIONS, "fc"))
     made = {o: n.op_type for n in model.graph.node for o in n.output}
-    assert all(made[name] == "DequantizeLinear" for n in model.graph.node if n.op_type in ("Add", "GlobalAveragePool", "Conv") for name in n.input)
+    index = Graph(model.graph)
+    readers = [n for n in model.graph.node if n.op_type in ("Add", "GlobalAveragePool", "Conv")]
+    assert all(made[unmoved(index, name)] == "DequantizeLinear" for n in readers for name in n.input)
     assert len(quantization_report(model).quantized) == len(CONVOLUTIONS) + 1
 
 
@@ -106,10 +127,9 @@ def test_a_bias_beyond_int32_widens_its_channels_scale():
 
 
 def test_only_wide_weights_behind_the_whole_u8_range_may_saturate():
-    assert saturating_layers(to_unsigned(canonical(stem_limit=63))) == []
-    wide = to_unsigned(canonical(stem_limit=127))
-    assert saturating_layers(wide) == ["conv1"]
-    assert {p.key for p in wide.metadata_props} == {SCALES_KEY, SATURATION_KEY}
+    narrow, wide = (to_unsigned(canonical(stem_limit=limit)) for limit in (63, 127))
+    assert {p.key for p in narrow.metadata_props} == {SCALES_KEY}
+    assert {p.key: p.value for p in wide.metadata_props}[SATURATION_KEY] == "conv1"
 
 
 def test_optimised_kernels_agree_with_the_reference():

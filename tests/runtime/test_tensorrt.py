@@ -17,6 +17,7 @@ from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import TensorSpec
 
 FAULTY = Path(__file__).parent / "faulty"
+MODULES = ("deployopt.runtime.tensorrt", "deployopt.runtime.tensorrt_layers", "deployopt.runtime.tensorrt_versions")
 AMPERE = rt.BuildOptions((1, 4), ("8.6",))
 
 
@@ -55,12 +56,13 @@ def test_stubs_alone_are_not_the_library(monkeypatch):
     assert caught.value.remedy == "pip install 'deployopt[tensorrt]'"
 
 
-def test_a_weakly_typed_tensorrt_is_refused(monkeypatch):
+def test_a_tensorrt_without_named_tensors_is_refused(monkeypatch):
     old = ModuleType("tensorrt")
-    old.Builder, old.__version__ = object, "8.6.1"
+    old.Builder, old.__version__ = object, "8.4.3.1"
     monkeypatch.setitem(sys.modules, "tensorrt", old)
-    with pytest.raises(BackendUnavailable, match=r"TensorRT 8\.6\.1 is not served"):
+    with pytest.raises(BackendUnavailable, match=r"TensorRT 8\.4\.3\.1 is not served") as caught:
         rt.load_vendor("tensorrt")
+    assert caught.value.remedy.startswith("install TensorRT 8.5 or later")
 
 
 def test_a_missing_or_broken_vendor_says_why(monkeypatch, tmp_path):
@@ -79,10 +81,23 @@ def test_vendor_calls_exist_in_tensorrt_10_stubs():
     if not stubs:
         pytest.skip("tensorrt-stubs is not installed")
     known = set(re.findall(r"^\s*(?:def|class)? ?(\w+)\b(?=[(:]| *=)", stubs[0].read_text(), flags=re.MULTILINE))
-    source = "".join(Path(sys.modules[name].__file__).read_text() for name in ("deployopt.runtime.tensorrt", "deployopt.runtime.tensorrt_layers"))
+    source = "".join(Path(sys.modules[name].__file__).read_text() for name in MODULES)
     used = set(re.findall(r"\b(?:trt|builder|network|parser|config|profile|runtime|engine|error|modes)\.(\w+)", source))
     rtx_only = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability"}
-    ours = {"name", "files", "hashing", "preprocessing", "progress", "session", "tensorrt_layers", "cuda", "write_bytes", "adds", "products"}
+    ours = {
+        "name",
+        "files",
+        "hashing",
+        "preprocessing",
+        "progress",
+        "session",
+        "tensorrt_layers",
+        "tensorrt_versions",
+        "cuda",
+        "write_bytes",
+        "adds",
+        "products",
+    }
     python = {"__name__", "__version__"}
     assert used - rtx_only - ours - python - known == set()
     assert {"OnnxParser", "build_serialized_network", "deserialize_cuda_engine", "STRONGLY_TYPED"} <= used

@@ -1,0 +1,76 @@
+"""What differs between TensorRT 8.5, 8.6, 10, 11 and TensorRT-RTX; the vendor module is an argument (`trt`). Everything else is common to them.
+
+8.x is weakly typed: builder flags allow the precisions that the graph marks. Later ones compute in the types of the graph.
+"""
+
+from typing import Any, Dict, Optional, Tuple
+
+OLDEST = (8, 5)  # has named tensors and `execute_async_v3`
+_WEAK_UNTIL = (10, 0)
+_FLAGS: Dict[str, Tuple[str, ...]] = {"fp32": (), "fp16": ("FP16",), "int8": ("INT8",), "int8_fp16": ("INT8", "FP16")}
+_LEVEL = 3  # the builder's own optimisation level
+
+
+def is_rtx(trt: Any) -> bool:
+    return bool(trt.__name__ == "tensorrt_rtx")
+
+
+def product(trt: Any) -> str:
+    """Name and version for messages."""
+    return f"{'TensorRT-RTX' if is_rtx(trt) else 'TensorRT'} {trt.__version__}"
+
+
+def release(trt: Any) -> Tuple[int, int]:
+    """Major and minor version."""
+    major, minor = trt.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def is_served(trt: Any) -> bool:
+    return is_rtx(trt) or release(trt) >= OLDEST
+
+
+def is_weakly_typed(trt: Any) -> bool:
+    """Whether precision needs builder flags, and an ONNX dialect of its own (`graph/tensorrt.py: to_tensorrt8`)."""
+    return not is_rtx(trt) and release(trt) < _WEAK_UNTIL
+
+
+def not_offered(trt: Any, precision: str) -> Optional[str]:
+    """Why this version does not compute in a precision, None if it does."""
+    if not is_weakly_typed(trt) or precision in _FLAGS:
+        return None
+    return f"{product(trt)} has no {precision.upper()} (it has: {', '.join(_FLAGS)})"
+
+
+def network_flags(trt: Any) -> int:
+    """For `create_network`. 11 knows nothing but strong typing, 8.x must be told that the batch is an axis."""
+    modes = trt.NetworkDefinitionCreationFlag
+    if is_weakly_typed(trt):
+        return 1 << int(modes.EXPLICIT_BATCH)
+    return 1 << int(modes.STRONGLY_TYPED) if hasattr(modes, "STRONGLY_TYPED") else 0
+
+
+def allow(trt: Any, config: Any, precision: str) -> None:
+    """Let a weakly typed builder use a precision, and only kernels of TensorRT's own, as 10 does by default: no cuDNN, no cuBLAS."""
+    if is_weakly_typed(trt):
+        for flag in _FLAGS[precision]:
+            config.set_flag(getattr(trt.BuilderFlag, flag))
+        sources = trt.TacticSource
+        config.set_tactic_sources(1 << int(sources.EDGE_MASK_CONVOLUTIONS) | 1 << int(sources.JIT_CONVOLUTIONS))
+
+
+def set_optimization_level(config: Any, level: int) -> bool:
+    """Whether this version has the level; 8.5 has its own only."""
+    if hasattr(config, "builder_optimization_level"):
+        config.builder_optimization_level = level
+    return level == _LEVEL or hasattr(config, "builder_optimization_level")
+
+
+def has_monitor(trt: Any) -> bool:
+    """Whether a build can tell its progress (from 10 on)."""
+    return hasattr(trt, "IProgressMonitor")
+
+
+def node_of(error: Any) -> Tuple[str, str]:
+    """(name, operator) of the node that a parser error is about; 8.x tells them in the description alone, and both are empty."""
+    return (error.node_name(), error.node_operator()) if hasattr(error, "node_name") else ("", "")

@@ -1,0 +1,82 @@
+"""A TensorRT 8.6 that builds nothing: it lacks what 8.6 lacks, and its refusal tells what was asked of it. It never stands for a result."""
+
+from enum import IntEnum
+from types import SimpleNamespace
+
+__version__ = "8.6.1"
+
+
+class ILogger:
+    pass
+
+
+class NetworkDefinitionCreationFlag(IntEnum):
+    EXPLICIT_BATCH = 0
+
+
+class BuilderFlag(IntEnum):
+    FP16 = 0
+    INT8 = 1
+    TF32 = 6
+
+
+class TacticSource(IntEnum):
+    CUBLAS = 0
+    CUBLAS_LT = 1
+    CUDNN = 2
+    EDGE_MASK_CONVOLUTIONS = 3
+    JIT_CONVOLUTIONS = 4
+
+
+class ProfilingVerbosity(IntEnum):
+    DETAILED = 2
+
+
+class OnnxParser:
+    num_errors = 1
+
+    def __init__(self, network, logger):
+        pass
+
+    def parse(self, data):
+        return data != b"refused"
+
+    def get_error(self, index):  # without node_name and node_operator, which came later
+        return SimpleNamespace(code=lambda: SimpleNamespace(name="UNSUPPORTED_NODE"), desc=lambda: "In node 7 (importNode)")
+
+
+class _Config:
+    def __init__(self, has_levels):
+        self.asked = []
+        if has_levels:
+            self.builder_optimization_level = 3
+
+    def set_flag(self, flag):
+        self.asked.append(flag.name)
+
+    def clear_flag(self, flag):
+        self.asked.append(f"no {flag.name}")
+
+    def set_tactic_sources(self, mask):
+        self.asked.append("tactics " + " ".join(source.name for source in TacticSource if mask >> source & 1))
+
+
+class Builder:
+    def __init__(self, logger):
+        self.logger = logger
+        self.asked = []
+
+    def create_network(self, flags):
+        self.asked = [flag.name for flag in NetworkDefinitionCreationFlag if flags >> flag & 1]
+        return SimpleNamespace(
+            num_inputs=0,
+            num_outputs=1,
+            get_output=lambda i: SimpleNamespace(name="y", shape=(1, 2), dtype=SimpleNamespace(name="FLOAT"), get_dimension_name=lambda axis: None),
+        )
+
+    def create_builder_config(self):
+        return _Config(has_levels=not __version__.startswith("8.5"))
+
+    def build_serialized_network(self, network, config):
+        assert not hasattr(config, "progress_monitor")
+        self.logger.log(SimpleNamespace(name="ERROR"), ", ".join((*self.asked, *config.asked)))

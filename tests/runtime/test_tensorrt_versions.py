@@ -1,0 +1,69 @@
+"""TensorRT 8.x cannot build without a GPU: what is asked of it is told by a module that has its names and builds nothing."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from deployopt.errors import BuildFailed
+from deployopt.runtime import tensorrt as rt
+from deployopt.runtime import tensorrt_versions as versions
+
+FAULTY = Path(__file__).parent / "faulty" / "tensorrt.py"
+OWN_KERNELS = "tactics EDGE_MASK_CONVOLUTIONS JIT_CONVOLUTIONS"
+
+
+@pytest.fixture
+def old():
+    spec = importlib.util.spec_from_file_location("tensorrt", FAULTY)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def vendor(version, name="tensorrt"):
+    module = ModuleType(name)
+    module.__version__ = version
+    return module
+
+
+@pytest.mark.parametrize(
+    ("version", "served", "weak"), [("8.4.3.1", False, True), ("8.5.2", True, True), ("8.6.1", True, True), ("10.3.0", True, False), ("11.0", True, False)]
+)
+def test_versions(version, served, weak):
+    assert (versions.is_served(vendor(version)), versions.is_weakly_typed(vendor(version))) == (served, weak)
+
+
+def test_rtx_counts_its_versions_anew():
+    rtx = vendor("1.7.1.116", "tensorrt_rtx")
+    assert versions.is_served(rtx)
+    assert not versions.is_weakly_typed(rtx)
+    assert versions.product(rtx) == "TensorRT-RTX 1.7.1.116"
+
+
+def test_bf16_came_with_strong_typing(old):
+    assert versions.not_offered(old, "bf16") == "TensorRT 8.6.1 has no BF16 (it has: fp32, fp16, int8, int8_fp16)"
+    assert versions.not_offered(old, "int8_fp16") is None
+    assert versions.not_offered(vendor("10.3.0"), "bf16") is None
+
+
+@pytest.mark.parametrize(("precision", "flags"), [("fp32", []), ("fp16", ["FP16"]), ("int8", ["INT8"]), ("int8_fp16", ["INT8", "FP16"])])
+def test_a_weakly_typed_builder_is_allowed_the_precision_and_its_own_kernels(old, precision, flags):
+    with pytest.raises(BuildFailed) as caught:
+        rt.build_engine(old, b"model", rt.BuildOptions((1,)), precision=precision)
+    asked = ", ".join(["EXPLICIT_BATCH", "no TF32", *flags, OWN_KERNELS])
+    assert caught.value.message == f"TensorRT 8.6.1 built no engine: {asked}"
+
+
+def test_a_parser_error_without_a_node_tells_its_description(old):
+    with pytest.raises(BuildFailed, match=r"the operator is not supported \(In node 7 \(importNode\)\)"):
+        rt.build_engine(old, b"refused", rt.BuildOptions((1,)))
+
+
+def test_levels_that_8_5_lacks_are_refused(old):
+    old.__version__ = "8.5.2"
+    with pytest.raises(BuildFailed, match=r"TensorRT 8\.5\.2 has no optimisation levels"):
+        rt.build_engine(old, b"model", rt.BuildOptions((1,), optimization_level=5))
+    with pytest.raises(BuildFailed, match="built no engine"):  # its own level may be named
+        rt.build_engine(old, b"model", rt.BuildOptions((1,), optimization_level=3))
