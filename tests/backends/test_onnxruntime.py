@@ -24,6 +24,7 @@ def test_it_says_what_it_executes():
     assert probed.device
     assert {name for name, reason in probed.precisions.items() if reason is None} == {"fp32", "int8"}
     assert "FP32" in probed.precisions["fp16"]
+    assert "that is precision int8" in probed.precisions["int8_fp16"]
 
 
 def test_every_layer_of_the_dialect_runs_in_int8(tmp_path):

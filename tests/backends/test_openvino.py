@@ -24,6 +24,7 @@ def test_it_says_what_it_executes():
     assert probed.device
     assert probed.precisions["fp32"] is None
     assert probed.precisions["int8"] is None
+    assert "that is precision int8" in probed.precisions["int8_fp16"]
     for precision in ("fp16", "bf16"):
         reason = probed.precisions[precision]
         assert reason is None or "would compute in FP32" in reason

@@ -1,6 +1,8 @@
 """Real TensorRT-RTX builds of a small residual network; running needs a GPU that it serves."""
 
 import shutil
+import sys
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -10,6 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from deployopt.artifact import Artifact
 from deployopt.backends import BuildRequest, _tensorrt, tensorrt, tensorrt_rtx
 from deployopt.errors import ArtifactCorrupt, ArtifactMismatch, BackendUnavailable, BuildFailed, DeployoptError, ExportFailed
+from deployopt.graph.casts import cast
+from deployopt.graph.tensorrt import check_tensorrt8
 from deployopt.runtime import manifest
 from deployopt.runtime.cuda import find_gpu
 from deployopt.runtime.hashing import sha256_file
@@ -125,7 +129,7 @@ def has_gpu():
 def test_rtx_builds_here_and_runs_only_with_a_gpu_it_serves(rtx):
     found = tensorrt_rtx.probe()
     assert (found.builds, found.version) == (True, rtx.__version__)
-    assert set(found.precisions) == {"fp32", "fp16", "bf16", "int8"}
+    assert set(found.precisions) == {"fp32", "fp16", "bf16", "int8", "int8_fp16"}
     assert found.runs == (found.reason is None)
     if not has_gpu():
         assert found.reason.startswith("no NVIDIA driver (libcuda.so.1 not found)")
@@ -212,6 +216,28 @@ def test_int8_engine_is_verified_and_its_float_results_are_said(int8):
     assert int8.metadata["verified"] == {"quantized_layers": 4, "quantizable_layers": 4, "executed": {"int8": 4}}
     assert int8.metadata["int8_to_float"] == 4
     assert int8.metadata["note"].startswith("4 of 4 INT8 layers write floating point")
+
+
+def test_int8_with_fp16_around_it_is_built_and_its_layers_still_run_in_int8(tmp_path, int8):
+    model = cast(onnx.load(int8.path.with_name("int8.onnx")), "fp16")
+    onnx.save(model, tmp_path / "canonical.onnx")
+    prepared = tensorrt_rtx.prepare(tmp_path / "canonical.onnx", "int8_fp16", tmp_path / "model.onnx")
+    built = tensorrt_rtx.build(prepared, tmp_path, BuildRequest("int8_fp16", options={"compute_capabilities": [8.6]}), SilentProgress())
+    assert built.metadata["verified"] == int8.metadata["verified"]
+    assert manifest.read(built.path).precision == "int8_fp16"
+    assert {spec.dtype for spec in (*built.inputs, *built.outputs)} == {"float32"}
+
+
+def test_tensorrt_8_gets_its_dialect(tmp_path, monkeypatch):
+    old = ModuleType("tensorrt")
+    old.Builder, old.__version__ = object, "8.6.1"
+    monkeypatch.setitem(sys.modules, "tensorrt", old)
+    prepared = tensorrt.prepare(canonical(tmp_path, "int8"), "int8", tmp_path / "prepared.onnx")
+    check_tensorrt8(onnx.load(prepared))
+    assert "BF16" in tensorrt.probe().precisions["bf16"]
+    monkeypatch.delitem(sys.modules, "tensorrt")
+    if not tensorrt.probe().builds:  # without TensorRT, the dialect of 10 and later
+        assert sha256_file(tensorrt.prepare(canonical(tmp_path, "int8"), "int8", tmp_path / "later.onnx")) == sha256_file(tmp_path / "int8.onnx")
 
 
 def test_artifact_and_manifest_describe_the_engine(int8):

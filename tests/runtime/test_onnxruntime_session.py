@@ -71,7 +71,7 @@ def test_feeds_to_be_timed_are_of_one_shape(path):
                 session.load(feeds)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8_fp16"])
 def test_a_precision_that_would_not_be_executed_is_not_opened(path, precision):
     with pytest.raises(BackendUnavailable):
         open_session(path, SessionOptions(precision=precision))

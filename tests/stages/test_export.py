@@ -14,6 +14,20 @@ def test_each_variant_is_one_step_with_the_precisions_of_its_family() -> None:
     assert [(s.label, [p.precision for p in s.makes]) for s in steps] == [("finetune", ["fp16"]), ("qat", ["int8"])]
 
 
+def test_an_int8_variant_is_exported_with_fp32_or_fp16_around_it() -> None:
+    (step,) = export.expand(export.Config(precisions=("int8", "int8_fp16")), Planning([INT8], "export"))
+    assert [p.precision for p in step.makes] == ["int8", "int8_fp16"]
+
+
+@pytest.mark.parametrize("layers", [20, 54])
+def test_limits_widen_with_the_rounding_and_with_depth(layers: int) -> None:
+    limits = [export.limit_of(p, layers) for p in ("fp32", "fp16", "int8", "int8_fp16")]
+    assert [limit.relative for limit in limits] == sorted(limit.relative for limit in limits)
+    assert limits[0].relative < 3e-4
+    assert limits[2].relative < 0.06
+    assert all(narrow.relative < export.limit_of(p, 2 * layers).relative for narrow, p in zip(limits, ("fp32", "fp16", "int8", "int8_fp16"), strict=True))
+
+
 def test_a_variant_that_no_precision_fits_makes_nothing() -> None:
     assert [s.label for s in export.expand(export.Config(precisions=("int8",)), Planning([FLOAT, INT8], "export"))] == ["qat"]
 

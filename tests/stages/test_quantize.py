@@ -73,7 +73,7 @@ def test_ptq_leaves_the_weights_and_keeps_the_accuracy(run_stages, pruned: list[
 
 
 def test_a_pruned_and_quantised_network_is_exported_as_torch_computes_it(run_stages, trained_int8: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    step = run_stages(tmp_path, [(export, export.Config(precisions=("int8",)))], trained_int8)[-1]
+    step = run_stages(tmp_path, [(export, export.Config(precisions=("int8", "int8_fp16")))], trained_int8)[-1]
     record = step.record["precisions"]["int8"]
     assert record["parity"]["checked"]
     assert record["parity"]["agreement"] >= 0.95
@@ -84,6 +84,12 @@ def test_a_pruned_and_quantised_network_is_exported_as_torch_computes_it(run_sta
     assert json.loads(metadata["deployopt.classes"]) == ["0", "1", "2"]
     assert Preprocessing.from_json(json.loads(metadata["deployopt.preprocessing"])).image_size == 8
     assert step.artifacts["int8"].verified().metadata["precision"] == "int8"
+    mixed = step.record["precisions"]["int8_fp16"]["parity"]
+    assert mixed["checked"]
+    assert mixed["max_abs_diff"] <= mixed["max_abs_diff_limit"]
+    kinds = {t.data_type for t in onnx.load(step.folder / "int8_fp16.onnx").graph.initializer}
+    assert {onnx.TensorProto.INT8, onnx.TensorProto.FLOAT16} <= kinds
+    assert onnx.TensorProto.FLOAT not in kinds
 
 
 def test_a_float_network_is_exported_in_every_float_precision(run_stages, pruned: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
