@@ -1,0 +1,64 @@
+"""What the benchmarks of graphs share: a network with random weights, its canonical FP32 and INT8 ONNX. Accuracy is not the point there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from onnx import ModelProto
+
+from deployopt.bench.artifacts import natural_noise
+from deployopt.graph.canonical import canonicalize
+from deployopt.nn import CIFAR_ARCHITECTURES, models
+from deployopt.nn.capture import example_input
+from deployopt.nn.export import deployed, to_onnx
+from deployopt.nn.models import Network
+from deployopt.nn.prepared import Prepared, Scheme
+from deployopt.nn.quantizer import quantization
+from deployopt.runtime.preprocessing import Preprocessing, to_feed
+from deployopt.stages.export import recorded_scales
+
+OPSET = 21
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """One network's files: as it was, and quantised after training."""
+
+    fp32: ModelProto
+    int8: ModelProto
+
+
+def network(arch: str, image_size: int, seed: int = 0) -> tuple[Network, torch.Tensor]:
+    """(network, float32 [16, 3, S, S] in 0–1) with BatchNorm statistics of these images, so that activations keep their size through its depth."""
+    torch.manual_seed(seed)
+    outputs = 10 if arch in CIFAR_ARCHITECTURES else 1000
+    made = models.build({"arch": arch, "outputs": outputs}, Preprocessing(image_size))
+    images = torch.from_numpy(to_feed(natural_noise(16, image_size, image_size, 3, seed)))
+    norms = [m for m in made.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        made.train()(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return made.eval(), images
+
+
+def fp32(made: Network) -> ModelProto:
+    return canonicalize(to_onnx(deployed(made), example_input(made.preprocessing), OPSET))
+
+
+def int8(made: Network, images: torch.Tensor) -> ModelProto:
+    """Quantises `made` by calibration on these images."""
+    assert quantization(made) is None
+    prepared = Prepared(made, Scheme())
+    prepared.calibrate(iter(images.split(8)))
+    prepared.write_back(made)
+    return canonicalize(to_onnx(deployed(made), example_input(made.preprocessing), OPSET), scales=recorded_scales(made))
+
+
+def canonical(arch: str, image_size: int, seed: int = 0) -> Canonical:
+    made, images = network(arch, image_size, seed)
+    return Canonical(fp32(made), int8(made, images))

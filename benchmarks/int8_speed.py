@@ -1,0 +1,129 @@
+"""How much faster is INT8 on CPUs? Each network's FP32 and INT8 on ONNX Runtime and OpenVINO, and as NNCF quantises it, interleaved.
+
+    python benchmarks/int8_speed.py                                     # about 15 minutes on two cores
+    python benchmarks/int8_speed.py --nncf-python OTHER_VENV/bin/python    # NNCF lives elsewhere: uv pip install nncf openvino onnx
+
+Batch 1 shows latency, batch 8 throughput, each with all threads on one stream. Ratios are paired by block; several rounds repeat the whole
+comparison in fresh processes. Weights are random: speed does not depend on them. Writes benchmarks/results/int8_speed.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import _networks
+import numpy as np
+
+from deployopt.backends import onnxruntime, openvino
+from deployopt.bench.artifacts import natural_noise, opener
+from deployopt.bench.environment import environment
+from deployopt.bench.harness import Failure, Measured, Settings, Subject, measure, speedup
+from deployopt.runtime.preprocessing import to_feed
+from deployopt.runtime.progress import SilentProgress
+from deployopt.runtime.session import SessionOptions
+
+RESULTS = Path(__file__).resolve().parent / "results"
+NNCF = Path(__file__).resolve().parent / "nncf_quantize.py"
+PAIRS = (  # (what the ratio says, slower, faster)
+    ("ONNX Runtime FP32 / INT8", "onnxruntime/fp32", "onnxruntime/int8"),
+    ("OpenVINO FP32 / INT8", "openvino/fp32", "openvino/int8"),
+    ("OpenVINO INT8, NNCF's / ours", "openvino/nncf", "openvino/int8"),
+)
+CALIBRATION_IMAGES = 16
+
+
+def files(arch: str, image_size: int, folder: Path, nncf_python: str) -> tuple[dict[str, Path], str | None]:
+    """What is timed, by "backend/precision", and why NNCF's is not among it, if so."""
+    canonical = _networks.canonical(arch, image_size)
+    for name, model in (("fp32", canonical.fp32), ("int8", canonical.int8)):
+        (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+    found = {
+        f"{name}/{precision}": backend.prepare(folder / f"{precision}.onnx", precision, folder / f"{name}-{precision}.onnx")
+        for name, backend in (("onnxruntime", onnxruntime), ("openvino", openvino))
+        for precision in ("fp32", "int8")
+    }
+    np.save(folder / "images.npy", to_feed(natural_noise(CALIBRATION_IMAGES, image_size, image_size, 3, seed=0)))
+    command = [nncf_python, str(NNCF), str(folder / "fp32.onnx"), str(folder / "images.npy"), str(folder / "nncf.xml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return found, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return {**found, "openvino/nncf": folder / "nncf.xml"}, None
+
+
+def ratios(paths: dict[str, Path], image_size: int, batch: int, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One round: every file at one batch size, interleaved."""
+    subjects = []
+    for key, path in paths.items():
+        backend, precision = key.split("/")
+        options = SessionOptions(arguments.threads, precision="int8" if precision == "nncf" else precision)
+        subjects.append(Subject(key, opener(backend), path, options))
+    images = natural_noise(8 * batch, image_size, image_size, 3, seed)
+    measured = measure(subjects, images, Settings(min_seconds=arguments.seconds, seed=seed), SilentProgress(), batch=batch, source="synthetic 1/f noise")
+    found: dict[str, Any] = {"seed": seed, "batch": batch, "rows": {key: _row(result) for key, result in measured.items()}, "ratios": {}}
+    for label, slow, fast in PAIRS:
+        a, b = measured.get(slow), measured.get(fast)
+        if isinstance(a, Measured) and isinstance(b, Measured):
+            found["ratios"][label] = speedup(a, b, seed)
+    return found
+
+
+def _row(result: Measured | Failure) -> dict[str, Any]:
+    if isinstance(result, Failure):
+        return {"failed": result.reason}
+    return {"p50_ms": result.host["p50"], "n": result.host["n"], "invalid": result.invalid, "block_medians_ms": result.block_medians_ms}
+
+
+def markdown(networks: dict[str, Any], threads: int) -> str:
+    lines = [
+        f"{threads} threads; median over rounds [smallest, largest].",
+        "",
+        "| network | batch | ratio | value | rounds | marked invalid |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arch, network in networks.items():
+        batches = sorted({r["batch"] for r in network["rounds"]})
+        for batch, (label, slow, fast) in ((b, pair) for b in batches for pair in PAIRS):
+            rounds = [r for r in network["rounds"] if r["batch"] == batch and label in r["ratios"]]
+            if not rounds:
+                continue
+            values = [r["ratios"][label][0] for r in rounds]
+            invalid = sum(bool(r["rows"][key]["invalid"]) for r in rounds for key in (slow, fast))
+            shown = f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+            lines.append(f"| {arch} | {batch} | {label} | {shown} | {len(values)} | {invalid} of {2 * len(values)} rows |")
+        if network["no_nncf"]:
+            lines.append(f"| {arch} | | {PAIRS[-1][0]} | not measured: {network['no_nncf']} | | |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archs", nargs="+", default=["resnet18", "resnet50"])
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5.0, help="timed for each row and round")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--nncf-python", default=sys.executable, help="a Python that has NNCF and OpenVINO")
+    arguments = parser.parse_args()
+    networks: dict[str, Any] = {}
+    for arch in arguments.archs:
+        with TemporaryDirectory() as folder:
+            paths, no_nncf = files(arch, arguments.image_size, Path(folder), arguments.nncf_python)
+            rounds = [ratios(paths, arguments.image_size, batch, seed, arguments) for seed in range(arguments.rounds) for batch in arguments.batch_sizes]
+        networks[arch] = {"rounds": rounds, "no_nncf": no_nncf}
+        print(arch, *(f"b{r['batch']} {r['ratios']}" for r in rounds), no_nncf or "", sep="\n  ", flush=True)
+    facts = {"threads": arguments.threads, "image_size": arguments.image_size, "environment": environment(("onnxruntime", "openvino"))}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "int8_speed.json").write_text(json.dumps({**facts, "networks": networks}, indent=2) + "\n")
+    (RESULTS / "int8_speed.md").write_text(markdown(networks, arguments.threads))
+
+
+if __name__ == "__main__":
+    main()
