@@ -98,6 +98,10 @@ def test_precision_is_read_from_the_graph(tmp_path):
     model.graph.node[0].op_type = "QLinearConv"
     onnx.save(model, tmp_path / "c.onnx")
     assert precision_of(tmp_path / "c.onnx") == "int8"
+    half = onnx.load(tmp_path / "b.onnx")
+    half.graph.node[0].op_type = "QLinearConv"
+    onnx.save(half, tmp_path / "e.onnx")
+    assert precision_of(tmp_path / "e.onnx") == "int8_fp16"
     (tmp_path / "d.onnx").write_bytes(b"not a model")
     with pytest.raises(ArtifactMismatch, match="not an ONNX model"):
         precision_of(tmp_path / "d.onnx")
