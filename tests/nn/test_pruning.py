@@ -16,6 +16,7 @@ from deployopt.errors import ArtifactMismatch, PruningImpossible
 from deployopt.nn import checkpoint, macs, models, pruning
 from deployopt.nn.cifar_resnet import CifarResNet
 from deployopt.nn.models import Network
+from deployopt.nn.pruning import Rules
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import SilentProgress
 from deployopt.tasks import classification
@@ -62,7 +63,7 @@ def test_the_target_is_met_closely_and_replay_is_exact(make, across_layers: bool
     rebuilt = copy.deepcopy(net)
     next(iter(net.body.parameters())).requires_grad_(False)
     target = int(counts(net)[1] * 0.5)
-    history = pruning.prune(net, target, across_layers=across_layers)
+    history = pruning.prune(net, target, Rules(across_layers=across_layers))
     assert 0.85 * target <= counts(net)[1] <= target
     assert net.training
     assert [p.requires_grad for p in net.parameters()] == [False] + [True] * (len(list(net.parameters())) - 1)
@@ -93,7 +94,7 @@ def test_every_criterion_prunes_and_repeats_bit_for_bit(criterion: pruning.Crite
     for _ in range(2):
         net = resnet8(colours.preprocessing, outputs=3)
         backward = pruning.gradients(colours, classification, samples=32, seed=0)
-        histories.append(pruning.prune(net, int(counts(net)[0] * 0.6), metric="params", criterion=criterion, backward=backward))
+        histories.append(pruning.prune(net, int(counts(net)[0] * 0.6), Rules(criterion), metric="params", backward=backward))
         assert counts(net)[0] <= 0.6 * counts(resnet8(colours.preprocessing, outputs=3))[0]
         assert all(p.grad is None for p in net.parameters())
     assert histories[0] == histories[1]
@@ -113,7 +114,7 @@ def test_the_least_important_channels_go() -> None:
 
 def test_kept_channels_are_multiples_and_no_layer_loses_more_than_allowed() -> None:
     net = resnet8()
-    pruning.prune(net, int(counts(net)[1] * 0.6), across_layers=True, round_to=4, max_layer_ratio=0.5)
+    pruning.prune(net, int(counts(net)[1] * 0.6), Rules(across_layers=True, round_to=4, max_layer_ratio=0.5))
     for name, module in net.named_modules():
         if isinstance(module, nn.Conv2d):
             whole = resnet8().get_submodule(name).out_channels
@@ -126,7 +127,7 @@ def test_a_pruned_network_is_pruned_again_and_loads(tmp_path: Path) -> None:
     net = models.build({"arch": "resnet20", "outputs": 7}, PREPROCESSING)
     whole = counts(net)[0]
     for ratio in (0.7, 0.4):
-        pruning.prune(net, int(whole * ratio), metric="params", criterion="bn_scale")
+        pruning.prune(net, int(whole * ratio), Rules("bn_scale"), metric="params")
     assert counts(net)[0] <= 0.4 * whole
     assert len(net.lineage) == 2
     checkpoint.save(tmp_path, net)
@@ -154,7 +155,7 @@ def test_weights_that_are_not_finite_are_named() -> None:
     with torch.no_grad():
         net.body.layer2[0].bn1.weight[0] = float("nan")
     with pytest.raises(PruningImpossible, match=r"body\.layer2\.0\.conv1's channels is not finite"):
-        pruning.prune(net, int(counts(net)[1] * 0.5), criterion="bn_scale")
+        pruning.prune(net, int(counts(net)[1] * 0.5), Rules("bn_scale"))
 
 
 @pytest.mark.parametrize(
