@@ -254,7 +254,7 @@ def survey(network: Network, rules: Rules, *, backward: Backward | None = None, 
 def prune(
     network: Network,
     at_most: int,
-    rules: Rules = Rules(),  # noqa: B008 - frozen
+    rules: Rules = Rules(),
     *,
     metric: Metric = "macs",
     backward: Backward | None = None,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, field_validator
 
 from deployopt.artifact import FLOAT_PRECISIONS, Artifact, Precision
+from deployopt.data import ImageSet, Leading
 from deployopt.errors import ExportFailed, UsageError
 from deployopt.runtime.files import atomic_write
 from deployopt.runtime.preprocessing import PREPROCESSING_KEY
@@ -97,7 +98,7 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
 
     precisions: list[Precision] = list(expansion.parameters["precisions"])
     network, variant = load_parent(inputs, context.threads), expansion.inputs[0].variant
-    images = _first_images(context)
+    images = Leading(context.dataset().validation, PARITY_IMAGES)
     records: dict[str, dict[str, Any]] = {}
     artifacts: dict[str, Artifact] = {}
     with context.progress.track(f"export {variant}", 2 + len(precisions)) as bar:
@@ -155,30 +156,7 @@ def _metadata(context: StageContext, network: Network, variant: str) -> dict[str
     }
 
 
-class _Subset:
-    """The first images of a split."""
-
-    def __init__(self, images: Any, count: int) -> None:
-        self._images, self._count = images, min(count, len(images))
-        self.targets = images.targets[: self._count]
-
-    def __len__(self) -> int:
-        return self._count
-
-    def images(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
-        found: NDArray[np.uint8] = self._images.images(indices)
-        return found
-
-    def raw(self, index: int) -> NDArray[np.uint8]:
-        found: NDArray[np.uint8] = self._images.raw(index)
-        return found
-
-
-def _first_images(context: StageContext) -> _Subset:
-    return _Subset(context.dataset().validation, PARITY_IMAGES)
-
-
-def _parity(path: Path, precision: Precision, images: _Subset, reference: NDArray[np.float32], context: StageContext) -> dict[str, Any]:
+def _parity(path: Path, precision: Precision, images: ImageSet, reference: NDArray[np.float32], context: StageContext) -> dict[str, Any]:
     """Compare a file, run as written by ONNX Runtime without optimisations, with torch.
 
     Raises:
@@ -200,7 +178,7 @@ def _parity(path: Path, precision: Precision, images: _Subset, reference: NDArra
     return {"checked": True, "n": len(images), "batches": list(BATCHES), **agreement, **limits}
 
 
-def _infer(path: Path, images: _Subset, threads: int) -> NDArray[np.float32]:
+def _infer(path: Path, images: ImageSet, threads: int) -> NDArray[np.float32]:
     """Outputs float32 [N, K], in batches of several sizes: a batch axis that is not dynamic fails here."""
     import numpy as np
 
