@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from deployopt import plugins
 from deployopt.errors import DeployoptError, PruningImpossible
 from deployopt.nn.schedule import TrainingConfig
+from deployopt.report import pruning as report
 from deployopt.runtime import host
 from deployopt.stages import Expansion, Planning, StageConfig, StageContext, StepOutput, StepResult
 from deployopt.stages._latency import Search, Timing, fastest
@@ -367,8 +368,8 @@ class _Pruning:
                 return {**where, "reason": error.message.splitlines()[0]}
 
         found = self.facts["against_parent"] = context.choices.get_or_make("against parent", measure)
-        told = f"{context.name}: {verdict(found)}"
-        if "ratio" in found and not is_faster(found) and config.if_not_faster == "refuse":
+        told = f"{context.name}: {report.against_parent(found)}"
+        if "ratio" in found and not report.is_faster(found) and config.if_not_faster == "refuse":
             raise PruningImpossible(told, "choose a smaller target, another round_to, a target in latency, or prune.if_not_faster: warn")
         context.progress.log(told)
 
@@ -395,19 +396,3 @@ class _Pruning:
         )
         self.curves += history.records
         self.validation = history.validation
-
-
-def verdict(found: dict[str, Any]) -> str:
-    """How the cut network's latency compares with the uncut one's, in a sentence."""
-    where = f"on {found['backend']} at batch {found['batch']}"
-    if "ratio" not in found:
-        return f"whether it is faster {where} is not known: {found['reason']}"
-    interval = found["ratio_ci95"]
-    judged = "faster than" if is_faster(found) else "slower than" if interval and interval[0] > 1 else "not shown to be faster than"
-    shown = f"95 % {interval[0]:.3f}–{interval[1]:.3f}, " if interval else ""
-    return f"{judged} the uncut network {where}: {found['ratio']:.3f} of its p50 ({shown}{found['blocks']} blocks, FP32, before recovery)"
-
-
-def is_faster(found: dict[str, Any]) -> bool:
-    """Whether the interval of the latency ratio lies below 1; without an interval (too few blocks) nothing is shown."""
-    return found["ratio_ci95"] is not None and found["ratio_ci95"][1] < 1
