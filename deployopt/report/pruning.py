@@ -37,9 +37,9 @@ def against_parent(found: Facts) -> str:
 
 def sentences(facts: Facts) -> list[str]:
     """What was wanted, what was reached, and what was chosen on the way."""
-    told = [
-        f"target {_target(facts['target'])}; kept {100 * facts['reached']['macs']:.1f} % of the MACs, {100 * facts['reached']['params']:.1f} % of the parameters"
-    ]
+    reached = facts["reached"]
+    kept = f"{100 * reached['macs']:.1f} % of the MACs, {100 * reached['params']:.1f} % of the parameters"
+    told = [f"target {_target(facts['target'])}; kept {kept}"]
     alignment = facts["alignment"]
     if "p50_ms" in alignment:
         timed = ", ".join(f"{key}: {units.milliseconds(ms)}" for key, ms in alignment["p50_ms"].items())

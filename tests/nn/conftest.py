@@ -1,4 +1,7 @@
-"""Small real data and one thread for every test that computes with torch."""
+"""Small real data and one thread for every test that computes with torch; makes this folder's helpers importable."""
+
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,6 +10,10 @@ import torch
 from deployopt.data import Dataset
 from deployopt.data._arrays import ArraySet
 from deployopt.runtime.preprocessing import Preprocessing
+
+HELPERS = str(Path(__file__).parent)
+if HELPERS not in sys.path:
+    sys.path.append(HELPERS)
 
 SIZE = 8
 PREPROCESSING = Preprocessing(SIZE, 3, None, (0.5,) * 3, (0.25,) * 3)
