@@ -42,9 +42,9 @@ def test_grouped_and_depthwise_convolutions_are_pulled_too_and_frozen_weights_ar
 def test_training_with_it_makes_small_channels(colours: Dataset) -> None:
     net = resnet8(colours.preprocessing, outputs=3)
     groups = pruning.survey(net, pruning.Rules()).groups
-    schedule = TrainingConfig(epochs=4, batch_size=16, lr=0.05, weight_decay=0.0, warmup_epochs=0.0, keep="last")
+    schedule = TrainingConfig(epochs=6, batch_size=16, lr=0.05, weight_decay=0.0, warmup_epochs=0.0, keep="last")
     plain = copy.deepcopy(net)
     training.fit(plain, colours, classification, schedule)
     training.fit(net, colours, classification, schedule, after_backward=sparsity.GroupSparsity(net, groups, strength=0.05, alpha=4.0))
-    assert sparsity.small_share(plain, groups, below=0.1) < 0.1
-    assert sparsity.small_share(net, groups, below=0.1) > sparsity.small_share(plain, groups, below=0.1) + 0.2
+    assert sparsity.small_share(plain, groups, below=0.5) < 0.1
+    assert sparsity.small_share(net, groups, below=0.5) > 0.4

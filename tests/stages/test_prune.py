@@ -180,6 +180,7 @@ def test_sparse_training_and_steps_without_recovery_come_before_the_last_recover
     assert len(checkpoint.load(step.folder).lineage) == 3
 
 
+@pytest.mark.slow  # prunes twice and trains three times
 def test_a_pruned_network_is_pruned_again_and_quantised(run_stages, start: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     training = {"epochs": 1, "warmup_epochs": 0.0, "batch_size": 32}
     again = config(target={"params_ratio": 0.6}, finetune=training)
