@@ -61,6 +61,19 @@ def one_backend(backend: str, ratio: float, batch: int, repeats: int, seconds: f
     return {"search": pruning["latency"], "reached": pruning["reached"], "repeats": found, "environment": reports[0]["environment"]}
 
 
+def summarized(found: dict[str, dict[str, Any]], target: float) -> str:
+    """A Markdown table: a line a backend."""
+    lines = []
+    for backend, facts in found.items():
+        ratios, last = [r["ratio"] for r in facts["repeats"]], facts["search"][-1]
+        low, high = min(r["ratio_ci95"][0] for r in facts["repeats"]), max(r["ratio_ci95"][1] for r in facts["repeats"])
+        median = statistics.median(ratios)
+        afterwards = (f"{median:.3f}", f"{min(ratios):.3f}–{max(ratios):.3f}", f"{low:.3f}–{high:.3f}", f"{100 * (median / target - 1):+.1f} %")
+        lines.append([backend, target, len(last["trace"]), f"{last['reached']['ratio']:.3f}", len(ratios), *afterwards])
+    headers = ["backend", "target", "measurements", "reached in the search", "n", "median afterwards", "range", "widest 95 %", "off target"]
+    return table(headers, lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", nargs="+", default=["openvino", "onnxruntime"])
@@ -69,22 +82,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="timed for each row of each repeat")
     options = parser.parse_args()
-    found = {b: one_backend(b, options.ratio, options.batch, options.repeats, options.seconds) for b in options.backends}
-    lines = []
-    for backend, facts in found.items():
-        ratios = [r["ratio"] for r in facts["repeats"]]
-        low, high = min(r["ratio_ci95"][0] for r in facts["repeats"]), max(r["ratio_ci95"][1] for r in facts["repeats"])
-        median, last = statistics.median(ratios), facts["search"][-1]
-        off = f"{100 * (median / options.ratio - 1):+.1f} %"
-        spread = f"{min(ratios):.3f}–{max(ratios):.3f}"
-        lines.append(
-            [backend, options.ratio, len(last["trace"]), f"{last['reached']['ratio']:.3f}", len(ratios), f"{median:.3f}", spread, f"{low:.3f}–{high:.3f}", off]
-        )
-    headers = ["backend", "target", "measurements", "reached in the search", "n", "median afterwards", "range", "widest 95 %", "off target"]
-    text = table(headers, lines)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "latency_target.json").write_text(json.dumps({"options": vars(options), "backends": found}, indent=2) + "\n")
-    (RESULTS / "latency_target.md").write_text(text + "\n")
+    found: dict[str, dict[str, Any]] = {}
+    for backend in options.backends:  # written after each: a later one may fail
+        found[backend] = one_backend(backend, options.ratio, options.batch, options.repeats, options.seconds)
+        text = summarized(found, options.ratio)
+        (RESULTS / "latency_target.json").write_text(json.dumps({"options": vars(options), "backends": found}, indent=2) + "\n")
+        (RESULTS / "latency_target.md").write_text(text + "\n")
     print(text)
 
 

@@ -192,7 +192,7 @@ class Cuts:
 
 
 class _Costs:
-    """Parameters and MACs of a network after a cut, from the widths it leaves: each module is cut alone, on shapes, once for each of its widths."""
+    """Parameters and MACs of a network after a cut, from the widths it leaves: each kind of module is cut alone, on shapes, once for each of its widths."""
 
     def __init__(self, shadow: nn.Module, input_shape: tuple[int, ...]) -> None:
         self._modules = dict(shadow.named_modules())
@@ -201,7 +201,9 @@ class _Costs:
         self._whole = macs.count_on_meta(shadow, input_shape)
         # a layer's MACs are its weights times the places they are applied at, and places do not change with widths
         self._places = {name: count // _weights(self._modules[name]) for name, count in per_module.items()}
-        self._known: dict[tuple[Any, ...], tuple[int, int]] = {}
+        # modules of one kind, which their printed form and shapes tell, save alike
+        self._kinds = {name: (repr(m), tuple(p.shape for p in m.parameters())) for name, m in self._modules.items()}
+        self._known: dict[tuple[Any, ...], tuple[int, dict[str, int]]] = {}
 
     def after(self, history: History) -> tuple[int, int]:
         """(parameters, MACs)."""
@@ -212,19 +214,20 @@ class _Costs:
         return self._whole[0] - sum(s[0] for s in saved), self._whole[1] - sum(s[1] for s in saved)
 
     def _saved(self, name: str, rows: list[tuple[str, list[int]]]) -> tuple[int, int]:
-        key = (name, *((direction, len(indices)) for direction, indices in rows))
+        module = self._modules[name]
+        key = (self._kinds[name], *((direction, len(indices)) for direction, indices in rows))
         if key not in self._known:
-            module = copy.deepcopy(self._modules[name])
-            before = self._cost(name, module)
+            cut = copy.deepcopy(module)
             for direction, indices in rows:
-                _cut(module, self._pruners[name], direction, indices)
-            after = self._cost(name, module)
-            self._known[key] = before[0] - after[0], before[1] - after[1]
-        return self._known[key]
+                _cut(cut, self._pruners[name], direction, indices)
+            inner = {child: _weights(m) - _weights(cut.get_submodule(child)) for child, m in module.named_modules() if isinstance(m, macs.COUNTED)}
+            self._known[key] = _numel(module) - _numel(cut), inner
+        params, inner = self._known[key]
+        return params, sum(self._places.get(f"{name}.{child}".rstrip("."), 0) * weights for child, weights in inner.items())
 
-    def _cost(self, name: str, module: nn.Module) -> tuple[int, int]:
-        inner = {f"{name}.{child}".rstrip("."): m for child, m in module.named_modules()}
-        return sum(p.numel() for p in module.parameters()), sum(self._places[path] * _weights(m) for path, m in inner.items() if path in self._places)
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _weights(module: nn.Module) -> int:
@@ -373,7 +376,8 @@ def _group(members: Any, scores: Tensor, names: dict[nn.Module, str], graph: Any
 
 def _inner(groups: Sequence[Group], shadow: nn.Module, input_shape: tuple[int, ...]) -> list[Group]:
     """The groups that the width of the output does not depend on. Many are cut at once, and halved only where the output shrinks."""
-    width = _output_shape(shadow, input_shape)
+    width, last = _output_shape(shadow, input_shape), list(macs.by_module(shadow, input_shape))[-1]  # as called: the head, most likely
+    suspects = [g for g in groups if any((s.module, s.direction) == (last, "out") for s in g.slices)]
 
     def found(some: Sequence[Group]) -> list[Group]:
         candidate = copy.deepcopy(shadow)
@@ -383,7 +387,8 @@ def _inner(groups: Sequence[Group], shadow: nn.Module, input_shape: tuple[int, .
         middle = len(some) // 2
         return found(some[:middle]) + found(some[middle:]) if middle else []
 
-    return found(groups)
+    inner = found([g for g in groups if not any(g is s for s in suspects)]) + found(suspects)
+    return [g for g in groups if any(g is kept for kept in inner)]
 
 
 def _merged(history: History) -> History:
