@@ -71,8 +71,14 @@ def test_shipped_recipe_is_valid_and_says_how_to_run_it(path: Path) -> None:
     assert any(line.startswith("# Needs: ") for line in lines)
 
 
-def test_the_four_recipes_are_shipped() -> None:
-    assert [p.stem for p in SHIPPED] == ["resnet18_cifar10_int8", "resnet18_fashion_mnist_int8", "resnet18_int8", "resnet50_imagefolder_int8"]
+def test_the_five_recipes_are_shipped() -> None:
+    assert [p.stem for p in SHIPPED] == [
+        "resnet18_cifar10_int8",
+        "resnet18_fashion_mnist_int8",
+        "resnet18_int8",
+        "resnet50_imagefolder_int8",
+        "resnet56_cifar10_depgraph",
+    ]
 
 
 def test_recipe_holds_what_was_written(small: Path) -> None:

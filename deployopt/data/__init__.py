@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["ArraySet", "DataConfig", "DataSource", "Dataset", "ImageSet", "load", "stratified_split"]
+__all__ = ["ArraySet", "DataConfig", "DataSource", "Dataset", "ImageSet", "Leading", "load", "stratified_split"]
 
 
 class DataConfig(Strict):
@@ -42,6 +42,23 @@ class ImageSet(Protocol):
 
     def raw(self, index: int) -> NDArray[np.uint8]:
         """One image as stored, for training augmentation: uint8 [h, w, C]."""
+
+
+class Leading:
+    """The first `count` images of a split, or all if it has fewer."""
+
+    def __init__(self, images: ImageSet, count: int) -> None:
+        self._images, self._count = images, min(count, len(images))
+        self.targets = images.targets[: self._count]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def images(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+        return self._images.images(indices)
+
+    def raw(self, index: int) -> NDArray[np.uint8]:
+        return self._images.raw(index)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch_pruning as tp
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from deployopt.data import Dataset
@@ -25,24 +27,46 @@ from deployopt.runtime.progress import Progress, SilentProgress
 from deployopt.tasks import Task
 
 Criterion = Literal["group_magnitude", "group_magnitude_l1", "taylor", "bn_scale"]
+Normalizer = Literal["mean", "max"]
 Metric = Literal["macs", "params"]
 History = list[list[Any]]
 Backward = Callable[[nn.Module], None]
+Shares = Callable[[str, float], float]
 BISECTIONS = 20
 
 
 @dataclass(frozen=True)
-class _Slice:
-    """Channels of one module and direction; `roots[i]` is the group channel that `indices[i]` falls with."""
+class Rules:
+    """What may be cut, and what goes first.
 
-    module: str
-    direction: Literal["out", "in"]
-    indices: tuple[int, ...]
-    roots: tuple[int | None, ...]
+    Attributes:
+        criterion: "group_magnitude" (L2) or "group_magnitude_l1": norm of all coupled weights; "taylor": first-order change of the loss
+            (https://arxiv.org/abs/1906.10771); "bn_scale": |γ| of BatchNorm (https://arxiv.org/abs/1708.06519), groups without one stay whole.
+        normalizer: scores of a group are divided by their mean or their maximum, which matters where groups are ranked together.
+        across_layers: rank all layers' channels together; else each layer loses the same share.
+        round_to: keep a multiple of this many channels (where a layer has as many).
+        max_layer_ratio: no layer loses a larger share.
+    """
+
+    criterion: Criterion = "group_magnitude"
+    normalizer: Normalizer = "mean"
+    across_layers: bool = False
+    round_to: int = 1
+    max_layer_ratio: float = 0.9
 
 
 @dataclass(frozen=True)
-class _Group:
+class Slice:
+    """Channels of one module and direction: int64 [n]; `roots[i]` is the group channel that `indices[i]` falls with, -1 for none."""
+
+    module: str
+    direction: Literal["out", "in"]
+    indices: NDArray[np.int64]
+    roots: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Group:
     """Channels that only fall together: one score each, over all coupled modules.
 
     A grouped convolution loses the same channels in each of its `blocks`; scores are then averaged over blocks and `size` counts one block.
@@ -51,81 +75,203 @@ class _Group:
     name: str
     blocks: int
     scores: Tensor  # float32 [size]
-    slices: tuple[_Slice, ...]
+    slices: tuple[Slice, ...]
 
     @property
     def size(self) -> int:
         return len(self.scores)
 
+    @cached_property
+    def order(self) -> NDArray[np.int64]:
+        """Channels from the least important: int64 [size]."""
+        found: NDArray[np.int64] = torch.argsort(self.scores, stable=True).numpy()
+        return found
+
     def history(self, kept: int) -> History:
         """What to cut to keep the `kept` highest scores of each block."""
-        cut = torch.argsort(self.scores, stable=True)[: self.size - kept].tolist()
-        roots = {channel + block * self.size for channel in cut for block in range(self.blocks)}
-        rows = [[s.module, s.direction, sorted(i for i, r in zip(s.indices, s.roots, strict=True) if r in roots)] for s in self.slices]
-        return [row for row in rows if row[2]]
+        cut = np.zeros(self.blocks * self.size + 1, dtype=bool)  # the last: channels without a root stay
+        cut[:-1].reshape(self.blocks, self.size)[:, self.order[: self.size - kept]] = True
+        rows = ((s, s.indices[cut[s.roots]]) for s in self.slices)
+        return [[s.module, s.direction, np.sort(indices).tolist()] for s, indices in rows if len(indices)]
+
+
+class Cuts:
+    """Every way to cut one network by some rules: how many channels each group keeps, what that costs, and the history that does it.
+
+    Attributes:
+        groups: in the network's order; `kept` below is parallel to it.
+    """
+
+    def __init__(self, network: Network, groups: Sequence[Group], rules: Rules, shares: Shares | None = None) -> None:
+        self.groups = tuple(groups)
+        self.rules = rules
+        self._shares = shares
+        self._arch = network.base["arch"]
+        self._costs = _Costs(macs.on_meta(network), network.input_shape)
+
+    def with_rules(self, *, round_to: int) -> Cuts:
+        """The same groups and scores under another alignment."""
+        other = copy.copy(self)
+        other.rules = Rules(**{**vars(self.rules), "round_to": round_to})
+        return other
+
+    def with_shares(self, shares: Shares) -> Cuts:
+        """The same groups, of which a group loses `shares(name, ratio)` of its channels where it would lose `ratio`."""
+        other = copy.copy(self)
+        other._shares = shares
+        return other
+
+    def cost(self, kept: Sequence[int]) -> dict[Metric, int]:
+        """{"params", "macs"} of the network that keeps so many channels."""
+        params, multiply_accumulates = self._costs.after(self.history(kept))
+        return {"params": params, "macs": multiply_accumulates}
+
+    def history(self, kept: Sequence[int]) -> History:
+        return _merged([row for group, count in zip(self.groups, kept, strict=True) for row in group.history(count)])
+
+    def kept(self, ratio: float) -> list[int]:
+        """Channels each group keeps when `ratio` of them are to go."""
+        if self.rules.across_layers:
+            ranked = torch.sort(torch.cat([g.scores for g in self.groups])).values
+            threshold = ranked[min(int(ratio * len(ranked)), len(ranked) - 1)]
+            wanted = [int((g.scores >= threshold).sum()) for g in self.groups]
+        else:
+            wanted = [g.size - int(g.size * (ratio if self._shares is None else self._shares(g.name, ratio))) for g in self.groups]
+        counts = []
+        for group, want in zip(self.groups, wanted, strict=True):
+            at_least = max(1, group.size - int(group.size * self.rules.max_layer_ratio), want)
+            counts.append(min(group.size, -(-at_least // self.rules.round_to) * self.rules.round_to))
+        return counts
+
+    def within(self, at_most: int, metric: Metric = "macs", progress: Progress | None = None) -> list[int]:
+        """Channels to keep so that at most `at_most` MACs or parameters are left, and as close to that as the layers allow.
+
+        Raises:
+            PruningImpossible: no cut reaches it; says the best.
+        """
+        smallest = self.cost(self.kept(1.0))[metric]
+        if smallest > at_most:
+            whole = self.cost(self.kept(0.0))[metric]
+            raise PruningImpossible(
+                f"wanted at most {at_most:,} {metric} ({at_most / whole:.3f} of {whole:,}); with max_layer_ratio {self.rules.max_layer_ratio:g} and "
+                f"round_to {self.rules.round_to} the best reached is {smallest:,} ({smallest / whole:.3f})",
+                "raise prune.target, raise prune.max_layer_ratio, or lower prune.round_to",
+            )
+        with (progress or SilentProgress()).track(f"search for {at_most:,} {metric}", 1 + BISECTIONS + len(self.groups)) as bar:
+
+            def fits(kept: Sequence[int]) -> bool:
+                bar.advance()
+                return self.cost(kept)[metric] <= at_most
+
+            return self._closest(fits)
+
+    def apply(self, network: Network, kept: Sequence[int]) -> History:
+        """Cut `network`, the one this was made for, in place; the cut is appended to its lineage."""
+        history = self.history(kept)
+        replay(network, history)
+        network.lineage.append({"op": "prune", "history": history})
+        return history
+
+    def _closest(self, fits: Callable[[Sequence[int]], bool]) -> list[int]:
+        """Bisect the ratio; then, since layers of one width step together, give channels back layer by layer while the target holds."""
+        low, high = 0.0, 1.0
+        if fits(self.kept(low)):
+            return self.kept(low)
+        for _ in range(BISECTIONS):
+            if self.kept(low) == self.kept(high):
+                break
+            middle = (low + high) / 2
+            low, high = (low, middle) if fits(self.kept(middle)) else (middle, high)
+        chosen, larger = self.kept(high), self.kept(low)
+        gains = [float(g.scores[g.order[g.size - count]]) for g, count in zip(self.groups, larger, strict=True)]  # the best channel to get back
+        for position in sorted(range(len(self.groups)), key=lambda p: -gains[p]):
+            trial = [*chosen[:position], larger[position], *chosen[position + 1 :]]
+            if trial != chosen and fits(trial):
+                chosen = trial
+        return chosen
+
+
+class _Costs:
+    """Parameters and MACs of a network after a cut, from the widths it leaves: each kind of module is cut alone, on shapes, once for each of its widths."""
+
+    def __init__(self, shadow: nn.Module, input_shape: tuple[int, ...]) -> None:
+        self._modules = dict(shadow.named_modules())
+        self._pruners = _pruners(shadow)
+        per_module = macs.by_module(shadow, input_shape)
+        self._whole = macs.count_on_meta(shadow, input_shape)
+        # a layer's MACs are its weights times the places they are applied at, and places do not change with widths
+        self._places = {name: count // _weights(self._modules[name]) for name, count in per_module.items()}
+        # modules of one kind, which their printed form and shapes tell, save alike
+        self._kinds = {name: (repr(m), tuple(p.shape for p in m.parameters())) for name, m in self._modules.items()}
+        self._known: dict[tuple[Any, ...], tuple[int, dict[str, int]]] = {}
+
+    def after(self, history: History) -> tuple[int, int]:
+        """(parameters, MACs)."""
+        rows: dict[str, list[tuple[str, list[int]]]] = {}
+        for name, direction, indices in history:
+            rows.setdefault(name, []).append((direction, indices))
+        saved = [self._saved(name, of) for name, of in rows.items()]
+        return self._whole[0] - sum(s[0] for s in saved), self._whole[1] - sum(s[1] for s in saved)
+
+    def _saved(self, name: str, rows: list[tuple[str, list[int]]]) -> tuple[int, int]:
+        module = self._modules[name]
+        key = (self._kinds[name], *((direction, len(indices)) for direction, indices in rows))
+        if key not in self._known:
+            cut = copy.deepcopy(module)
+            for direction, indices in rows:
+                _cut(cut, self._pruners[name], direction, indices)
+            inner = {child: _weights(m) - _weights(cut.get_submodule(child)) for child, m in module.named_modules() if isinstance(m, macs.COUNTED)}
+            self._known[key] = _numel(module) - _numel(cut), inner
+        params, inner = self._known[key]
+        return params, sum(self._places.get(f"{name}.{child}".rstrip("."), 0) * weights for child, weights in inner.items())
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _weights(module: nn.Module) -> int:
+    assert isinstance(module.weight, Tensor)
+    return module.weight.numel()
+
+
+def survey(network: Network, rules: Rules, *, backward: Backward | None = None, progress: Progress | None = None) -> Cuts:
+    """Find and score everything in `network` that may be cut; the layers that make the outputs keep their width.
+
+    `network` stays as it is: mode, hooks, gradients and `requires_grad`.
+
+    Args:
+        backward: fills the gradients of the module it is given; "taylor" needs it (`gradients` makes one).
+
+    Raises:
+        PruningImpossible: nothing can be cut, or scores are not finite.
+    """
+    with (progress or SilentProgress()).track(f"score channels by {rules.criterion}", 1) as bar:
+        groups = _groups(network, rules, backward)
+        bar.advance()
+    if not groups:
+        raise PruningImpossible(f"{network.base['arch']} has no channels that could be cut by the criterion {rules.criterion}", "choose another importance")
+    return Cuts(network, groups, rules)
 
 
 def prune(
     network: Network,
     at_most: int,
+    rules: Rules = Rules(),
     *,
     metric: Metric = "macs",
-    criterion: Criterion = "group_magnitude",
-    across_layers: bool = False,
-    round_to: int = 1,
-    max_layer_ratio: float = 0.9,
     backward: Backward | None = None,
     progress: Progress | None = None,
 ) -> History:
     """Cut `network` in place until it has at most `at_most` MACs or parameters, and as close to that as its layers allow.
 
-    Mode, hooks and `requires_grad` are left as found; the layers that make the outputs keep their width. The cut is appended to
-    `network.lineage`.
-
-    Args:
-        criterion: "group_magnitude" (L2) or "group_magnitude_l1": norm of all coupled weights; "taylor": first-order change of the loss
-            (https://arxiv.org/abs/1906.10771); "bn_scale": |γ| of BatchNorm (https://arxiv.org/abs/1708.06519), groups without one stay whole.
-        across_layers: rank all layers' channels together; else each layer loses the same share.
-        round_to: keep a multiple of this many channels (where a layer has as many).
-        max_layer_ratio: no layer loses a larger share.
-        backward: fills the gradients of the module it is given; "taylor" needs it (`gradients` makes one).
+    Mode, hooks and `requires_grad` are left as found. The cut is appended to `network.lineage`.
 
     Raises:
         PruningImpossible: no cut reaches the target (says the best), or scores are not finite.
     """
-    progress = progress or SilentProgress()
-    with progress.track(f"score channels by {criterion}", None):
-        groups = _groups(network, criterion, backward)
-    if not groups:
-        raise PruningImpossible(f"{network.base['arch']} has no channels that could be cut by the criterion {criterion}", "choose another importance")
-    shadow = macs.on_meta(network)
-
-    def cost(kept: Sequence[int]) -> int:
-        candidate = copy.deepcopy(shadow)
-        replay(candidate, _join(groups, kept))
-        return macs.count_on_meta(candidate, network.input_shape)[0 if metric == "params" else 1]
-
-    def keep(ratio: float) -> list[int]:
-        return _kept(groups, ratio, across_layers, round_to, max_layer_ratio)
-
-    smallest = cost(keep(1.0))
-    if smallest > at_most:
-        whole = cost(keep(0.0))
-        raise PruningImpossible(
-            f"wanted at most {at_most:,} {metric} ({at_most / whole:.3f} of {whole:,}); with max_layer_ratio {max_layer_ratio:g} and "
-            f"round_to {round_to} the best reached is {smallest:,} ({smallest / whole:.3f})",
-            "raise prune.target, raise prune.max_layer_ratio, or lower prune.round_to",
-        )
-    with progress.track(f"search for {at_most:,} {metric}", 1 + BISECTIONS + len(groups)) as bar:
-
-        def tried(kept: Sequence[int]) -> int:
-            bar.advance()
-            return cost(kept)
-
-        history = _join(groups, _closest(groups, keep, tried, at_most))
-    replay(network, history)
-    network.lineage.append({"op": "prune", "history": history})
-    return history
+    cuts = survey(network, rules, backward=backward, progress=progress)
+    return cuts.apply(network, cuts.within(at_most, metric, progress))
 
 
 def replay(network: nn.Module, history: Sequence[Sequence[Any]]) -> None:
@@ -134,9 +280,7 @@ def replay(network: nn.Module, history: Sequence[Sequence[Any]]) -> None:
     Raises:
         ArtifactMismatch: a module or channel that this network has not.
     """
-    graph = tp.DependencyGraph()
-    # looked up before the first cut: a grouped convolution cut to one channel a group would pass for a depthwise one
-    pruners = {name: graph.get_pruner_of_module(module) for name, module in network.named_modules()}
+    pruners = _pruners(network)
     for name, direction, indices in history:
         try:
             module = network.get_submodule(name)
@@ -146,10 +290,20 @@ def replay(network: nn.Module, history: Sequence[Sequence[Any]]) -> None:
         width = pruner.get_out_channels(module) if direction == "out" else pruner.get_in_channels(module)
         if not 0 <= min(indices) <= max(indices) < width or len(set(indices)) == width:
             raise ArtifactMismatch(f"pruning history cuts {len(indices)} channels up to {max(indices)} of {name}, which has {width}")
-        trained = {key: parameter.requires_grad for key, parameter in module.named_parameters(recurse=False)}
-        (pruner.prune_out_channels if direction == "out" else pruner.prune_in_channels)(module, list(indices))
-        for key, parameter in module.named_parameters(recurse=False):
-            parameter.requires_grad_(trained[key])
+        _cut(module, pruner, direction, indices)
+
+
+def _pruners(network: nn.Module) -> dict[str, Any]:
+    """By module path, looked up before the first cut: a grouped convolution cut to one channel a group would pass for a depthwise one."""
+    graph = tp.DependencyGraph()
+    return {name: graph.get_pruner_of_module(module) for name, module in network.named_modules()}
+
+
+def _cut(module: nn.Module, pruner: Any, direction: str, indices: Sequence[int]) -> None:
+    trained = {key: parameter.requires_grad for key, parameter in module.named_parameters(recurse=False)}
+    (pruner.prune_out_channels if direction == "out" else pruner.prune_in_channels)(module, list(indices))
+    for key, parameter in module.named_parameters(recurse=False):
+        parameter.requires_grad_(trained[key])
 
 
 def gradients(dataset: Dataset, task: Task, samples: int, seed: int, batch_size: int = 64) -> Backward:
@@ -167,39 +321,37 @@ def gradients(dataset: Dataset, task: Task, samples: int, seed: int, batch_size:
     return backward
 
 
-def _groups(network: Network, criterion: Criterion, backward: Backward | None) -> list[_Group]:
+def _groups(network: Network, rules: Rules, backward: Backward | None) -> list[Group]:
     """Every group that may be cut, scored. All tracing is done on a copy: Torch-Pruning switches modes and needs gradients."""
-    probe = copy.deepcopy(network).cpu().eval().requires_grad_(True)
+    probe = macs.without_hooks(copy.deepcopy(network)).cpu().eval().requires_grad_(True)
     graph = tp.DependencyGraph().build_dependency(probe, example_inputs=torch.rand(1, *network.input_shape))
     probe.zero_grad()
-    if criterion == "taylor":
+    if rules.criterion == "taylor":
         if backward is None:
             raise ValueError("taylor needs `backward`")
         backward(probe)
-    importance = _importance(criterion)
+    importance = _importance(rules)
     names = {module: name for name, module in probe.named_modules()}
     groups = []
     for members in graph.get_all_groups(ignored_layers=[], root_module_types=(nn.Conv2d, nn.Linear)):
         scores = importance(members)
         if scores is not None:
             groups.append(_group(members, scores, names, graph))
-    shadow = macs.on_meta(probe)
-    width = _output_shape(shadow, network.input_shape)
-    return [g for g in groups if g.size > 1 and _output_shape(_cut(shadow, g.history(g.size - 1)), network.input_shape) == width]
+    return _inner([g for g in groups if g.size > 1], macs.on_meta(probe), network.input_shape)
 
 
-def _importance(criterion: Criterion) -> Callable[[Any], Tensor | None]:
+def _importance(rules: Rules) -> Callable[[Any], Tensor | None]:
     scorers: dict[str, Callable[[], Any]] = {
-        "group_magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
-        "group_magnitude_l1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
-        "taylor": tp.importance.GroupTaylorImportance,
-        "bn_scale": tp.importance.BNScaleImportance,
+        "group_magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2, normalizer=rules.normalizer),
+        "group_magnitude_l1": lambda: tp.importance.GroupMagnitudeImportance(p=1, normalizer=rules.normalizer),
+        "taylor": lambda: tp.importance.GroupTaylorImportance(normalizer=rules.normalizer),
+        "bn_scale": lambda: tp.importance.BNScaleImportance(normalizer=rules.normalizer),
     }
-    scorer: Callable[[Any], Tensor | None] = scorers[criterion]()
+    scorer: Callable[[Any], Tensor | None] = scorers[rules.criterion]()
     return scorer
 
 
-def _group(members: Any, scores: Tensor, names: dict[nn.Module, str], graph: Any) -> _Group:
+def _group(members: Any, scores: Tensor, names: dict[nn.Module, str], graph: Any) -> Group:
     slices = []
     blocks = 1
     for position, (dependency, indices) in enumerate(members):
@@ -214,57 +366,39 @@ def _group(members: Any, scores: Tensor, names: dict[nn.Module, str], graph: Any
         if isinstance(module, nn.Conv2d) and 1 < module.groups < module.out_channels:
             blocks = max(blocks, module.groups)
         direction: Literal["out", "in"] = "out" if graph.is_out_channel_pruning_fn(dependency.handler) else "in"
-        slices.append(_Slice(names[module], direction, tuple(indices), tuple(members[position].root_idxs)))
+        roots = [-1 if root is None else root for root in members[position].root_idxs]
+        slices.append(Slice(names[module], direction, np.asarray(indices, dtype=np.int64), np.asarray(roots, dtype=np.int64)))
     name = slices[0].module
     if not torch.isfinite(scores).all():
         raise PruningImpossible(f"the importance of {name}'s channels is not finite: its weights or gradients are NaN or infinite", "train with a lower lr")
-    return _Group(name, blocks, scores.detach().float().cpu().view(blocks, -1).mean(0), tuple(slices))
+    return Group(name, blocks, scores.detach().float().cpu().view(blocks, -1).mean(0), tuple(slices))
 
 
-def _cut(shadow: nn.Module, history: History) -> nn.Module:
-    candidate = copy.deepcopy(shadow)
-    replay(candidate, history)
-    return candidate
+def _inner(groups: Sequence[Group], shadow: nn.Module, input_shape: tuple[int, ...]) -> list[Group]:
+    """The groups that the width of the output does not depend on. Many are cut at once, and halved only where the output shrinks."""
+    width, last = _output_shape(shadow, input_shape), list(macs.by_module(shadow, input_shape))[-1]  # as called: the head, most likely
+    suspects = [g for g in groups if any((s.module, s.direction) == (last, "out") for s in g.slices)]
+
+    def found(some: Sequence[Group]) -> list[Group]:
+        candidate = copy.deepcopy(shadow)
+        replay(candidate, _merged([row for g in some for row in g.history(g.size - 1)]))
+        if _output_shape(candidate, input_shape) == width:
+            return list(some)
+        middle = len(some) // 2
+        return found(some[:middle]) + found(some[middle:]) if middle else []
+
+    inner = found([g for g in groups if not any(g is s for s in suspects)]) + found(suspects)
+    return [g for g in groups if any(g is kept for kept in inner)]
+
+
+def _merged(history: History) -> History:
+    """One row a module and direction: where groups meet in a concatenation, each counts the channels of the uncut module."""
+    rows: dict[tuple[str, str], set[int]] = {}
+    for name, direction, indices in history:
+        rows.setdefault((name, direction), set()).update(indices)
+    return [[name, direction, sorted(indices)] for (name, direction), indices in rows.items()]
 
 
 def _output_shape(shadow: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]:
     with torch.no_grad():
         return tuple(shadow(torch.empty(1, *input_shape, device="meta")).shape)
-
-
-def _join(groups: Sequence[_Group], kept: Sequence[int]) -> History:
-    return [row for group, count in zip(groups, kept, strict=True) for row in group.history(count)]
-
-
-def _kept(groups: Sequence[_Group], ratio: float, across_layers: bool, round_to: int, max_layer_ratio: float) -> list[int]:
-    """Channels each group keeps when `ratio` of them are to go."""
-    if across_layers:
-        ranked = torch.sort(torch.cat([g.scores for g in groups])).values
-        threshold = ranked[min(int(ratio * len(ranked)), len(ranked) - 1)]
-        wanted = [int((g.scores >= threshold).sum()) for g in groups]
-    else:
-        wanted = [g.size - int(g.size * ratio) for g in groups]
-    counts = []
-    for group, want in zip(groups, wanted, strict=True):
-        at_least = max(1, group.size - int(group.size * max_layer_ratio), want)
-        counts.append(min(group.size, -(-at_least // round_to) * round_to))
-    return counts
-
-
-def _closest(groups: Sequence[_Group], keep: Callable[[float], list[int]], cost: Callable[[Sequence[int]], int], at_most: int) -> list[int]:
-    """Bisect the ratio; then, since layers of one width step together, give channels back layer by layer while the target holds."""
-    low, high = 0.0, 1.0
-    if cost(keep(low)) <= at_most:
-        return keep(low)
-    for _ in range(BISECTIONS):
-        if keep(low) == keep(high):
-            break
-        middle = (low + high) / 2
-        low, high = (low, middle) if cost(keep(middle)) <= at_most else (middle, high)
-    chosen, larger = keep(high), keep(low)
-    gains = [float(g.scores.sort().values[g.size - count]) for g, count in zip(groups, larger, strict=True)]  # the best channel to get back
-    for position in sorted(range(len(groups)), key=lambda p: -gains[p]):
-        trial = [*chosen[:position], larger[position], *chosen[position + 1 :]]
-        if trial != chosen and cost(trial) <= at_most:
-            chosen = trial
-    return chosen

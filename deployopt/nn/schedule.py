@@ -45,8 +45,10 @@ class TrainingConfig(Strict):
     """On weights of convolutions and linear layers only; never on BatchNorm and biases."""
     warmup_epochs: float = Field(default=0.5, ge=0)
     """Learning rate rises linearly from zero over these epochs."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after the warm-up: a half cosine down to zero, or constant."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """Learning rate after the warm-up: a half cosine down to zero, a tenth from each of the milestones on, or constant."""
+    milestones: tuple[int, ...] = Field(default=(), strict=False)
+    """Epochs after which the schedule `step` divides the learning rate by ten, rising."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Of cross entropy."""
     clip_grad_norm: float | None = Field(default=None, gt=0)
@@ -62,6 +64,10 @@ class TrainingConfig(Strict):
     def _warmup_fits(self) -> TrainingConfig:
         if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
             raise ValueError(f"warmup_epochs ({self.warmup_epochs:g}) must be fewer than epochs ({self.epochs})")
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError(f"the schedule step and milestones belong together, found schedule {self.schedule} and milestones {list(self.milestones)}")
+        if list(self.milestones) != sorted(set(self.milestones)) or not all(0 < m < self.epochs for m in self.milestones):
+            raise ValueError(f"milestones rise and lie inside the {self.epochs} epochs, found {list(self.milestones)}")
         if self.nesterov and self.momentum == 0 and self.optimizer == "sgd":
             raise ValueError("nesterov needs momentum > 0: set nesterov: false")
         if self.optimizer == "adamw" and "nesterov" in self.model_fields_set:

@@ -57,6 +57,7 @@ def fit(
     teacher: nn.Module | None = None,
     distillation: losses.Distillation | None = None,
     on_epoch: Callable[[int], None] | None = None,
+    after_backward: Callable[[], None] | None = None,
     set_mode: Callable[[nn.Module, bool], None] = set_training_mode,
 ) -> History:
     """Train `module` in place and leave it on `device` in evaluation mode, with the weights of the epoch that `schedule.keep` says.
@@ -69,13 +70,15 @@ def fit(
         loss: of (outputs, targets); None is the task's.
         teacher: a float network whose outputs are distilled as `distillation` says.
         on_epoch: called with the epoch (from 1) before it begins.
+        after_backward: called in each step when the gradients are there, before they are clipped and used; it may change them.
 
     Raises:
         UsageError: label smoothing of a loss that has none; a batch too small for the processes that share it.
         TrainingDiverged: the loss became NaN or infinite.
     """
     module.to(device).to(memory_format=torch.channels_last)  # on CPU a step of ResNet-18 takes a fraction of its time in NCHW
-    trainer = _Trainer(module, dataset, task, schedule, device, loss or losses.by_name(task.loss, schedule.label_smoothing), teacher, distillation, set_mode)
+    loss = loss or losses.by_name(task.loss, schedule.label_smoothing)
+    trainer = _Trainer(module, dataset, task, schedule, device, loss, teacher, distillation, set_mode, after_backward)
     random = np.random.Generator(np.random.PCG64([seed, *phase.encode()]))
     best = _Best(task.higher_is_better)
     history = History()
@@ -115,9 +118,10 @@ class _Trainer:
         teacher: nn.Module | None,
         distillation: losses.Distillation | None,
         set_mode: Callable[[nn.Module, bool], None],
+        after_backward: Callable[[], None] | None,
     ) -> None:
         self.module, self.dataset, self.task, self.schedule, self.device = module, dataset, task, schedule, device
-        self.loss, self.set_mode = loss, set_mode
+        self.loss, self.set_mode, self.after_backward = loss, set_mode, after_backward
         self.teacher = None if teacher is None else teacher.to(device).eval()
         self.distillation = distillation or losses.Distillation()
         self.steps = max(1, len(dataset.train) // schedule.batch_size)
@@ -164,6 +168,8 @@ class _Trainer:
             loss = (1 - weight) * loss + weight * self.distillation.distance(self.task.loss, outputs, taught)
         loss = loss * (len(feed) * distributed.world_size() / self.batch)  # shares may differ by one image; their average is the batch's mean
         loss.backward()  # type: ignore[no-untyped-call]
+        if self.after_backward is not None:
+            self.after_backward()
         if self.schedule.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.schedule.clip_grad_norm)
         self.optimizer.step()
@@ -212,12 +218,14 @@ class _Best:
 
 
 def learning_rate(schedule: TrainingConfig, step: int, steps_per_epoch: int) -> float:
-    """Of optimizer step `step`, from 0: linear warm-up, then a half cosine to zero (https://arxiv.org/abs/1608.03983) or constant."""
+    """Of optimizer step `step`, from 0: linear warm-up, then a half cosine to zero (https://arxiv.org/abs/1608.03983), tenths, or constant."""
     warmup = round(schedule.warmup_epochs * steps_per_epoch)
     if step < warmup:
         return schedule.lr * (step + 1) / warmup
     if schedule.schedule == "constant":
         return schedule.lr
+    if schedule.schedule == "step":
+        return schedule.lr * 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in schedule.milestones)
     total = schedule.epochs * steps_per_epoch
     return schedule.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 

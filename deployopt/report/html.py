@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from deployopt.artifact import INT8_PRECISIONS
-from deployopt.report import charts, summary, units
+from deployopt.report import charts, pruning, summary, units
 from deployopt.report.summary import JsonRow, Report
 from deployopt.report.verdict import headline, limit_sentences
 
@@ -271,7 +271,7 @@ def _curves(report: Report) -> Section | None:
     return Section("training", "Training curves", figures) if figures else None
 
 
-def _sensitivity(report: Report) -> list[Section]:
+def _layer_sensitivity(report: Report) -> list[Section]:
     sections: list[Section] = []
     for found in summary.sensitivities(report["variants"], summary.task_of(report)):
         figures = []
@@ -283,6 +283,32 @@ def _sensitivity(report: Report) -> list[Section]:
         anchor, title = f"sensitivity-{len(sections)}", f"Sensitivity of each layer: {found.variant}"
         sections.append(Section(anchor, title, figures, found.lead, (found.headers, found.rows)))
     return sections
+
+
+def _pruning(report: Report) -> list[Section]:
+    """For each prune stage what it reached, the search for its latency, and the sensitivity of its groups."""
+    task, sections = summary.task_of(report), []
+    for index, (name, facts) in enumerate(pruning.variants(report)):
+        lead = "; ".join(pruning.sentences(facts)) + "."
+        sections.append(Section(f"pruning-{index}", f"Pruning: {name}", [], lead[0].upper() + lead[1:], pruning.trace(facts)))
+        scores = pruning.sensitivity(facts, task)
+        if scores is not None:
+            figures = [_group_sensitivity(facts["sensitivity"], position, task) for position in range(len(facts["sensitivity"]["ratios"]))]
+            lead = pruning.lead(facts["sensitivity"], task)
+            sections.append(Section(f"sensitivity-{index}", f"Sensitivity: {name}", figures, lead, scores))
+    return sections
+
+
+def _group_sensitivity(found: Mapping[str, Any], position: int, task: Mapping[str, Any]) -> Figure:
+    """What each group loses where one share of it is cut; the largest share is shown, the others open on a click."""
+    items = []
+    for group in found["groups"]:
+        change = summary.accuracy_change(group["scores"][position], found["whole"], task) or 0.0
+        worse = change < 0 if task["higher_is_better"] else change > 0
+        shown = units.change(change, task)
+        items.append(charts.Bar(group["name"], 0.0, abs(change), shown, "bad" if worse else "good", f"{group['name']}: {shown}"))
+    title = f"{100 * found['ratios'][position]:g} % of the channels cut"
+    return _bars(title, items, half=False)._replace(folded=position < len(found["ratios"]) - 1)
 
 
 def _confusion(report: Report) -> Section | None:
@@ -368,7 +394,8 @@ def render(report: Report) -> str:
         _distributions(report, palette),
         _sizes(report, palette),
         _curves(report),
-        *_sensitivity(report),
+        *_pruning(report),
+        *_layer_sensitivity(report),
         _confusion(report),
     ]
     dataset = report.get("dataset") or {}

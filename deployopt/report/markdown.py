@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from deployopt.report import summary, units
+from deployopt.report import pruning, summary, units
 from deployopt.report.summary import JsonRow, Report
 from deployopt.report.verdict import headline
 
@@ -73,6 +73,19 @@ def folded(title: str, body: str) -> str:
     return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
 
 
+def _pruning(report: Report) -> list[str]:
+    """What each prune stage reached and measured; long tables are folded."""
+    parts = []
+    for name, facts in pruning.variants(report):
+        parts.append("\n".join([f"**Pruning: {cell(name)}**", "", *(f"- {cell(told)}" for told in pruning.sentences(facts))]))
+        if (trace := pruning.trace(facts)) is not None:
+            parts.append(folded("Search for the latency", table(*trace)))
+        if (scores := pruning.sensitivity(facts, summary.task_of(report))) is not None:
+            lead = cell(pruning.lead(facts["sensitivity"], summary.task_of(report)))
+            parts.append(folded("Sensitivity", f"{lead}\n\n{table(*scores)}"))
+    return parts
+
+
 def render(report: Report) -> str:
     """The report as Markdown; ends with a newline."""
     task, variants = summary.task_of(report), report["variants"]
@@ -98,7 +111,7 @@ def render(report: Report) -> str:
         for v in variants
     ]
     parts.append(table(["variant", "params", "MACs", "size", name, "took"], figures) if figures else "")
-    parts += [_rows(report), _reasons(report["rows"])]
+    parts += [_rows(report), _reasons(report["rows"]), *_pruning(report)]
     for found in summary.sensitivities(variants, task):
         parts.append(folded(f"Sensitivity of each layer: {cell(found.variant)}", f"{cell(found.lead)}\n\n{table(found.headers, found.rows)}"))
     contract = [

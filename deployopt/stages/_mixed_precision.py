@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from deployopt.stages import StageContext
 from deployopt.stages._quantize import MixedPrecision, Quantization, Sensitivity
+from deployopt.stages._timing import SECONDS, Candidates, canonical
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from onnx import ModelProto
 
+    from deployopt.nn.layer_sensitivity import Score, Study
     from deployopt.nn.models import Network
-    from deployopt.nn.sensitivity import Score, Study
 
-SECONDS = 1.0  # timed for each candidate
-IMAGES = 32
+WHOLE = "INT8"
 
 
 def decide(context: StageContext, config: Quantization, network: Network, reference: NDArray[np.float32] | None) -> dict[str, Any]:
@@ -30,8 +30,8 @@ def decide(context: StageContext, config: Quantization, network: Network, refere
     Returns:
         The record's "quantization": {"float_layers", "sensitivity" (None if not asked for), "mixed_precision" (None unless auto)}.
     """
+    from deployopt.nn.layer_sensitivity import Study
     from deployopt.nn.quantizer import float_layers, keep_float, quantization
-    from deployopt.nn.sensitivity import Study
 
     found: dict[str, Any] = {"sensitivity": None, "mixed_precision": None}
     if reference is not None:
@@ -61,7 +61,7 @@ def _table(context: StageContext, config: Quantization, study: Study) -> dict[st
 
 
 def _choose(context: StageContext, config: MixedPrecision, network: Network, study: Study, table: Mapping[str, Any]) -> dict[str, Any]:
-    from deployopt.nn.sensitivity import LayerScores, Score, keep_fewest
+    from deployopt.nn.layer_sensitivity import LayerScores, Score, keep_fewest
     from deployopt.report import summary, units
 
     task = {name: getattr(context.task, name) for name in ("primary", "unit", "higher_is_better")}
@@ -85,52 +85,16 @@ def latency_cost(context: StageContext, config: MixedPrecision, network: Network
 
     Raises:
         BackendUnavailable: the backend does not run on this machine.
-        StageFailed: a candidate could not be built or timed.
+        BuildFailed, StageFailed: a candidate could not be built or timed.
     """
-    from deployopt import plugins
-    from deployopt.bench.harness import Failure, Settings, Subject, measure, speedup
-    from deployopt.bench.targets import opener
-    from deployopt.errors import BackendUnavailable, StageFailed
-    from deployopt.runtime.session import SessionOptions
-
-    probed = plugins.find("backends", config.backend).probe()
-    if not probed.runs:
-        raise BackendUnavailable(f"mixed_precision times layers on {config.backend}: {probed.reason}", "set mixed_precision.backend to one that runs here")
-    options = SessionOptions(context.threads, context.device, "int8")
-    candidates: dict[str, list[str]] = {"INT8": [], **{name: [name] for name in names}}
-    with TemporaryDirectory() as folder:
-        subjects = []
-        with context.progress.track("build candidates", len(candidates)) as bar:
-            for number, (key, kept) in enumerate(candidates.items()):
-                path = _build(context, config, network, study, kept, Path(folder) / str(number))
-                subjects.append(Subject(key, opener(config.backend), path, options))
-                bar.advance(note=key)
-        validation = context.dataset().validation
-        images = validation.images(range(min(IMAGES * config.batch, len(validation))))
-        settings = Settings(min_seconds=SECONDS)
-        results = measure(subjects, images, settings, context.progress, batch=config.batch, source="validation split")
-    failed = [f"{key}: {result.reason}" for key, result in results.items() if isinstance(result, Failure)]
-    if failed:
-        raise StageFailed(f"mixed_precision could not time a candidate on {config.backend}: {failed[0]}", "set mixed_precision to a list of layers")
-    measured = {key: result for key, result in results.items() if not isinstance(result, Failure)}
-    return {name: 1 / speedup(measured["INT8"], measured[name])[0] - 1 for name in names}
-
-
-def _build(context: StageContext, config: MixedPrecision, network: Network, study: Study, kept: Sequence[str], folder: Path) -> Path:
-    """A candidate's artifact, below `folder`."""
-    import onnx
-
-    from deployopt import plugins
-    from deployopt.backends import BuildRequest
-    from deployopt.graph.canonical import canonicalize
-    from deployopt.nn.capture import example_input
-    from deployopt.nn.export import to_onnx
+    from deployopt.bench.harness import speedup
     from deployopt.nn.quantizer import recorded_scales
 
-    folder.mkdir()
-    backend = plugins.find("backends", config.backend)
-    model = to_onnx(study.graph(kept), example_input(network.preprocessing), opset=21)
-    onnx.save(canonicalize(model, scales=recorded_scales(network, kept)), str(folder / "canonical.onnx"))
-    prepared = backend.prepare(folder / "canonical.onnx", "int8", folder / "prepared.onnx")
-    request = BuildRequest("int8", (config.batch,), context.threads, context.device)
-    return Path(backend.build(prepared, folder, request, context.progress).path)
+    def export(kept: Sequence[str]) -> ModelProto:
+        return canonical(study.graph(kept), network, recorded_scales(network, kept))
+
+    with Candidates(context, config, "int8") as candidates:
+        candidates.require("mixed_precision.backend")
+        kept = {WHOLE: (), **{name: (name,) for name in names}}
+        measured = candidates.measure({key: candidates.built(key, partial(export, layers)) for key, layers in kept.items()}, SECONDS)
+    return {name: 1 / speedup(measured[WHOLE], measured[name])[0] - 1 for name in names}

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from deployopt import plugins
 from deployopt.runtime import host
 from deployopt.runtime.progress import Bar
 from deployopt.stages import Expansion, Planning, StageConfig, StageContext
+from deployopt.stages._timing import TimedOn
 from deployopt.stages._training import DISTRIBUTIONS as TRAINING
 from deployopt.stages._training import next_point
 
@@ -34,22 +35,11 @@ class Sensitivity(StageConfig):
     """The first images of the validation split; all if it has fewer."""
 
 
-class MixedPrecision(StageConfig):
-    """Keep the fewest layers in float that meet an accuracy."""
+class MixedPrecision(TimedOn):
+    """Keep the fewest layers in float that meet an accuracy; the latency that each costs there is timed on `backend`."""
 
     max_accuracy_drop_pp: float = Field(default=0.5, ge=0)
     """How much the whole validation split's headline metric may fall below the float parent's: percentage points, or the task's unit."""
-    backend: str = "onnxruntime"
-    """Runtime on which the latency that a layer costs in float is timed."""
-    batch: int = Field(default=1, ge=1, le=65_536)
-    """Images a timed inference."""
-
-    @field_validator("backend")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in (available := plugins.names("backends")):
-            raise ValueError(plugins.unknown("backend", name, available))
-        return name
 
 
 class Quantization(StageConfig):
@@ -95,8 +85,8 @@ def calibrated(context: StageContext, config: Quantization, network: Network) ->
         UsageError: mixed_precision names a layer that the network lacks.
     """
     from deployopt.nn import evaluate
+    from deployopt.nn.layer_sensitivity import check_layers
     from deployopt.nn.prepared import Prepared, Scheme
-    from deployopt.nn.sensitivity import check_layers
 
     check_layers(network, config.float_layers)
     train = context.dataset().train

@@ -150,7 +150,7 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     )
     try:
         backend: Backend = plugins.find("backends", name)
-        artifact = _build(backend, onnx.path, context.folder, request, context.progress)
+        artifact = build_prepared(backend, onnx.path, context.folder, request, context.progress)
         shortfall = _shortfall(artifact, request.precision, len(onnx.metadata.get("float_layers", ())))
         if shortfall and config.on_unverified == "fail":
             raise BuildFailed(shortfall, "set build.on_unverified: warn to keep it")
@@ -173,7 +173,8 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     return StepResult(record, {target.artifact: artifact})
 
 
-def _build(backend: Backend, canonical: Path, folder: Path, request: BuildRequest, progress: Progress) -> Artifact:
+def build_prepared(backend: Backend, canonical: Path, folder: Path, request: BuildRequest, progress: Progress) -> Artifact:
+    """A canonical ONNX in the backend's dialect, built into `folder`. Raises ExportFailed, BuildFailed."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         prepared = backend.prepare(canonical, request.precision, Path(scratch) / "model.onnx")
         return backend.build(prepared, folder, request, progress)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator
 
 from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact, Precision
+from deployopt.data import ImageSet, Leading
 from deployopt.errors import ExportFailed, UsageError
 from deployopt.runtime.files import atomic_write
 from deployopt.runtime.preprocessing import PREPROCESSING_KEY
@@ -121,7 +122,7 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     network, variant = load_parent(inputs, context.threads), expansion.inputs[0].variant
     entry = quantization(network)
     kept = float_layers(entry) if entry else ()
-    images = _first_images(context)
+    images = Leading(context.dataset().validation, PARITY_IMAGES)
     records: dict[str, dict[str, Any]] = {}
     artifacts: dict[str, Artifact] = {}
     with context.progress.track(f"trace {variant}", None):
@@ -172,30 +173,7 @@ def _metadata(context: StageContext, network: Network, variant: str) -> dict[str
     }
 
 
-class _Subset:
-    """The first images of a split."""
-
-    def __init__(self, images: Any, count: int) -> None:
-        self._images, self._count = images, min(count, len(images))
-        self.targets = images.targets[: self._count]
-
-    def __len__(self) -> int:
-        return self._count
-
-    def images(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
-        found: NDArray[np.uint8] = self._images.images(indices)
-        return found
-
-    def raw(self, index: int) -> NDArray[np.uint8]:
-        found: NDArray[np.uint8] = self._images.raw(index)
-        return found
-
-
-def _first_images(context: StageContext) -> _Subset:
-    return _Subset(context.dataset().validation, PARITY_IMAGES)
-
-
-def _parity(path: Path, precision: Precision, layers: int, images: _Subset, reference: NDArray[np.float32], context: StageContext) -> dict[str, Any]:
+def _parity(path: Path, precision: Precision, layers: int, images: ImageSet, reference: NDArray[np.float32], context: StageContext) -> dict[str, Any]:
     """Compare a file, run as written by ONNX Runtime without optimisations, with torch.
 
     Raises:
@@ -217,7 +195,7 @@ def _parity(path: Path, precision: Precision, layers: int, images: _Subset, refe
     return {"checked": True, "n": len(images), "batches": list(BATCHES), **agreement, **limits}
 
 
-def _infer(path: Path, images: _Subset, threads: int) -> NDArray[np.float32]:
+def _infer(path: Path, images: ImageSet, threads: int) -> NDArray[np.float32]:
     """Outputs float32 [N, K], in batches of several sizes: a batch axis that is not dynamic fails here."""
     import numpy as np
 

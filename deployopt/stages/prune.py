@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from deployopt.errors import DeployoptError, PruningImpossible
 from deployopt.nn.schedule import TrainingConfig
+from deployopt.report import pruning as report
 from deployopt.runtime import host
 from deployopt.stages import Expansion, Planning, StageConfig, StageContext, StepOutput, StepResult
-from deployopt.stages._alignment import fastest
+from deployopt.stages._latency import Search, Timing, fastest
+from deployopt.stages._timing import TimedOn
 from deployopt.stages._training import DISTRIBUTIONS, finish, load_parent, next_point
 
 if TYPE_CHECKING:
     from deployopt.nn.models import Network
+    from deployopt.nn.pruning import Cuts, Metric
+    from deployopt.nn.training import History
 
-version = 1
+version = 2
 not_after: frozenset[str] = frozenset({"qat", "ptq", "export", "build", "benchmark"})
 after: frozenset[str] = frozenset()
 cacheable = True
-timed = False
+timed = False  # only some configs are; `expand` then names the machine
 trains = True
 from_scratch = False
-distributions = (*DISTRIBUTIONS, "torch-pruning")
+distributions = (*DISTRIBUTIONS, "torch-pruning", "onnx")
+
+
+class Latency(TimedOn):
+    """A latency to reach, searched by measuring candidates; either `ratio` or `ms`."""
+
+    ratio: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the network's latency to keep: 0.5 is twice as fast."""
+    ms: float | None = Field(default=None, gt=0)
+    """Median latency in milliseconds."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Latency:
+        if (self.ratio is None) == (self.ms is None):
+            raise ValueError(f"exactly one of ratio and ms is wanted, found {'neither' if self.ratio is None else 'both'}")
+        return self
 
 
 class Target(StageConfig):
@@ -35,21 +58,23 @@ class Target(StageConfig):
     """Share of the parameters to keep."""
     speedup: float | None = Field(default=None, gt=1)
     """Theoretical speed-up: 2.5 is macs_ratio 0.4."""
+    latency: Latency | None = None
+    """Measured latency on a backend."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Target:
-        given = [name for name in ("macs_ratio", "params_ratio", "speedup") if getattr(self, name) is not None]
+        given = [name for name in ("macs_ratio", "params_ratio", "speedup", "latency") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"exactly one of macs_ratio, params_ratio and speedup is wanted, found {', '.join(given) or 'none'}")
+            raise ValueError(f"exactly one of macs_ratio, params_ratio, speedup and latency is wanted, found {', '.join(given) or 'none'}")
         return self
 
     @property
-    def metric(self) -> Literal["macs", "params"]:
+    def metric(self) -> Metric:
         return "params" if self.params_ratio is not None else "macs"
 
     @property
     def ratio(self) -> float:
-        """Share of `metric` to keep."""
+        """Share of `metric` to keep, where latency is not the target."""
         return 1 / self.speedup if self.speedup is not None else (self.macs_ratio or self.params_ratio or 1.0)
 
 
@@ -64,6 +89,39 @@ class Recovery(TrainingConfig):
     """Learning rate rises linearly from zero over these epochs."""
 
 
+class Sparse(TrainingConfig):
+    """Group-sparse training before the cut (DepGraph's group-SL): unimportant channels are pulled towards zero, all their coupled weights together."""
+
+    epochs: int = Field(default=8, ge=1, le=100_000)
+    """Passes over the training split."""
+    lr: float = Field(default=0.01, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """On weights of convolutions and linear layers only; the regulariser takes its place."""
+    keep: Literal["best", "last"] = "last"
+    """Which epoch's weights to keep: the last ones are the sparsest."""
+    strength: float = Field(default=5e-4, gt=0)
+    """Of the regulariser: what the most important channel's weights are pulled with."""
+    alpha: float = Field(default=4.0, ge=0)
+    """The least important channel is pulled 2^alpha times as hard as the most important one."""
+
+
+class Sensitivity(StageConfig):
+    """The validation score after cutting each group of channels alone, without training: a table and a plot in the report."""
+
+    ratios: tuple[float, ...] = Field(default=(0.25, 0.5, 0.75), min_length=1, strict=False)
+    """Shares of a group's channels to cut, rising."""
+    images: int = Field(default=1024, ge=1)
+    """Validation images to score on."""
+
+    @field_validator("ratios")
+    @classmethod
+    def _rising_shares(cls, ratios: tuple[float, ...]) -> tuple[float, ...]:
+        if list(ratios) != sorted(set(ratios)) or not all(0 < r < 1 for r in ratios):
+            raise ValueError(f"ratios rise and lie between 0 and 1, found {list(ratios)}")
+        return ratios
+
+
 class Config(StageConfig):
     """Structured pruning over Torch-Pruning's dependency graph."""
 
@@ -73,64 +131,253 @@ class Config(StageConfig):
     """What a channel is worth: the L2 or L1 norm of all weights coupled to it, the loss's first-order change, or its BatchNorm scales."""
     importance_samples: int = Field(default=512, ge=1)
     """Training images whose gradients taylor uses."""
+    normalizer: Literal["mean", "max"] = "mean"
+    """Scores of a layer's channels are divided by their mean or their maximum before all layers are ranked together."""
     across_layers: bool = Field(default=False, alias="global")
-    """Rank all layers' channels together; otherwise each layer loses the same share of its channels."""
-    iterations: int = Field(default=1, ge=1, le=100)
-    """Reach the target in this many equal steps; importance is scored anew, and the recovery runs, after each."""
+    """Rank all layers' channels together; otherwise each layer loses the share that `ratios` says."""
+    ratios: Literal["uniform", "sensitivity"] = "uniform"
+    """Each layer loses the same share of its channels, or such a share that each loses the same validation score by itself."""
+    sensitivity: Sensitivity | None = None
+    """Measure and report each layer's sensitivity; null does so, with the defaults, only where `ratios` needs it."""
+    sparse: Sparse | None = None
+    """Group-sparse training before the first cut; null cuts the network as it is."""
+    iterations: int = Field(default=1, ge=1, le=1000)
+    """Reach the target in this many equal steps; importance is scored anew for each."""
+    between: Recovery | Literal["finetune"] | None = "finetune"
+    """Training after each iteration but the last: as `finetune`, with options of its own, or null for none."""
     round_to: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = 8
-    """Keep a multiple of this many channels: INT8 and FP16 kernels are fastest on full vectors. auto times 1, 4, 8 and 16 on ONNX Runtime and takes the
-    fastest; the choice is stored and reused when the run is resumed."""
+    """Keep a multiple of this many channels: INT8 and FP16 kernels are fastest on full vectors. auto times 1, 4, 8 and 16 and takes the fastest; the
+    choice is stored and reused when the run is resumed."""
     max_layer_ratio: float = Field(default=0.9, gt=0, lt=1)
-    """No layer loses a larger share of its channels."""
+    """No layer loses a larger share of its channels in an iteration."""
+    timed_on: TimedOn | None = None
+    """Where `round_to: auto` and `if_not_faster` time; null: where target.latency does, else ONNX Runtime at batch 1."""
+    if_not_faster: Literal["warn", "refuse", "ignore"] = "warn"
+    """What to do if the cut network, timed before its recovery, is not faster than the uncut one: the 95 % interval of the latency ratio reaches 1.
+    ignore does not time."""
     finetune: Recovery | None = Recovery()
-    """Training after each iteration; null leaves the network as cut."""
+    """Training after the last iteration; null leaves the network as cut."""
 
     @model_validator(mode="after")
-    def _samples_are_used(self) -> Config:
-        if self.importance != "taylor" and "importance_samples" in self.model_fields_set:
-            raise ValueError(f"importance_samples is an option of taylor, found importance {self.importance}: remove it, or set importance: taylor")
+    def _options_belong_together(self) -> Config:
+        given, faults = self.model_fields_set, []
+        if self.importance != "taylor" and "importance_samples" in given:
+            faults.append(f"importance_samples is an option of taylor, found importance {self.importance}: remove it, or set importance: taylor")
+        if self.across_layers and self.ratios == "sensitivity":
+            faults.append("global: true ranks all channels together and leaves ratios: sensitivity nothing to say: remove one")
+        if not self.across_layers and "normalizer" in given:
+            faults.append("normalizer makes layers comparable and is an option of global: true: remove it, or set global: true")
+        if self.iterations == 1 and "between" in given:
+            faults.append("between trains between iterations, found iterations 1: remove it, or raise iterations")
+        if self.target.latency is not None and self.timed_on is not None:
+            faults.append("timed_on and target.latency both say where to time: remove timed_on")
+        if self.timed_on is not None and not self.is_timed:
+            faults.append("timed_on is given and nothing is timed: remove it, or set if_not_faster: warn")
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the result depends on this machine's speed."""
+        return self.target.latency is not None or self.round_to == "auto" or self.if_not_faster != "ignore"
+
+    @property
+    def where(self) -> TimedOn:
+        return self.target.latency or self.timed_on or TimedOn()
 
 
 def expand(config: Config, planning: Planning) -> list[Expansion]:
-    timed = {"machine": host.timing_facts()} if config.round_to == "auto" else {}
+    timed = {"machine": host.timing_facts()} if config.is_timed else {}
     return [Expansion((planning.trunk,), (next_point(planning, "float"),), parameters=timed)]
 
 
 def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
-    from deployopt.nn import macs, pruning, training
+    """Train sparsely, cut step by step, and train after each cut, as the config says.
+
+    Raises:
+        PruningImpossible: no candidate meets the target, or the result is not faster and that is refused.
+        BackendUnavailable: latency decides and cannot be measured here; raised before anything is trained.
+    """
+    from deployopt.nn import macs
 
     network = load_parent(inputs, context.threads)
-    dataset, task, metric = context.dataset(), context.task, config.target.metric
     whole = dict(zip(("params", "macs"), macs.count(network, network.input_shape), strict=True))
-    alignment: dict[str, Any] = {"round_to": config.round_to}
-
-    def cut(subject: Network, ratio: float, round_to: int) -> None:
-        pruning.prune(
-            subject,
-            int(whole[metric] * ratio),
-            metric=metric,
-            criterion=config.importance,
-            across_layers=config.across_layers,
-            round_to=round_to,
-            max_layer_ratio=config.max_layer_ratio,
-            backward=pruning.gradients(dataset, task, config.importance_samples, context.seed),
-            progress=context.progress,
-        )
-
-    if config.round_to == "auto":
-        alignment = context.choices.get_or_make(
-            "alignment", lambda: fastest(context, network, lambda trial, round_to: cut(trial, config.target.ratio, round_to))
-        )
-    curves: list[dict[str, Any]] = []
-    validation: dict[str, float | int] = {}
-    for iteration in range(1, config.iterations + 1):
-        ratio = 1 - (1 - config.target.ratio) * iteration / config.iterations
-        cut(network.cpu(), ratio, alignment["round_to"])
-        if config.finetune is not None:
-            phase = context.name if config.iterations == 1 else f"{context.name} {iteration}/{config.iterations}"
-            history = training.fit(network, dataset, task, config.finetune, device=context.device, seed=context.seed, progress=context.progress, phase=phase)
-            curves, validation = curves + history.records, history.validation
+    with Timing(context, copy.deepcopy(network), config.where) if config.is_timed else nullcontext() as timing:
+        work = _Pruning(context, config, network, timing)
+        work.check()
+        work.train_sparsely()
+        for iteration in range(1, config.iterations + 1):
+            work.cut(iteration)
+            if iteration == config.iterations:
+                work.compare_with_parent()
+            work.recover(iteration)
     reached = dict(zip(("params", "macs"), macs.count(network, network.input_shape), strict=True))
-    facts = {"target": {metric: config.target.ratio}, "reached": {name: reached[name] / whole[name] for name in reached}, "alignment": alignment}
-    return finish(context, network, expansion.inputs[0].variant, "float", curves=curves, validation=validation, pruning=facts)
+    facts = {**work.facts, "reached": {name: reached[name] / whole[name] for name in reached}}
+    return finish(context, network, expansion.inputs[0].variant, "float", curves=work.curves, validation=work.validation, pruning=facts)
+
+
+class _Pruning:
+    """One run of the stage: the network in the making and what is told of it.
+
+    Attributes:
+        facts: the record's "pruning".
+        curves, validation: of the trainings.
+    """
+
+    def __init__(self, context: StageContext, config: Config, network: Network, timing: Timing | None) -> None:
+        self._context, self._config, self._network, self._timing = context, config, network, timing
+        self._whole: dict[Metric, int] = {}
+        self._alignment: int | None = None if config.round_to == "auto" else config.round_to
+        self._latency: dict[str, Any] | None = None
+        self.curves: list[dict[str, Any]] = []
+        self.validation: dict[str, float | int] = {}
+        target = config.target.latency
+        shown = {config.target.metric: config.target.ratio} if target is None else {"latency": target.model_dump(exclude_none=True)}
+        self.facts: dict[str, Any] = {"target": shown, "alignment": {"round_to": config.round_to}}
+
+    def check(self) -> None:
+        """Fail before training if timing must decide and cannot."""
+        if self._timing is None:
+            return
+        keys = {
+            "prune.target.latency.backend": self._config.target.latency is not None,
+            "prune.timed_on.backend": self._config.round_to == "auto" or self._config.if_not_faster == "refuse",
+        }
+        for key, needed in keys.items():
+            if needed:
+                self._timing.require(key)
+
+    def train_sparsely(self) -> None:
+        from deployopt.nn import pruning, sparsity
+
+        config = self._config.sparse
+        if config is None:
+            return
+        groups = pruning.survey(self._network, pruning.Rules()).groups
+        before = sparsity.small_share(self._network, groups)
+        self._network.to(self._context.device)
+        regularizer = sparsity.GroupSparsity(self._network, groups, config.strength, config.alpha)
+        self._train(config, f"{self._context.name} sparse", after_backward=regularizer)
+        after = sparsity.small_share(self._network, groups)
+        self.facts["sparse"] = {"strength": config.strength, "alpha": config.alpha, "small_channels": {"before": before, "after": after}}
+
+    def cut(self, iteration: int) -> None:
+        """Bring the network `iteration / iterations` of the way to the target."""
+        from deployopt.nn import pruning
+
+        context, config = self._context, self._config
+        self._network.cpu()
+        rules = pruning.Rules(config.importance, config.normalizer, config.across_layers, self._alignment or 1, config.max_layer_ratio)
+        samples = pruning.gradients(context.dataset(), context.task, config.importance_samples, context.seed)
+        cuts = self._with_shares(pruning.survey(self._network, rules, backward=samples, progress=context.progress), iteration)
+        if not self._whole:
+            self._whole = cuts.cost([g.size for g in cuts.groups])
+        part = iteration / config.iterations
+        if self._alignment is None:
+            self._alignment = self._choose_alignment(cuts)
+            cuts = cuts.with_rules(round_to=self._alignment)
+        if config.target.latency is None:
+            kept = self._within(cuts, 1 - (1 - config.target.ratio) * part)
+        else:
+            kept = self._search(cuts, config.target.latency, iteration)
+        cuts.apply(self._network, kept)
+
+    def _within(self, cuts: Cuts, ratio: float) -> list[int]:
+        metric = self._config.target.metric
+        return cuts.within(int(self._whole[metric] * ratio), metric, self._context.progress)
+
+    def _with_shares(self, cuts: Cuts, iteration: int) -> Cuts:
+        from deployopt.data import Leading
+        from deployopt.nn import group_sensitivity
+
+        context, config = self._context, self._config
+        wanted = config.ratios == "sensitivity"
+        if not wanted and (config.sensitivity is None or iteration > 1):
+            return cuts
+        options = config.sensitivity or Sensitivity()
+        images = Leading(context.dataset().validation, options.images)
+        found = group_sensitivity.scan(self._network, cuts, images, context.task, options.ratios, device=context.device, progress=context.progress)
+        self.facts.setdefault("sensitivity", found)
+        if not wanted:
+            return cuts
+        return cuts.with_shares(group_sensitivity.shares(found, higher_is_better=context.task.higher_is_better, max_layer_ratio=config.max_layer_ratio))
+
+    def _choose_alignment(self, cuts: Cuts) -> int:
+        assert self._timing is not None
+        timing, latency = self._timing, self._config.target.latency
+
+        def choose() -> dict[str, Any]:
+            ratio = self._config.target.ratio
+            if latency is not None:  # about as small as it will have to be
+                ratio = latency.ratio or min(1.0, (latency.ms or 0) / timing.parent_ms())
+            return fastest(timing, self._network, cuts, lambda aligned: self._within(aligned, ratio))
+
+        self.facts["alignment"] = self._context.choices.get_or_make("alignment", choose)
+        return int(self.facts["alignment"]["round_to"])
+
+    def _search(self, cuts: Cuts, target: Latency, iteration: int) -> list[int]:
+        """Widths by measured latency; each iteration goes an equal part of the way from the parent's latency."""
+        assert self._timing is not None
+        timing, context = self._timing, self._context
+
+        def search() -> dict[str, Any]:
+            parent = 1.0 if target.ratio is not None else timing.parent_ms()
+            whole = parent if self._latency is None else self._latency["reached"]["ratio" if target.ratio is not None else "ms"]
+            goal = parent - (parent - (target.ratio or target.ms or 0.0)) * iteration / self._config.iterations
+            found = Search(timing, self._network, cuts, "ms" if target.ratio is None else "ratio", goal, whole).run(context.progress)
+            return {"iteration": iteration, "goal": goal, **found}
+
+        self._latency = context.choices.get_or_make(f"latency {iteration}", search)
+        self.facts.setdefault("latency", []).append({k: v for k, v in self._latency.items() if k != "kept"})
+        return [self._latency["kept"][g.name] for g in cuts.groups]
+
+    def compare_with_parent(self) -> None:
+        """Time the cut network against the uncut one, unless that is ignored; tell, warn or refuse."""
+        timing, config, context = self._timing, self._config, self._context
+        if timing is None or config.if_not_faster == "ignore":
+            return
+
+        def measure() -> dict[str, Any]:
+            where = {"backend": timing.backend, "batch": timing.batch}
+            if self._latency is not None:
+                return {**where, **self._latency["reached"]}
+            reason = timing.unavailable()
+            if reason is not None:
+                return {**where, "reason": reason}
+            try:
+                return {**where, **asdict(timing.compare({"cut": self._network})["cut"])}
+            except DeployoptError as error:
+                if config.if_not_faster == "refuse":
+                    raise
+                return {**where, "reason": error.message.splitlines()[0]}
+
+        found = self.facts["against_parent"] = context.choices.get_or_make("against parent", measure)
+        told = f"{context.name}: {report.against_parent(found)}"
+        if "ratio" in found and not report.is_faster(found) and config.if_not_faster == "refuse":
+            raise PruningImpossible(told, "choose a smaller target, another round_to, a target in latency, or prune.if_not_faster: warn")
+        context.progress.log(told)
+
+    def recover(self, iteration: int) -> None:
+        config = self._config
+        schedule = config.finetune if iteration == config.iterations or config.between == "finetune" else config.between
+        if schedule is not None:
+            self._train(schedule, self._context.name if config.iterations == 1 else f"{self._context.name} {iteration}/{config.iterations}")
+
+    def _train(self, schedule: TrainingConfig, phase: str, after_backward: Callable[[], None] | None = None) -> None:
+        from deployopt.nn import training
+
+        context = self._context
+        history: History = training.fit(
+            self._network,
+            context.dataset(),
+            context.task,
+            schedule,
+            device=context.device,
+            seed=context.seed,
+            progress=context.progress,
+            phase=phase,
+            after_backward=after_backward,
+        )
+        self.curves += history.records
+        self.validation = history.validation

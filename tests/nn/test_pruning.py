@@ -8,61 +8,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torchvision
+from small_networks import PREPROCESSING, concatenating, depthwise, resnet8, resnext
 from torch import nn
 
 from deployopt.data import Dataset
 from deployopt.errors import ArtifactMismatch, PruningImpossible
 from deployopt.nn import checkpoint, macs, models, pruning
-from deployopt.nn.cifar_resnet import CifarResNet
 from deployopt.nn.models import Network
-from deployopt.runtime.preprocessing import Preprocessing
+from deployopt.nn.pruning import Rules
 from deployopt.runtime.progress import SilentProgress
 from deployopt.tasks import classification
-
-PREPROCESSING = Preprocessing(16, 3, None, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-
-
-def resnet8(preprocessing: Preprocessing = PREPROCESSING, outputs: int = 7) -> Network:
-    """The CIFAR ResNet with one block a stage."""
-    torch.manual_seed(0)
-    return Network(CifarResNet(8, outputs), {"arch": "resnet8", "outputs": outputs}, preprocessing)
-
-
-def resnext() -> Network:
-    """Bottlenecks of 32 groups with 4, 8, 16 and 32 channels each, one a stage."""
-    torch.manual_seed(0)
-    body = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], 7, groups=32, width_per_group=4)
-    return Network(body, {"arch": "resnext", "outputs": 7}, PREPROCESSING)
-
-
-def depthwise() -> Network:
-    torch.manual_seed(0)
-    body = nn.Sequential(
-        nn.Conv2d(3, 16, 3),
-        nn.BatchNorm2d(16),
-        nn.Conv2d(16, 16, 3, groups=16),
-        nn.ReLU(),
-        nn.Conv2d(16, 24, 1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(24, 7),
-    )
-    return Network(body, {"arch": "depthwise", "outputs": 7}, PREPROCESSING)
 
 
 def counts(net: Network) -> tuple[int, int]:
     return macs.count(net, net.input_shape)
 
 
-@pytest.mark.parametrize("make", [resnet8, resnext, depthwise])
+@pytest.mark.parametrize("make", [resnet8, resnext, depthwise, concatenating])
 @pytest.mark.parametrize("across_layers", [False, True])
 def test_the_target_is_met_closely_and_replay_is_exact(make, across_layers: bool) -> None:  # type: ignore[no-untyped-def]
     net = make().train()
     rebuilt = copy.deepcopy(net)
     next(iter(net.body.parameters())).requires_grad_(False)
     target = int(counts(net)[1] * 0.5)
-    history = pruning.prune(net, target, across_layers=across_layers)
+    history = pruning.prune(net, target, Rules(across_layers=across_layers))
     assert 0.85 * target <= counts(net)[1] <= target
     assert net.training
     assert [p.requires_grad for p in net.parameters()] == [False] + [True] * (len(list(net.parameters())) - 1)
@@ -73,6 +42,77 @@ def test_the_target_is_met_closely_and_replay_is_exact(make, across_layers: bool
         wanted = net.eval()(x)
         assert wanted.shape == (3, 7)
         assert torch.equal(rebuilt.eval()(x), wanted)
+
+
+@pytest.mark.parametrize("make", [resnet8, resnext, depthwise, concatenating])
+def test_cost_from_widths_is_what_is_left_after_the_cut(make) -> None:  # type: ignore[no-untyped-def]
+    cuts = pruning.survey(make(), Rules(across_layers=True))
+    for ratio in (0.0, 0.3, 0.6, 1.0):
+        kept, cut = cuts.kept(ratio), make()
+        cuts.apply(cut, kept)
+        assert tuple(cuts.cost(kept).values()) == counts(cut)
+
+
+def test_channels_that_meet_in_a_concatenation_go_with_their_own_inputs() -> None:
+    net = concatenating()
+    with torch.no_grad():  # nobody reads these channels, so cutting them changes nothing
+        net.body.joined.weight[:, [1, 4]] = 0
+        net.body.joined.weight[:, [8 + 3, 8 + 5, 8 + 15]] = 0
+        for parameter in (net.body.left.weight, net.body.right.weight):
+            parameter[[1, 4] if len(parameter) == 8 else [3, 5, 15]] *= 1e-3
+    cuts = pruning.survey(net, Rules())
+    x = torch.rand(2, 3, 16, 16)
+    with torch.inference_mode():
+        wanted = net(x)
+        cuts.apply(net, [{"body.left": 6, "body.right": 13}.get(g.name, g.size) for g in cuts.groups])
+        assert net.body.joined.in_channels == 19
+        torch.testing.assert_close(net(x), wanted)
+
+
+def test_mode_hooks_gradients_and_frozen_parameters_are_left_as_found(colours: Dataset) -> None:
+    net = resnet8(colours.preprocessing, outputs=3).train()
+    net.body.layer1.eval()
+    net.body.bn1.weight.requires_grad_(False)
+    passes: list[int] = []
+    net.body.fc.register_forward_hook(lambda *_: passes.append(1))
+    net(torch.rand(4, *net.input_shape)).sum().backward()
+    gradient = net.body.conv1.weight.grad.clone()
+    modes = {name: module.training for name, module in net.named_modules()}
+    for criterion in ("group_magnitude", "taylor"):
+        pruning.survey(net, Rules(criterion), backward=pruning.gradients(colours, classification, samples=16, seed=0))
+        assert torch.equal(net.body.conv1.weight.grad, gradient)
+    assert pruning.prune(net, counts(net)[1] // 2)
+    assert {name: module.training for name, module in net.named_modules()} == modes
+    assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["body.bn1.weight"]
+    assert passes == [1]
+    assert len(net.body.fc._forward_hooks) == 1
+
+
+def test_a_network_is_pruned_alike_whatever_was_pruned_before() -> None:
+    histories = []
+    for _ in range(2):  # Torch-Pruning's default arguments are shared between calls
+        net = resnet8()
+        histories.append(pruning.prune(net, counts(net)[1] // 2))
+        pruning.survey(depthwise(), Rules())
+    assert histories[0] == histories[1]
+
+
+def test_residual_partners_lose_the_same_channels_and_the_head_keeps_its_outputs() -> None:
+    net = resnet8()
+    history = pruning.prune(net, counts(net)[1] // 2)
+    cut = {(name, direction): indices for name, direction, indices in history}
+    assert cut["body.conv1", "out"] == cut["body.layer1.0.conv2", "out"] == cut["body.layer1.0.bn2", "out"]
+    assert cut["body.layer2.0.conv2", "out"] == cut["body.layer2.0.downsample.0", "out"] == cut["body.layer3.0.conv1", "in"]
+    assert ("body.fc", "out") not in cut
+
+
+def test_a_share_that_would_empty_a_layer_leaves_one_channel() -> None:
+    net = resnet8()
+    cuts = pruning.survey(net, Rules(max_layer_ratio=0.999))
+    assert set(cuts.kept(1.0)) == {1}
+    cuts.apply(net, cuts.kept(1.0))
+    with torch.inference_mode():
+        assert net.eval()(torch.rand(2, 3, 16, 16)).shape == (2, 7)
 
 
 def test_a_grouped_convolution_keeps_its_groups_at_one_channel_each() -> None:
@@ -93,7 +133,7 @@ def test_every_criterion_prunes_and_repeats_bit_for_bit(criterion: pruning.Crite
     for _ in range(2):
         net = resnet8(colours.preprocessing, outputs=3)
         backward = pruning.gradients(colours, classification, samples=32, seed=0)
-        histories.append(pruning.prune(net, int(counts(net)[0] * 0.6), metric="params", criterion=criterion, backward=backward))
+        histories.append(pruning.prune(net, int(counts(net)[0] * 0.6), Rules(criterion), metric="params", backward=backward))
         assert counts(net)[0] <= 0.6 * counts(resnet8(colours.preprocessing, outputs=3))[0]
         assert all(p.grad is None for p in net.parameters())
     assert histories[0] == histories[1]
@@ -113,7 +153,7 @@ def test_the_least_important_channels_go() -> None:
 
 def test_kept_channels_are_multiples_and_no_layer_loses_more_than_allowed() -> None:
     net = resnet8()
-    pruning.prune(net, int(counts(net)[1] * 0.6), across_layers=True, round_to=4, max_layer_ratio=0.5)
+    pruning.prune(net, int(counts(net)[1] * 0.6), Rules(across_layers=True, round_to=4, max_layer_ratio=0.5))
     for name, module in net.named_modules():
         if isinstance(module, nn.Conv2d):
             whole = resnet8().get_submodule(name).out_channels
@@ -126,7 +166,7 @@ def test_a_pruned_network_is_pruned_again_and_loads(tmp_path: Path) -> None:
     net = models.build({"arch": "resnet20", "outputs": 7}, PREPROCESSING)
     whole = counts(net)[0]
     for ratio in (0.7, 0.4):
-        pruning.prune(net, int(whole * ratio), metric="params", criterion="bn_scale")
+        pruning.prune(net, int(whole * ratio), Rules("bn_scale"), metric="params")
     assert counts(net)[0] <= 0.4 * whole
     assert len(net.lineage) == 2
     checkpoint.save(tmp_path, net)
@@ -154,7 +194,7 @@ def test_weights_that_are_not_finite_are_named() -> None:
     with torch.no_grad():
         net.body.layer2[0].bn1.weight[0] = float("nan")
     with pytest.raises(PruningImpossible, match=r"body\.layer2\.0\.conv1's channels is not finite"):
-        pruning.prune(net, int(counts(net)[1] * 0.5), criterion="bn_scale")
+        pruning.prune(net, int(counts(net)[1] * 0.5), Rules("bn_scale"))
 
 
 @pytest.mark.parametrize(

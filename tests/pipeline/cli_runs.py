@@ -18,7 +18,7 @@ model: {{arch: resnet20, stem: cifar}}
 data: {{name: digits, image_size: 8}}
 stages:
   - finetune: {{epochs: 2, batch_size: 128}}
-  - prune: {{target: {{macs_ratio: 0.5}}, round_to: 4, finetune: {{epochs: 1}}}}
+  - prune: {{target: {{macs_ratio: 0.5}}, round_to: 4, if_not_faster: ignore, finetune: {{epochs: 1}}}}
   - qat: {{epochs: 1}}
   - export
   - build: {{backends: [onnxruntime, openvino, tensorrt, tensorrt_rtx]}}

@@ -1,0 +1,91 @@
+"""What a run's prune stages decided and measured: sentences and tables that Markdown and HTML share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deployopt.report import units
+from deployopt.report.summary import Report
+
+Facts = Mapping[str, Any]
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+
+
+def variants(report: Report) -> list[tuple[str, Facts]]:
+    """(variant, its facts of pruning), in trunk order."""
+    found = ((v["name"], (v.get("record") or {}).get("pruning")) for v in report["variants"])
+    return [(name, facts) for name, facts in found if facts]
+
+
+def is_faster(found: Facts) -> bool:
+    """Whether the interval of the latency ratio lies below 1; without an interval (too few blocks) nothing is shown."""
+    return found["ratio_ci95"] is not None and found["ratio_ci95"][1] < 1
+
+
+def against_parent(found: Facts) -> str:
+    """How the cut network's latency compares with the uncut one's, in a sentence."""
+    where = f"on {found['backend']} at batch {found['batch']}"
+    if "ratio" not in found:
+        return f"whether it is faster than the uncut network {where} is not known: {found['reason']}"
+    interval = found["ratio_ci95"]
+    judged = "faster than" if is_faster(found) else "slower than" if interval and interval[0] > 1 else "not shown to be faster than"
+    shown = f"95 % {units.interval(interval)}, " if interval else ""
+    disturbed = f"; disturbed: {found['invalid']}" if found["invalid"] else ""
+    return f"{judged} the uncut network {where}: {found['ratio']:.3f} of its p50 ({shown}{found['blocks']} blocks, FP32, before recovery{disturbed})"
+
+
+def sentences(facts: Facts) -> list[str]:
+    """What was wanted, what was reached, and what was chosen on the way."""
+    reached = facts["reached"]
+    kept = f"{100 * reached['macs']:.1f} % of the MACs, {100 * reached['params']:.1f} % of the parameters"
+    told = [f"target {_target(facts['target'])}; kept {kept}"]
+    alignment = facts["alignment"]
+    if "p50_ms" in alignment:
+        timed = ", ".join(f"{key}: {units.milliseconds(ms)}" for key, ms in alignment["p50_ms"].items())
+        told.append(f"channels are multiples of {alignment['round_to']}, the fastest on {alignment['backend']} at batch {alignment['batch']} ({timed})")
+    if "sparse" in facts:
+        small = facts["sparse"]["small_channels"]
+        told.append(
+            f"sparse training: channels under 1 % of their group's largest norm went from {100 * small['before']:.1f} % to {100 * small['after']:.1f} %"
+        )
+    if "against_parent" in facts:
+        told.append(against_parent(facts["against_parent"]))
+    return told
+
+
+def _target(target: Facts) -> str:
+    latency = target.get("latency")
+    if latency is None:
+        ((metric, ratio),) = target.items()
+        return f"{metric} ratio {ratio:.3g}"
+    wanted = f"{latency['ratio']:.3g} of the latency" if "ratio" in latency else f"{latency['ms']:.3g} ms"
+    return f"{wanted} on {latency['backend']} at batch {latency['batch']}"
+
+
+def trace(facts: Facts) -> Table | None:
+    """Every measurement of the search for a latency, in order."""
+    headers = ["iteration", "goal", "MACs kept", "of the parent's p50", "95 %", "p50", "parent's p50", "blocks", "note"]
+    rows = []
+    for search in facts.get("latency") or []:
+        for t in search["trace"]:
+            note = "; ".join(n for n in ("confirming" if t["confirming"] else "", f"disturbed: {t['invalid']}" if t["invalid"] else "") if n)
+            latencies = (units.milliseconds(t["ms"]), units.milliseconds(t["parent_ms"]))
+            share = (f"{100 * t['macs_ratio']:.1f} %", f"{t['ratio']:.3f}", units.interval(t["ratio_ci95"]))
+            rows.append([str(search["iteration"]), units.significant(search["goal"]), *share, *latencies, str(t["blocks"]), note])
+    return (headers, rows) if rows else None
+
+
+def sensitivity(facts: Facts, task: Mapping[str, Any]) -> Table | None:
+    """The validation score with one group cut alone."""
+    found = facts.get("sensitivity")
+    if found is None:
+        return None
+    headers = ["group", "channels", *(f"{100 * r:g} % cut" for r in found["ratios"])]
+    return headers, [[g["name"], str(g["channels"]), *(units.score(s, task) for s in g["scores"])] for g in found["groups"]]
+
+
+def lead(found: Facts, task: Mapping[str, Any]) -> str:
+    """What a table of sensitivity shows."""
+    name = units.metric_name(found["metric"])
+    return f"Validation {name} ({found['n']} images) after cutting one group of channels alone, without training; uncut {units.score(found['whole'], task)}."

@@ -1,0 +1,253 @@
+"""Decisions by timing while pruning: cut candidates run on the target backend, interleaved with the network they are cut from.
+
+A candidate is exported, prepared and built as `export` and `build` would, as FP32 and untrained: latency depends on widths, not on weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from deployopt.artifact import Artifact
+from deployopt.errors import PruningImpossible
+from deployopt.runtime.progress import Progress
+from deployopt.stages import StageContext
+from deployopt.stages._timing import SECONDS, Candidates, TimedOn, canonical
+
+if TYPE_CHECKING:
+    from deployopt.bench.harness import Measured
+    from deployopt.nn.models import Network
+    from deployopt.nn.pruning import Cuts
+
+ALIGNMENTS = (1, 4, 8, 16)
+PRECISION: Literal["fp32"] = "fp32"
+PARENT = "parent"
+CONFIRMING_SECONDS = 4.0  # timed for the candidate that is taken
+BLOCKS = 40  # of candidate and parent in turn: more than reports need, since each decision costs or saves a build
+TOLERANCE = 0.03  # a candidate this far below the target is close enough
+CONFIRMED = 0.01  # the last, longer measurement may be so far above it: intervals are about as wide
+TRIES = 14
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A candidate's p50 latency, and its ratio to the parent's from the rounds they share (95 % interval; None below 20 rounds).
+
+    Attributes:
+        invalid: why the machine was too disturbed for a reported row; the ratio, being taken inside rounds, suffers less.
+    """
+
+    ratio: float
+    ratio_ci95: list[float] | None
+    ms: float
+    parent_ms: float
+    blocks: int
+    invalid: str | None
+
+
+class Timing(Candidates):
+    """Times cut networks against the `parent` they are cut from; those of one architecture are built once."""
+
+    def __init__(self, context: StageContext, parent: Network, where: TimedOn) -> None:
+        super().__init__(context, where, PRECISION)
+        self._parent = parent
+
+    def parent_ms(self) -> float:
+        """p50 of the parent alone."""
+        return float(self._measured({}, SECONDS)[PARENT].host["p50"])
+
+    def compare(self, candidates: Mapping[str, Network], seconds: float = SECONDS) -> dict[str, Reading]:
+        """Time candidates and the parent in shuffled rounds.
+
+        Raises:
+            BuildFailed, ExportFailed: of a candidate. StageFailed: one could not be timed.
+        """
+        from deployopt.bench.harness import speedup
+
+        results = self._measured(candidates, seconds)
+        parent = results[PARENT]
+        found = {}
+        for key in candidates:
+            ratio, interval = speedup(results[key], parent)  # of the parent over the candidate: the share of its latency that is left
+            invalid = results[key].invalid or parent.invalid
+            blocks = min(len(results[key].block_medians_ms), len(parent.block_medians_ms))
+            found[key] = Reading(ratio, interval, float(results[key].host["p50"]), float(parent.host["p50"]), blocks, invalid)
+        return found
+
+    def _measured(self, candidates: Mapping[str, Network], seconds: float) -> dict[str, Measured]:
+        networks = {PARENT: self._parent, **candidates}
+        return self.measure({key: self._artifact(network) for key, network in networks.items()}, seconds, BLOCKS)
+
+    def _artifact(self, network: Network) -> Artifact:
+        from deployopt.nn.export import deployed
+
+        return self.built(_architecture(network), lambda: canonical(deployed(network), network))
+
+
+def _architecture(network: Network) -> str:
+    from deployopt.runtime.hashing import sha256_json
+
+    return sha256_json({name: list(tensor.shape) for name, tensor in network.state_dict().items()})[:16]
+
+
+def _candidate(network: Network, cuts: Cuts, kept: Sequence[int]) -> Network:
+    from deployopt.nn import pruning
+
+    candidate = copy.deepcopy(network).cpu()
+    pruning.replay(candidate, cuts.history(kept))
+    return candidate
+
+
+def fastest(timing: Timing, network: Network, cuts: Cuts, reach: Callable[[Cuts], list[int]]) -> dict[str, Any]:
+    """Which multiple of channels to keep: the fastest of `ALIGNMENTS` at the same target.
+
+    Args:
+        reach: channels to keep by some cuts so that the target is met.
+
+    Returns:
+        {"round_to": the fastest, "p50_ms": {alignment: median}, "backend", "batch"}; alignments that cannot reach the target are left out.
+
+    Raises:
+        PruningImpossible: none of them can.
+    """
+    impossible: PruningImpossible | None = None
+    candidates: dict[str, Network] = {}
+    for alignment in ALIGNMENTS:
+        aligned = cuts.with_rules(round_to=alignment)
+        try:
+            candidates[str(alignment)] = _candidate(network, aligned, reach(aligned))
+        except PruningImpossible as error:
+            impossible = error
+    if not candidates and impossible is not None:
+        raise impossible
+    readings = timing.compare(candidates)
+    best = min(readings, key=lambda key: readings[key].ratio)
+    return {
+        "round_to": int(best),
+        "backend": timing.backend,
+        "batch": timing.batch,
+        "ratio": {key: r.ratio for key, r in readings.items()},
+        "p50_ms": {key: r.ms for key, r in readings.items()},
+    }
+
+
+@dataclass
+class _Tried:
+    """A candidate of the search and the latest reading of it."""
+
+    kept: tuple[int, ...]
+    macs: int
+    reading: Reading
+    confirmed: bool = False
+
+
+class Search:
+    """Finds the largest cut of `network` whose latency meets a target, by measuring candidates.
+
+    The search runs over the share of MACs that is kept, of which latency is a rising, if bumpy, function: candidates lie close together, since any
+    MACs can be reached closely. Each step interpolates between the nearest candidates on either side of the target. What is taken is measured
+    again, longer; if that says otherwise, the search goes on from there.
+
+    Args:
+        metric: what is aimed at: "ratio" to the parent, or "ms".
+        goal: largest value of it that will do.
+        whole: the value of `network` itself.
+    """
+
+    def __init__(self, timing: Timing, network: Network, cuts: Cuts, metric: Literal["ratio", "ms"], goal: float, whole: float) -> None:
+        self._timing, self._network, self._cuts = timing, network, cuts
+        self._metric, self._goal, self._whole = metric, goal, whole
+        self._macs = cuts.cost([g.size for g in cuts.groups])["macs"]
+        self._smallest = cuts.cost(cuts.kept(1.0))["macs"]
+        self._tried: dict[tuple[int, ...], _Tried] = {}
+        self._trace: list[dict[str, Any]] = []
+
+    def run(self, progress: Progress) -> dict[str, Any]:
+        """The widths found, as a JSON value.
+
+        Returns:
+            {"kept": {group: channels}, "reached": the confirming reading, "trace": every measurement, in order}.
+
+        Raises:
+            PruningImpossible: no candidate meets the target; says the best reached.
+        """
+        with progress.track("search for latency", TRIES) as bar:
+            for _ in range(TRIES):
+                best = self._best()
+                budget = None if best is not None and self._close(best) else self._next(best)
+                if budget is not None:
+                    self._read(budget, SECONDS)
+                elif best is not None and not best.confirmed:
+                    self._read(best.kept, CONFIRMING_SECONDS)
+                else:
+                    break
+                bar.advance(1, f"{self._trace[-1]['ratio']:.3f} of the parent's")
+        best = self._best()
+        if best is not None and not best.confirmed:  # out of tries
+            self._read(best.kept, CONFIRMING_SECONDS)
+        best = self._best(confirmed=True)
+        if best is None:
+            raise self._impossible()
+        names = [g.name for g in self._cuts.groups]
+        return {"kept": dict(zip(names, best.kept, strict=True)), "reached": asdict(best.reading), "trace": self._trace}
+
+    def _read(self, kept: tuple[int, ...], seconds: float) -> None:
+        candidate = {"candidate": _candidate(self._network, self._cuts, kept)}
+        reading = self._timing.compare(candidate, seconds)["candidate"]
+        confirming = kept in self._tried
+        if not confirming and self._undecided(reading):
+            reading = self._timing.compare(candidate, CONFIRMING_SECONDS)["candidate"]
+        tried = _Tried(kept, self._cuts.cost(kept)["macs"], reading, confirming)
+        self._tried[kept] = tried
+        self._trace.append({"macs_ratio": tried.macs / self._macs, **asdict(reading), "confirming": confirming})
+
+    def _undecided(self, reading: Reading) -> bool:
+        """Whether the interval holds the goal and is too wide to say that the candidate is close to it."""
+        if reading.ratio_ci95 is None:
+            return False
+        low, high = (bound / reading.ratio * self._value(reading) for bound in reading.ratio_ci95)
+        return low < self._goal < high and high - low > 2 * TOLERANCE * self._goal
+
+    def _value(self, reading: Reading) -> float:
+        return reading.ratio if self._metric == "ratio" else reading.ms
+
+    def _meets(self, tried: _Tried) -> bool:
+        return self._value(tried.reading) <= self._goal * (1 + CONFIRMED * tried.confirmed)
+
+    def _close(self, tried: _Tried) -> bool:
+        return self._value(tried.reading) >= self._goal * (1 - TOLERANCE)
+
+    def _best(self, confirmed: bool = False) -> _Tried | None:
+        """The largest candidate that meets the target."""
+        meeting = [t for t in self._tried.values() if self._meets(t) and (t.confirmed or not confirmed)]
+        return max(meeting, key=lambda t: t.macs, default=None)
+
+    def _next(self, best: _Tried | None) -> tuple[int, ...] | None:
+        """The widths to try next, None if nothing untried lies between the nearest candidates."""
+        aim = self._goal * (1 - TOLERANCE / 2)
+        slower = [(t.macs, self._value(t.reading)) for t in self._tried.values() if not self._meets(t) and (best is None or t.macs > best.macs)]
+        high_macs, high = min(slower, default=(self._macs, self._whole))
+        if best is None:
+            low_macs, wanted = self._smallest, high_macs * aim / high  # as if latency were proportional to MACs
+            wanted = wanted if self._tried else high_macs * self._goal / high
+        else:
+            low_macs, low = best.macs, self._value(best.reading)
+            share = (aim - low) / (high - low) if high > low else 0.5
+            wanted = low_macs + min(max(share, 0.1), 0.9) * (high_macs - low_macs)
+        for macs in (wanted, (low_macs + high_macs) / 2, low_macs):
+            kept = tuple(self._cuts.within(max(int(macs), self._smallest)))
+            if kept not in self._tried:
+                return kept
+        return None
+
+    def _impossible(self) -> PruningImpossible:
+        fastest_tried = min(self._tried.values(), key=lambda t: self._value(t.reading))
+        rules, reading = self._cuts.rules, fastest_tried.reading
+        return PruningImpossible(
+            f"wanted latency.{self._metric} {self._goal:.3g} on {self._timing.backend} at batch {self._timing.batch}; the best reached by {len(self._tried)} "
+            f"candidates, with max_layer_ratio {rules.max_layer_ratio:g} and round_to {rules.round_to}, is {reading.ms:.3g} ms, {reading.ratio:.3f} of the "
+            f"parent's {reading.parent_ms:.3g} ms, with {fastest_tried.macs / self._macs:.3f} of the MACs",
+            "raise prune.target.latency, raise prune.max_layer_ratio, or lower prune.round_to",
+        )

@@ -1,0 +1,61 @@
+"""Pruning's facts in the report: sentences, the search's trace, the sensitivity table and its bars."""
+
+from typing import Any
+
+import pytest
+
+from deployopt.report import html, markdown
+
+READING = {"ratio": 0.497, "ratio_ci95": [0.49, 0.504], "ms": 1.02, "parent_ms": 2.05, "blocks": 40, "invalid": None}
+FACTS = {
+    "target": {"latency": {"backend": "openvino", "batch": 1, "ratio": 0.5}},
+    "reached": {"macs": 0.41, "params": 0.37},
+    "alignment": {"round_to": 8, "backend": "openvino", "batch": 1, "ratio": {"1": 0.6, "8": 0.5}, "p50_ms": {"1": 1.2, "8": 1.0}},
+    "sparse": {"strength": 5e-4, "alpha": 4.0, "small_channels": {"before": 0.0, "after": 0.31}},
+    "latency": [{"iteration": 1, "goal": 0.5, "reached": READING, "trace": [{"macs_ratio": 0.41, **READING, "confirming": True}]}],
+    "against_parent": {"backend": "openvino", "batch": 1, **READING},
+    "sensitivity": {
+        "metric": "top1",
+        "n": 360,
+        "whole": 0.98,
+        "ratios": [0.25, 0.5],
+        "groups": [{"name": "body.conv1", "channels": 64, "scores": [0.97, 0.61]}, {"name": "body.<i>", "channels": 32, "scores": [0.98, 0.985]}],
+    },
+}
+
+
+@pytest.fixture
+def pruned(report: dict[str, Any]) -> dict[str, Any]:
+    next(v for v in report["variants"] if v["name"] == "prune")["record"] = {"pruning": FACTS}
+    return report
+
+
+def test_both_formats_say_what_was_reached_and_measured(pruned: dict[str, Any]) -> None:
+    for text in (html.render(pruned), markdown.render(pruned).replace("\\", "")):
+        assert "arget 0.5 of the latency on openvino at batch 1; kept 41.0 % of the MACs" in text
+        assert "multiples of 8, the fastest on openvino at batch 1 (1: 1.20 ms, 8: 1.00 ms)" in text
+        assert "faster than the uncut network on openvino at batch 1: 0.497 of its p50 (95 % 0.490–0.504, 40 blocks" in text
+        assert "from 0.0 % to 31.0 %" in text
+        assert "confirming" in text
+        assert "61.00 %" in text
+        assert "body.<i>" not in text
+
+
+def test_sensitivity_is_drawn_as_a_bar_a_group_for_each_share(pruned: dict[str, Any]) -> None:
+    page = html.render(pruned)
+    assert page.count('aria-label="body.conv1: −37.00 pp"') == 2  # for desks and for phones
+    assert page.count('aria-label="body.conv1: −1.00 pp"') == 2
+    assert "25 % of the channels cut" in page
+
+
+def test_a_run_without_pruning_says_nothing_of_it(report: dict[str, Any]) -> None:
+    assert "Pruning:" not in markdown.render(report)
+    assert "Pruning:" not in html.render(report)
+
+
+def test_what_could_not_be_measured_is_said(pruned: dict[str, Any]) -> None:
+    facts = {**FACTS, "target": {"macs": 0.5}, "alignment": {"round_to": 8}, "against_parent": {"backend": "tensorrt", "batch": 1, "reason": "no driver"}}
+    next(v for v in pruned["variants"] if v["name"] == "prune")["record"] = {"pruning": facts}
+    text = markdown.render(pruned)
+    assert "whether it is faster than the uncut network on tensorrt at batch 1 is not known: no driver" in text
+    assert "target macs ratio 0.5" in text

@@ -1,0 +1,218 @@
+"""Pruning decided by timing, by sensitivity and after sparse training, on real digits and real runtimes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from deployopt.artifact import Availability
+from deployopt.errors import BackendUnavailable, PruningImpossible
+from deployopt.nn import checkpoint, pruning
+from deployopt.report.pruning import against_parent, is_faster
+from deployopt.runtime.progress import SilentProgress
+from deployopt.stages import Planning, Point, StepOutput, _latency, init, prune, qat
+from deployopt.stages._latency import Reading, Search
+from deployopt.store import StoredChoices
+
+
+def config(**options: Any) -> prune.Config:
+    target = {"macs_ratio": 0.5}
+    return prune.Config.model_validate({"target": target, "round_to": 1, "if_not_faster": "ignore", "finetune": None, **options})
+
+
+@pytest.fixture(scope="module")
+def start(run_stages, tmp_path_factory: pytest.TempPathFactory) -> list[StepOutput]:  # type: ignore[no-untyped-def]
+    return run_stages(tmp_path_factory.mktemp("start"), [(init, init.Config(fan_out=False))])
+
+
+class FakeTiming:
+    """Latency as a function of MACs, to test decisions; what is really timed is tested below."""
+
+    backend, batch = "made_up", 1
+
+    def __init__(self, whole_macs: int, *, fixed: float = 0.0, noise: Mapping[int, float] | None = None) -> None:
+        self.whole, self.fixed, self.noise = whole_macs, fixed, dict(noise or {})
+        self.calls = 0
+
+    def compare(self, candidates: Mapping[str, Any], seconds: float = 1.0) -> dict[str, Reading]:
+        from deployopt.nn import macs
+
+        ((key, network),) = candidates.items()
+        self.calls += 1
+        ratio = self.fixed + (1 - self.fixed) * macs.count(network, network.input_shape)[1] / self.whole + self.noise.get(self.calls, 0.0)
+        return {key: Reading(ratio, [ratio * 0.99, ratio * 1.01], 10 * ratio, 10.0, 40, None)}
+
+
+def search(timing: FakeTiming, network: Any, goal: float) -> dict[str, Any]:
+    cuts = pruning.survey(network, pruning.Rules())
+    return Search(timing, network, cuts, "ratio", goal, 1.0).run(SilentProgress())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("goal", "fixed"), [(0.5, 0.0), (0.5, 0.3), (0.8, 0.5), (0.35, 0.25)])
+def test_the_search_comes_close_from_below_in_few_measurements_and_confirms(start: list[StepOutput], goal: float, fixed: float) -> None:
+    network = checkpoint.load(start[0].folder)
+    whole = pruning.survey(network, pruning.Rules())
+    found = search(FakeTiming(whole.cost([g.size for g in whole.groups])["macs"], fixed=fixed), network, goal)
+    assert goal * (1 - _latency.TOLERANCE) <= found["reached"]["ratio"] <= goal
+    assert len(found["trace"]) <= 9
+    assert [t["confirming"] for t in found["trace"]] == [False] * (len(found["trace"]) - 1) + [True]
+
+
+def test_a_lucky_reading_is_not_confirmed_and_the_search_goes_on(start: list[StepOutput]) -> None:
+    network = checkpoint.load(start[0].folder)
+    whole = pruning.survey(network, pruning.Rules())
+    timing = FakeTiming(whole.cost([g.size for g in whole.groups])["macs"], fixed=0.3, noise={1: -0.16})  # 0.65 is read as 0.49
+    found = search(timing, network, 0.5)
+    assert [t["confirming"] for t in found["trace"]][:2] == [False, True]
+    assert found["trace"][1]["ratio"] > 0.6
+    assert 0.485 <= found["reached"]["ratio"] <= 0.505
+
+
+def test_a_latency_that_nothing_reaches_says_the_best(start: list[StepOutput]) -> None:
+    network = checkpoint.load(start[0].folder)
+    whole = pruning.survey(network, pruning.Rules())
+    with pytest.raises(PruningImpossible, match=r"latency\.ratio 0\.3 on made_up .*best reached by \d+ candidates.* 0\.9\d* of the parent's 10 ms") as caught:
+        search(FakeTiming(whole.cost([g.size for g in whole.groups])["macs"], fixed=0.9), network, 0.3)
+    assert "prune.max_layer_ratio" in str(caught.value.remedy)
+
+
+@pytest.mark.slow  # each candidate is exported, built and timed
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_a_latency_is_reached_by_real_sessions_and_the_choice_is_reused(run_stages, start: list[StepOutput], tmp_path: Path, backend: str) -> None:  # type: ignore[no-untyped-def]
+    wanted = config(target={"latency": {"backend": backend, "ratio": 0.7}}, if_not_faster="warn")
+    stored = tmp_path / "choices.json"
+    first = run_stages(tmp_path / "first", [(prune, wanted)], start, choices=StoredChoices(stored))[-1]
+    facts = first.record["pruning"]
+    (found,) = facts["latency"]
+    assert found["reached"]["ratio"] <= 0.7 * 1.01
+    assert found["trace"][-1]["confirming"]
+    assert facts["against_parent"]["backend"] == backend
+    again = run_stages(tmp_path / "again", [(prune, wanted)], start, choices=StoredChoices(stored))[-1]
+    assert again.record == first.record
+    assert again.artifacts["model"].sha256 == first.artifacts["model"].sha256
+
+
+@pytest.mark.slow  # exports, builds and times four candidates
+def test_alignment_is_chosen_by_timing_on_the_target_and_the_choice_is_reused(run_stages, start: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    wanted = config(round_to="auto", timed_on={"backend": "openvino", "batch": 2})
+    stored = tmp_path / "choices.json"
+    first = run_stages(tmp_path / "first", [(prune, wanted)], start, choices=StoredChoices(stored))[-1].record["pruning"]["alignment"]
+    assert (first["backend"], first["batch"]) == ("openvino", 2)
+    assert {"1", "4"} <= set(first["p50_ms"]) <= {"1", "4", "8", "16"}
+    assert first["ratio"][str(first["round_to"])] == min(first["ratio"].values())
+    assert json.loads(stored.read_text()) == {"alignment": first}
+    slower = next(int(key) for key in first["p50_ms"] if key != str(first["round_to"]))
+    stored.write_text(json.dumps({"alignment": {**first, "round_to": slower}}))  # as an earlier, killed run may have chosen
+    again = run_stages(tmp_path / "again", [(prune, wanted)], start, choices=StoredChoices(stored))[-1]
+    assert again.record["pruning"]["alignment"] == {**first, "round_to": slower}
+
+
+class Decided:
+    """Choices of an earlier run."""
+
+    def __init__(self, **choices: Any) -> None:
+        self.choices = {key.replace("_", " "): value for key, value in choices.items()}
+
+    def get_or_make(self, name: str, make: Any) -> Any:
+        return self.choices[name]
+
+
+def reading(low: float, high: float) -> dict[str, Any]:
+    return {"backend": "openvino", "batch": 1, **vars(Reading((low + high) / 2, [low, high], 1.0, 1.0, 40, None))}
+
+
+def test_what_is_not_faster_is_refused_or_told(run_stages, start: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    slow, unclear, fast = reading(1.1, 1.2), reading(0.9, 1.05), reading(0.5, 0.6)
+    assert [is_faster(r) for r in (slow, unclear, fast)] == [False, False, True]
+    assert "slower than" in against_parent(slow)
+    assert "not shown to be faster" in against_parent(unclear)
+    for found, outcome in ((slow, "refused"), (unclear, "refused"), (fast, "kept")):
+        plan = [(prune, config(if_not_faster="refuse"))]
+        folder, choices = tmp_path / f"refuse-{found['ratio']}", Decided(against_parent=found)
+        if outcome == "refused":
+            with pytest.raises(PruningImpossible, match=r"the uncut network on openvino at batch 1"):
+                run_stages(folder, plan, start, choices=choices)
+        else:
+            assert run_stages(folder, plan, start, choices=choices)[-1].record["pruning"]["against_parent"] == fast
+    warned = run_stages(tmp_path / "warn", [(prune, config(if_not_faster="warn"))], start, choices=Decided(against_parent=slow))[-1]
+    assert warned.record["pruning"]["against_parent"] == slow
+
+
+@pytest.fixture
+def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deployopt.backends import openvino
+
+    monkeypatch.setattr(openvino, "probe", lambda: Availability(False, False, None, None, "the package openvino is not installed"))
+
+
+@pytest.mark.usefixtures("without_openvino")
+def test_a_missing_backend_is_said_and_stops_only_what_needs_it(run_stages, start: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    told = run_stages(tmp_path / "told", [(prune, config(if_not_faster="warn", timed_on={"backend": "openvino"}))], start)[-1].record["pruning"]
+    assert told["against_parent"] == {"backend": "openvino", "batch": 1, "reason": "the package openvino is not installed"}
+    needing = [
+        ({"target": {"latency": {"backend": "openvino", "ratio": 0.5}}}, r"prune\.target\.latency\.backend"),
+        ({"if_not_faster": "refuse", "timed_on": {"backend": "openvino"}}, r"prune\.timed_on\.backend"),
+        ({"round_to": "auto", "timed_on": {"backend": "openvino"}}, r"prune\.timed_on\.backend"),
+    ]
+    for number, (options, key) in enumerate(needing):
+        with pytest.raises(BackendUnavailable, match=rf"{key} wants latency on openvino.*is not installed \(available here: .*onnxruntime"):
+            run_stages(tmp_path / str(number), [(prune, config(**options))], start)
+
+
+def test_sensitivity_sets_the_shares_and_is_recorded(run_stages, start: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    wanted = config(ratios="sensitivity", sensitivity={"ratios": [0.5], "images": 20}, finetune={"epochs": 1, "warmup_epochs": 0.0, "batch_size": 32})
+    step = run_stages(tmp_path, [(prune, wanted)], start)[-1]
+    found = step.record["pruning"]["sensitivity"]
+    assert (found["n"], found["ratios"], len(found["groups"])) == (20, [0.5], 12)
+    assert step.record["pruning"]["reached"]["macs"] <= 0.5
+
+
+def test_sparse_training_and_steps_without_recovery_come_before_the_last_recovery(run_stages, start: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    training = {"epochs": 1, "warmup_epochs": 0.0, "batch_size": 32}
+    wanted = config(iterations=3, between=None, sparse={**training, "strength": 0.01}, finetune=training, **{"global": True, "normalizer": "max"})
+    step = run_stages(tmp_path, [(prune, wanted)], start)[-1]
+    assert [r["phase"] for r in step.record["curves"]] == ["prune sparse", "prune 3/3"]
+    assert set(step.record["pruning"]["sparse"]["small_channels"]) == {"before", "after"}
+    assert len(checkpoint.load(step.folder).lineage) == 3
+
+
+@pytest.mark.slow  # prunes twice and trains three times
+def test_a_pruned_network_is_pruned_again_and_quantised(run_stages, start: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    training = {"epochs": 1, "warmup_epochs": 0.0, "batch_size": 32}
+    again = config(target={"params_ratio": 0.6}, finetune=training)
+    steps = run_stages(tmp_path, [(prune, config()), (prune, again), (qat, qat.Config.model_validate(training))], start)
+    loaded = checkpoint.load(steps[-1].folder)
+    assert [entry["op"] for entry in loaded.lineage] == ["prune", "prune", "quantize"]
+    assert loaded(torch.rand(2, 3, 8, 8)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": {"latency": {"backend": "openvin", "ratio": 0.5}}}, "did you mean 'openvino'"),
+        ({"target": {"latency": {"backend": "openvino"}}}, "exactly one of ratio and ms"),
+        ({"target": {"latency": {"ratio": 0.5}, "macs_ratio": 0.5}}, "found macs_ratio, latency"),
+        ({"target": {"latency": {"ratio": 0.5}}, "timed_on": {"batch": 8}}, "both say where to time"),
+        ({"timed_on": {"batch": 8}}, "nothing is timed"),
+        ({"ratios": "sensitivity", "global": True}, "remove one"),
+        ({"normalizer": "max"}, "option of global: true"),
+        ({"between": None}, "raise iterations"),
+        ({"sensitivity": {"ratios": [0.5, 0.25]}}, "ratios rise"),
+        ({"sparse": {"schedule": "step"}}, "milestones"),
+        ({"sparse": {"schedule": "step", "milestones": [9], "epochs": 8}}, "inside the 8 epochs"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        config(**options)
+
+
+def test_the_key_names_the_machine_where_timing_decides() -> None:
+    planning = Planning([Point("torch", "init", "float")], "prune")
+    (timed,), (free,) = prune.expand(prune.Config(), planning), prune.expand(config(), planning)
+    assert set(timed.parameters) == {"machine"}
+    assert free.parameters == {}
