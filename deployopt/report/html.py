@@ -280,7 +280,7 @@ def _layer_sensitivity(report: Report) -> list[Section]:
             shown = [(name, value, units.significant(value)) for name, value in values]
             items = [charts.Bar(name, 0.0, value, text, "neutral", f"{name} {title}: {text} ({found.distance})") for name, value, text in shown]
             figures.append(_bars(f"{found.distance}, each layer {title}", items))
-        anchor, title = f"sensitivity-{len(sections)}", f"Sensitivity of each layer: {found.variant}"
+        anchor, title = f"layer-sensitivity-{len(sections)}", f"Sensitivity of each layer: {found.variant}"
         sections.append(Section(anchor, title, figures, found.lead, (found.headers, found.rows)))
     return sections
 
@@ -295,7 +295,7 @@ def _pruning(report: Report) -> list[Section]:
         if scores is not None:
             figures = [_group_sensitivity(facts["sensitivity"], position, task) for position in range(len(facts["sensitivity"]["ratios"]))]
             lead = pruning.lead(facts["sensitivity"], task)
-            sections.append(Section(f"sensitivity-{index}", f"Sensitivity: {name}", figures, lead, scores))
+            sections.append(Section(f"group-sensitivity-{index}", f"Sensitivity: {name}", figures, lead, scores))
     return sections
 
 
