@@ -288,8 +288,8 @@ def _layer_sensitivity(report: Report) -> list[Section]:
 def _pruning(report: Report) -> list[Section]:
     """For each prune stage what it reached, the search for its latency, and the sensitivity of its groups."""
     task, sections = summary.task_of(report), []
-    for index, (name, facts) in enumerate(pruning.variants(report)):
-        lead = "; ".join(pruning.sentences(facts)) + "."
+    for index, (name, facts, cached) in enumerate(pruning.variants(report)):
+        lead = "; ".join(pruning.sentences(facts, cached)) + "."
         sections.append(Section(f"pruning-{index}", f"Pruning: {name}", [], lead[0].upper() + lead[1:], pruning.trace(facts)))
         scores = pruning.sensitivity(facts, task)
         if scores is not None:
