@@ -13,10 +13,9 @@ from pydantic import Field, field_validator, model_validator
 from deployopt.errors import DeployoptError, PruningImpossible
 from deployopt.nn.schedule import TrainingConfig
 from deployopt.report import pruning as report
-from deployopt.runtime import host
 from deployopt.stages import Expansion, Planning, StageConfig, StageContext, StepOutput, StepResult
 from deployopt.stages._latency import Search, Timing, fastest
-from deployopt.stages._timing import TimedOn
+from deployopt.stages._timing import TimedOn, key_parts
 from deployopt.stages._training import DISTRIBUTIONS, finish, load_parent, next_point
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ version = 2
 not_after: frozenset[str] = frozenset({"qat", "ptq", "export", "build", "benchmark"})
 after: frozenset[str] = frozenset()
 cacheable = True
-timed = False  # only some configs are; `expand` then names the machine
+timed = False  # only some configs are; `expand` then names the machine and the runtime
 trains = True
 from_scratch = False
 distributions = (*DISTRIBUTIONS, "torch-pruning", "onnx")
@@ -188,7 +187,7 @@ class Config(StageConfig):
 
 
 def expand(config: Config, planning: Planning) -> list[Expansion]:
-    timed = {"machine": host.timing_facts()} if config.is_timed else {}
+    timed = key_parts(config.where) if config.is_timed else {}
     return [Expansion((planning.trunk,), (next_point(planning, "float"),), parameters=timed)]
 
 
