@@ -12,7 +12,6 @@ from pydantic import Field, field_validator, model_validator
 
 from deployopt.errors import DeployoptError, PruningImpossible
 from deployopt.nn.schedule import TrainingConfig
-from deployopt.report import pruning as report
 from deployopt.stages import Expansion, Planning, StageConfig, StageContext, StepOutput, StepResult
 from deployopt.stages._latency import Search, Timing, fastest
 from deployopt.stages._timing import TimedOn, key_parts
@@ -333,6 +332,8 @@ class _Pruning:
 
     def compare_with_parent(self) -> None:
         """Time the cut network against the uncut one, unless that is ignored; tell, warn or refuse."""
+        from deployopt.report import pruning as report
+
         timing, config, context = self._timing, self._config, self._context
         if timing is None or config.if_not_faster == "ignore":
             return
@@ -354,7 +355,8 @@ class _Pruning:
         found = self.facts["against_parent"] = context.choices.get_or_make("against parent", measure)
         told = f"{context.name}: {report.against_parent(found)}"
         if "ratio" in found and not report.is_faster(found) and config.if_not_faster == "refuse":
-            raise PruningImpossible(told, "choose a smaller target, another round_to, a target in latency, or prune.if_not_faster: warn")
+            remedy = "choose a smaller target, another round_to, a target in latency, or prune.if_not_faster: warn; --fresh times it anew"
+            raise PruningImpossible(told, remedy)
         context.progress.log(told)
 
     def recover(self, iteration: int) -> None:
