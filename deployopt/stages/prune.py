@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from deployopt.errors import DeployoptError, PruningImpossible
 from deployopt.nn.schedule import TrainingConfig
 from deployopt.stages import Expansion, Planning, StageConfig, StageContext, StepOutput, StepResult
-from deployopt.stages._latency import Search, Timing, fastest
+from deployopt.stages._latency import CONFIRMING_SECONDS, Search, Timing, fastest
 from deployopt.stages._timing import TimedOn, key_parts
 from deployopt.stages._training import DISTRIBUTIONS, finish, load_parent, next_point
 
@@ -309,7 +309,8 @@ class _Pruning:
             ratio = self._config.target.ratio
             if latency is not None:  # about as small as it will have to be
                 ratio = latency.ratio or min(1.0, (latency.ms or 0) / timing.parent_ms())
-            return fastest(timing, self._network, cuts, lambda aligned: self._within(aligned, ratio))
+            first = 1 - (1 - ratio) / self._config.iterations
+            return fastest(timing, self._network, cuts, lambda aligned: self._within(aligned, first))
 
         self.facts["alignment"] = self._context.choices.get_or_make("alignment", choose)
         return int(self.facts["alignment"]["round_to"])
@@ -323,7 +324,8 @@ class _Pruning:
             parent = 1.0 if target.ratio is not None else timing.parent_ms()
             whole = parent if self._latency is None else self._latency["reached"]["ratio" if target.ratio is not None else "ms"]
             goal = parent - (parent - (target.ratio or target.ms or 0.0)) * iteration / self._config.iterations
-            found = Search(timing, self._network, cuts, "ms" if target.ratio is None else "ratio", goal, whole).run(context.progress)
+            metric: Literal["ratio", "ms"] = "ms" if target.ratio is None else "ratio"
+            found = Search(timing, self._network, cuts, metric, goal, whole, self._whole["macs"]).run(context.progress)
             return {"iteration": iteration, "goal": goal, **found}
 
         self._latency = context.choices.get_or_make(f"latency {iteration}", search)
@@ -346,7 +348,10 @@ class _Pruning:
             if reason is not None:
                 return {**where, "reason": reason}
             try:
-                return {**where, **asdict(timing.compare({"cut": self._network})["cut"])}
+                reading = timing.compare({"cut": self._network})["cut"]
+                if reading.invalid:  # the machine was disturbed: once more, for longer
+                    reading = timing.compare({"cut": self._network}, CONFIRMING_SECONDS)["cut"]
+                return {**where, **asdict(reading)}
             except DeployoptError as error:
                 if config.if_not_faster == "refuse":
                     raise
