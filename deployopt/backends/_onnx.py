@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,23 +18,18 @@ from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import TensorSpec
 
 if TYPE_CHECKING:
-    from onnx import ValueInfoProto
+    from onnx import ModelProto, ValueInfoProto
 
 
-def prepare(canonical: Path, precision: str, out: Path, *, keep_signed: bool = False) -> Path:
-    """INT8 in the unsigned dialect of x86 CPUs, float precisions as they are.
-
-    Args:
-        keep_signed: as `to_unsigned` takes it.
+def prepare(canonical: Path, precision: str, out: Path, dialect: Callable[[ModelProto], ModelProto]) -> Path:
+    """INT8 in the runtime's dialect, float precisions as they are.
 
     Raises:
         ExportFailed: a scale that only this dialect needs is missing; names the layer.
     """
     model = load(canonical)
     if precision == "int8":
-        from deployopt.graph.dialects import to_unsigned
-
-        model = to_unsigned(model, keep_signed=keep_signed)
+        model = dialect(model)
     atomic_write(out, model.SerializeToString(deterministic=True))
     return out
 

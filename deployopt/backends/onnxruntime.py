@@ -33,7 +33,9 @@ def probe() -> Availability:
 
 
 def prepare(canonical: Path, precision: str, out: Path) -> Path:
-    return _onnx.prepare(canonical, precision, out)
+    from deployopt.graph.dialects import to_unsigned
+
+    return _onnx.prepare(canonical, precision, out, to_unsigned)
 
 
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:

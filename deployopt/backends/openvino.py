@@ -35,7 +35,9 @@ def probe() -> Availability:
 
 
 def prepare(canonical: Path, precision: str, out: Path) -> Path:
-    return _onnx.prepare(canonical, precision, out, keep_signed=True)
+    from deployopt.graph.dialects import to_openvino
+
+    return _onnx.prepare(canonical, precision, out, to_openvino)
 
 
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:

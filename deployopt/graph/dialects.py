@@ -17,15 +17,14 @@ _PAIR_SAFE = 64  # 2 · 255 · 64 < 2^15: a pair of products of x86's vpmaddubsw
 _BIAS_LIMIT = 2**30  # leaves as much of the int32 accumulator to the products
 
 
-def to_unsigned(model: ModelProto, *, keep_signed: bool = False) -> ModelProto:
-    """The dialect of x86 CPUs (ONNX Runtime, OpenVINO): u8 activations, s8 weights, int32 biases, Q/DQ around every Add and pooling.
+def to_unsigned(model: ModelProto) -> ModelProto:
+    """The dialect of ONNX Runtime on x86 CPUs: u8 activations, s8 weights, int32 biases, Q/DQ around every Add and pooling.
 
     Activations keep their signed scale; the zero point becomes 0 where a tensor cannot be negative (then a ReLU fuses) and 128 elsewhere, so the
     integers are those of the signed graph.
 
     Args:
         model: canonical INT8, with the scales "output" of each convolution before an Add and "sum" of an Add that no layer reads.
-        keep_signed: leave activations that may be negative as s8, which OpenVINO adds and convolves without a shift by a zero point.
 
     Raises:
         ExportFailed: a scale is missing; names the layer.
@@ -33,10 +32,37 @@ def to_unsigned(model: ModelProto, *, keep_signed: bool = False) -> ModelProto:
     model = clone(model)
     graph = Graph(model.graph)
     trained = graph.nodes("QuantizeLinear")
-    quantize_outputs(graph, stored_scales(model))
-    make_unsigned(graph, keep_signed=keep_signed)
+    quantize_outputs(graph, stored_scales(model), adds_fuse=False)
+    make_unsigned(graph, keep_signed=False)
     clip_to_signed_range(graph, trained)
     quantize_biases(graph)
+    return _finished(model, graph)
+
+
+def to_openvino(model: ModelProto) -> ModelProto:
+    """The dialect of OpenVINO on CPUs: as `to_unsigned`, less what its convolutions compute in float between int32 sums and INT8 results anyway.
+
+    They add biases and the other operand of an Add in float, without rounding in between, whether or not the graph has it there: int32 biases and
+    Q/DQ of a convolution's result before an Add would save no time and only take the results away from those of training. What may be negative
+    stays s8, which OpenVINO adds and convolves without a shift by a zero point.
+
+    Args:
+        model: canonical INT8, with the scale "sum" of an Add that no layer reads.
+
+    Raises:
+        ExportFailed: a scale is missing; names the layer.
+    """
+    model = clone(model)
+    graph = Graph(model.graph)
+    trained = graph.nodes("QuantizeLinear")
+    quantize_outputs(graph, stored_scales(model), adds_fuse=True)
+    make_unsigned(graph, keep_signed=True)
+    clip_to_signed_range(graph, trained)
+    return _finished(model, graph)
+
+
+def _finished(model: ModelProto, graph: Graph) -> ModelProto:
+    """The model of an edited graph, with pooling on integers and the layers that may saturate named in its metadata."""
     saturating = saturating_layers(graph)
     hoist_quantizers(graph)
     graph.finish()
@@ -49,18 +75,22 @@ def to_unsigned(model: ModelProto, *, keep_signed: bool = False) -> ModelProto:
     return model
 
 
-def quantize_outputs(graph: Graph, scales: Scales) -> None:
+def quantize_outputs(graph: Graph, scales: Scales, *, adds_fuse: bool) -> None:
     """Q/DQ after every INT8 convolution and Add whose result some reader (an Add, the pooling, a layer kept in float) would take as a float.
 
-    A result that is quantised for another reader already gets no second pair.
+    A result that is quantised for another reader already gets no second pair. No weights meet the new integers, so those of zero point 0 may use
+    all 255 steps.
 
     Args:
         scales: as `canonicalize` stores them. An Add's are kept with the layer it follows: the operand that is not the quantised identity.
+        adds_fuse: leave the result of a convolution that only an Add with a quantised operand reads, as the convolution's kernel adds that itself.
     """
     followed = {add.output[0]: graph.producers[name] for add in graph.nodes("Add") for name in add.input if graph.producer(name, "Conv")}
     for node in graph.nodes("Conv", "Add"):
-        if not all(graph.producer(name, "DequantizeLinear") for name in node.input[:2]):
+        if not _in_int8(graph, node):
             continue  # kept in float (mixed precision), or a normalisation
+        if adds_fuse and node.op_type == "Conv" and _left_to_add(graph, node):
+            continue
         result = _through_relu(graph, node.output[0])
         readers = graph.consumers.get(result, [])
         floating = [reader for reader in readers if not _keeps(graph, reader)]
@@ -70,7 +100,21 @@ def quantize_outputs(graph: Graph, scales: Scales) -> None:
         elif floating:
             layer, role = (followed.get(node.output[0], node), "sum") if node.op_type == "Add" else (node, "output")
             scale = _observed(scales, layer_name(graph, layer), role)
+            scale = np.float32(scale * 127 / 255) if is_non_negative(graph, result) else scale
             graph.redirect(result, _add_pair(graph, result, scale), floating)
+
+
+def _in_int8(graph: Graph, node: NodeProto) -> bool:
+    """Whether an INT8 kernel computes a convolution or Add: its operands are quantised, or one is a convolution's that this kernel fuses with."""
+    makers = [graph.producers.get(name) for name in node.input[:2]]
+    fused = [m for m in makers if node.op_type == "Add" and m is not None and m.op_type == "Conv" and _in_int8(graph, m)]
+    return all(m in fused or (m is not None and m.op_type == "DequantizeLinear") for m in makers)
+
+
+def _left_to_add(graph: Graph, conv: NodeProto) -> bool:
+    """Whether nothing but an Add with a quantised operand reads a convolution's result."""
+    readers = graph.consumers.get(conv.output[0], [])
+    return len(readers) == 1 and readers[0].op_type == "Add" and any(graph.producer(name, "DequantizeLinear") for name in readers[0].input)
 
 
 def _through_relu(graph: Graph, tensor: str) -> str:

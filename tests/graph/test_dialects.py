@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from residual_onnx import CONVOLUTIONS, images, quantized, run
 
 from deployopt.errors import ExportFailed
 from deployopt.graph.canonical import SCALES_KEY, canonicalize
 from deployopt.graph.checks import check, quantization_report
-from deployopt.graph.dialects import SATURATION_KEY, to_unsigned
+from deployopt.graph.dialects import SATURATION_KEY, to_openvino, to_unsigned
 from deployopt.graph.editing import Graph, unmoved
 
 
@@ -68,15 +68,41 @@ def test_every_trained_quantizer_behind_a_relu_ends_at_127_and_no_other():
     assert set(limited.values()) == {(0, 127)}
 
 
-def test_what_may_be_negative_can_stay_signed():
-    model = to_unsigned(canonical(), keep_signed=True)
+def test_openvino_keeps_signed_what_may_be_negative():
+    model = to_openvino(canonical())
     check(model)
     values = constants(model)
     kinds = {n.input[0]: values[n.input[2]].dtype for n in model.graph.node if n.op_type == "QuantizeLinear"}
-    signed = {"normal", "layer1.0.conv2.out", "layer2.0.conv2.out", "layer2.0.downsample.0.out"}
+    signed = {"normal", "layer2.0.downsample.0.out"}
     assert {name for name, kind in kinds.items() if kind == np.int8} == signed
     assert {name for name, kind in kinds.items() if kind == np.uint8} == kinds.keys() - signed
-    np.testing.assert_array_equal(run(model, images(64)), run(to_unsigned(canonical()), images(64)))
+    assert len(quantization_report(model).quantized) == len(CONVOLUTIONS) + 1
+
+
+def test_for_openvino_every_number_up_to_the_last_pooling_is_that_of_training():
+    """Biases and operands of Adds rounded on the way would change some step, and what follows makes more of it with each layer."""
+    signed = canonical()
+    dialect = to_openvino(signed)
+    for model in (signed, dialect):
+        del model.graph.output[:]
+        model.graph.output.append(helper.make_tensor_value_info("layer2.0.sum", TensorProto.FLOAT, None))
+    np.testing.assert_array_equal(run(signed, images(64)), run(dialect, images(64)))
+
+
+def test_openvino_needs_a_convolutions_scale_only_where_something_else_than_an_add_reads_it():
+    model, scales = quantized()
+    without = {layer: {role: scale for role, scale in roles.items() if role == "sum"} for layer, roles in scales.items()}
+    assert {n.input[0] for n in to_openvino(canonicalize(model, scales=without)).graph.node if n.op_type == "QuantizeLinear"} >= {"layer2.0.sum"}
+    for node in model.graph.node:
+        node.input[:] = ["layer1.0.conv2.out" if name == "layer1.0.sum_dq" else name for name in node.input]  # two readers: the Add and a float layer
+    with pytest.raises(ExportFailed, match=r"needs the scale 'output' of the layer 'layer1\.0\.conv2'"):
+        to_openvino(canonicalize(model, scales=without))
+
+
+def test_a_result_that_only_pooling_reads_uses_all_of_u8():
+    values = constants(to_unsigned(canonical()))
+    _, scales = quantized()
+    assert values["layer2.0.sum.scale"] == pytest.approx(scales["layer2.0.conv2"]["sum"] * 127 / 255)
 
 
 def test_pooling_and_reshaping_work_on_integers():

@@ -8,7 +8,7 @@ from residual_onnx import images, quantized, residual, run
 
 from deployopt.errors import ArtifactMismatch, BackendUnavailable, UsageError
 from deployopt.graph.canonical import canonicalize
-from deployopt.graph.dialects import to_unsigned
+from deployopt.graph.dialects import to_openvino
 from deployopt.runtime.openvino_session import compile_model, load_vendor, not_offered, open_session
 from deployopt.runtime.session import SessionOptions, TensorSpec
 
@@ -76,20 +76,19 @@ def test_a_precision_is_opened_only_where_it_is_executed(path, precision):
             open_session(path, SessionOptions(precision=precision))
 
 
-def test_int8_agrees_with_the_reference(tmp_path):
-    """int16 saturation on CPUs without VNNI shows here: with a stem of ±127 the outputs are off by a third of their spread."""
+def test_int8_computes_what_the_file_says(tmp_path):
+    """int16 saturation on CPUs without VNNI shows here, and so does Q/DQ that OpenVINO fuses away without rounding: then nearly every image differs."""
     model, scales = quantized()
-    unsigned = to_unsigned(canonicalize(model, scales=scales), keep_signed=True)
-    onnx.save(unsigned, tmp_path / "model.onnx")
+    dialect = to_openvino(canonicalize(model, scales=scales))
+    onnx.save(dialect, tmp_path / "model.onnx")
     with open_session(tmp_path / "model.onnx", SessionOptions(precision="int8")) as session:
         found = session.infer({"image": images(1000)})["logits"]
-    reference = run(unsigned, images(1000))
+    reference = run(dialect, images(1000))
     assert np.abs(found - reference).max() < 0.1 * reference.std()
-    # an untrained network's predictions tie often: a step of rounding tips some
-    top = np.sort(reference, axis=1)
-    clear = top[:, -1] - top[:, -2] > 0.05 * reference.std()
-    assert (found.argmax(1) == reference.argmax(1))[clear].mean() >= 0.99
-    assert clear.mean() > 0.8
+    # a sum of floats in another order tips a rounding here and there
+    differs = (np.abs(found - reference) > 0.01 * reference.std()).any(axis=1)
+    assert differs.mean() <= 0.03
+    assert (found.argmax(1) == reference.argmax(1)).mean() >= 0.99
 
 
 def test_junk_is_a_mismatch_with_the_file_named(tmp_path):
