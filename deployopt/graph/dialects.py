@@ -79,7 +79,7 @@ def quantize_outputs(graph: Graph, scales: Scales, *, adds_fuse: bool) -> None:
     """Q/DQ after every INT8 convolution and Add whose result some reader (an Add, the pooling, a layer kept in float) would take as a float.
 
     A result that is quantised for another reader already gets no second pair. No weights meet the new integers, so those of zero point 0 may use
-    all 255 steps.
+    all 255 steps; not before pooling by the maximum, where a trained quantiser may follow that needs its own steps.
 
     Args:
         scales: as `canonicalize` stores them. An Add's are kept with the layer it follows: the operand that is not the quantised identity.
@@ -100,7 +100,8 @@ def quantize_outputs(graph: Graph, scales: Scales, *, adds_fuse: bool) -> None:
         elif floating:
             layer, role = (followed.get(node.output[0], node), "sum") if node.op_type == "Add" else (node, "output")
             scale = _observed(scales, layer_name(graph, layer), role)
-            scale = np.float32(scale * 127 / 255) if is_non_negative(graph, result) else scale
+            if is_non_negative(graph, result) and not any(reader.op_type in TRANSPARENT for reader in floating):
+                scale = np.float32(scale * 127 / 255)
             graph.redirect(result, _add_pair(graph, result, scale), floating)
 
 
