@@ -23,7 +23,7 @@ from deployopt.errors import BuildFailed, DeployoptError, UsageError
 from deployopt.runtime.progress import Progress
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
 
-version = 3
+version = 4
 not_after: frozenset[str] = frozenset()
 after = frozenset({"export"})
 cacheable = True
