@@ -380,11 +380,15 @@ def _facts(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
     return [*tables, ("Steps", steps)] if steps else tables
 
 
-def render(report: Report) -> str:
-    """The page. All text is escaped by Jinja2 and markupsafe."""
-    environment = Environment(
+def pages() -> Environment:
+    """Templates, with everything escaped that they are given."""
+    return Environment(
         loader=PackageLoader("deployopt.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
+
+
+def render(report: Report) -> str:
+    """The page. All text is escaped by Jinja2 and markupsafe."""
     palette, task = _Palette(report), summary.task_of(report)
     recommended = report.get("recommended")
     best = report["rows"][recommended["row"]] if recommended else None
@@ -399,24 +403,28 @@ def render(report: Report) -> str:
         _confusion(report),
     ]
     dataset = report.get("dataset") or {}
-    return environment.get_template("report.html.j2").render(
-        name=(report.get("recipe") or {}).get("name") or report.get("run") or "report",
-        run=report.get("run") or "",
-        finished=report.get("finished") or "",
-        version=report.get("deployopt") or "",
-        headline=headline(report),
-        violations=(report.get("budget") or {}).get("violations") or [],
-        limits=limit_sentences((report.get("budget") or {}).get("limits") or {}, task),
-        recommended=recommended,
-        best=best,
-        best_key=summary.row_key(best) if best else "",
-        dataset=", ".join(f"{v} {k}" if k != "name" else str(v) for k, v in dataset.items()),
-        environment=summary.environment_line(report.get("environment") or {}),
-        contract=summary.contract_lines(report["rows"], report.get("environment") or {}),
-        sections=[s for s in sections if s],
-        absences=summary.absences(report["rows"]),
-        notes=summary.notes(report["rows"]),
-        metric=units.metric_name(task["primary"]),
-        rows=_row_table(report),
-        facts=_facts(report),
+    return (
+        pages()
+        .get_template("report.html.j2")
+        .render(
+            name=(report.get("recipe") or {}).get("name") or report.get("run") or "report",
+            run=report.get("run") or "",
+            finished=report.get("finished") or "",
+            version=report.get("deployopt") or "",
+            headline=headline(report),
+            violations=(report.get("budget") or {}).get("violations") or [],
+            limits=limit_sentences((report.get("budget") or {}).get("limits") or {}, task),
+            recommended=recommended,
+            best=best,
+            best_key=summary.row_key(best) if best else "",
+            dataset=", ".join(f"{v} {k}" if k != "name" else str(v) for k, v in dataset.items()),
+            environment=summary.environment_line(report.get("environment") or {}),
+            contract=summary.contract_lines(report["rows"], report.get("environment") or {}),
+            sections=[s for s in sections if s],
+            absences=summary.absences(report["rows"]),
+            notes=summary.notes(report["rows"]),
+            metric=units.metric_name(task["primary"]),
+            rows=_row_table(report),
+            facts=_facts(report),
+        )
     )
