@@ -14,9 +14,8 @@ from deployopt.nn.capture import example_input
 from deployopt.nn.export import deployed, to_onnx
 from deployopt.nn.models import Network
 from deployopt.nn.prepared import Prepared, Scheme
-from deployopt.nn.quantizer import quantization
+from deployopt.nn.quantizer import quantization, recorded_scales
 from deployopt.runtime.preprocessing import Preprocessing, to_feed
-from deployopt.stages.export import recorded_scales
 
 OPSET = 21
 

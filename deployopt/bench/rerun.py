@@ -79,17 +79,24 @@ def _measure_again(rows: tuple[JsonRow, JsonRow], folders: tuple[Path, Path], pl
     for side, row, folder in zip(("base", "new"), rows, folders, strict=True):
         target, device = resolve(f"{folder}:{summary.row_key(row)}"), (row.get("contract") or {}).get("device", "cpu")
         subjects.append(Subject(side, opener(target.backend), target.path, target.session_options(threads, device)))
-    return measure_pair((subjects[0], subjects[1]), rows[0]["batch"], plan, progress)
+    pairs = measure_pair((subjects[0], subjects[1]), rows[0]["batch"], plan, progress)
+    return pairs if isinstance(pairs, str) else summarize(pairs)
 
 
-def measure_pair(subjects: tuple[Subject, Subject], batch: int, plan: Plan, progress: Progress, images: NDArray[np.uint8] | None = None) -> Reran | str:
-    """Two sessions over several process lifetimes; the reason where too few of them were valid.
+Pair = tuple[Measured, Measured]
+
+
+def measure_pair(subjects: tuple[Subject, Subject], batch: int, plan: Plan, progress: Progress, images: NDArray[np.uint8] | None = None) -> list[Pair] | str:
+    """Time two sessions interleaved, in new processes each lifetime; the reason where too few lifetimes were valid.
 
     Args:
-        subjects: base and new; ratios are new / base.
+        subjects: base and new.
         images: uint8 [n, H, W, C]; None makes noise of each model's size.
+
+    Returns:
+        (base, new) of each valid lifetime, at least 3.
     """
-    pairs: list[tuple[Measured, Measured]] = []
+    pairs: list[Pair] = []
     reason = ""
     for attempt in range(2 * plan.lifetimes):
         # who is opened first changes: it may get the better place in memory
@@ -109,10 +116,11 @@ def measure_pair(subjects: tuple[Subject, Subject], batch: int, plan: Plan, prog
             break
     if len(pairs) < MINIMUM_LIFETIMES:
         return f"{len(pairs)} of {2 * plan.lifetimes} process lifetimes were valid, {MINIMUM_LIFETIMES} are needed: {reason}"
-    return _reran(pairs)
+    return pairs
 
 
-def _reran(pairs: Sequence[tuple[Measured, Measured]]) -> Reran:
+def summarize(pairs: Sequence[Pair]) -> Reran:
+    """One ratio a lifetime, each the median over its rounds, and over them Student's interval."""
     peaks = [new.peak_memory_bytes / base.peak_memory_bytes for base, new in pairs if base.peak_memory_bytes and new.peak_memory_bytes]
     return Reran(
         base_p50_ms=float(np.median([base.host["p50"] for base, _ in pairs])),
