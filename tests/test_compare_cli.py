@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ from xml.etree import ElementTree
 
 import pytest
 import stored_runs
+import typer
+
+from deployopt.cli import app
 
 HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "sklearn", "scipy", "PIL")
 
@@ -84,3 +88,12 @@ def test_history_shows_what_compare_appended(tmp_path: Path, base: Path) -> None
     assert deployopt("history", history, "--format", "html", "-o", tmp_path / "h.html").returncode == 0
     assert "<svg" in (tmp_path / "h.html").read_text()
     assert deployopt("history", tmp_path / "none.jsonl").returncode == 2
+
+
+def test_commands_of_the_documentation_are_taken(repository: Path) -> None:
+    group = typer.main.get_command(app)
+    block = (repository / "docs" / "compare.md").read_text().partition("```bash\n")[2].partition("```")[0]
+    shown = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
+    assert {name for name, *_ in shown} == {"compare", "history"}
+    for name, *arguments in shown:
+        group.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]  # raises on an unknown option or a missing argument
