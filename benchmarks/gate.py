@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 
 from deployopt.bench.environment import environment
 from deployopt.bench.harness import Settings, Subject
-from deployopt.bench.rerun import Plan, measure_pair
+from deployopt.bench.rerun import Plan, half_width, measure_pair
 from deployopt.bench.targets import opener
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
@@ -48,18 +49,27 @@ def subjects(model: Path, threads: int, slowdown: float) -> tuple[Subject, Subje
 
 
 def trial(model: Path, slowdown: float, plan: Plan) -> dict[str, Any]:
-    """One live comparison: seconds it took, and its lifetimes or why there are too few."""
+    """One live comparison: seconds it took, its ratio and its lifetimes."""
     start = time.monotonic()
     pairs = measure_pair(subjects(model, plan.threads or 1, slowdown), 1, plan, SilentProgress())
-    found: dict[str, Any] = {"seconds": round(time.monotonic() - start, 1), "slowdown": slowdown}
     if isinstance(pairs, str):
-        return {**found, "invalid": pairs}
+        raise SystemExit(pairs)
     lifetimes = [(base.block_medians_ms, new.block_medians_ms) for base, new in pairs]
-    return {**found, "ratio": list(interval(lifetimes)), "lifetimes": lifetimes}
+    noisy = sum(bool(base.invalid or new.invalid) for base, new in pairs)
+    seconds = round(time.monotonic() - start, 1)
+    return {"seconds": seconds, "slowdown": slowdown, "ratio": list(interval(lifetimes)), "noisy_lifetimes": noisy, "lifetimes": lifetimes}
 
 
 def interval(lifetimes: Sequence[Lifetime]) -> Ratio:
     return ratio_over_lifetimes([paired_ratio(new, base) for base, new in lifetimes])
+
+
+def until_narrow(lifetime: Callable[[], Lifetime], least: int, precision: float) -> Ratio:
+    """As `measure_pair` stops: from `least` lifetimes on when the interval is narrow, at twice as many in any case."""
+    drawn = [lifetime() for _ in range(least)]
+    while len(drawn) < 2 * least and half_width(interval(drawn)) > precision:
+        drawn.append(lifetime())
+    return interval(drawn)
 
 
 def share(found: Sequence[bool]) -> str:
@@ -70,15 +80,15 @@ class Replay:
     """Comparisons drawn from recorded lifetimes."""
 
     def __init__(self, trials: Sequence[dict[str, Any]], seed: int) -> None:
-        self._pool: list[Lifetime] = [lifetime for t in trials for lifetime in t.get("lifetimes", [])]
+        self._pool: list[Lifetime] = [lifetime for t in trials for lifetime in t["lifetimes"]]
         self._rng = np.random.default_rng(seed)
 
     def __len__(self) -> int:
         return len(self._pool)
 
-    def draw(self, lifetimes: int, *, swapped: bool) -> Ratio:
+    def draw(self, least: int, precision: float, *, swapped: bool) -> Ratio:
         """`swapped`: the sides change places at random, as they may where both are the same artifact."""
-        return interval([self._lifetime(swapped) for _ in range(lifetimes)])
+        return until_narrow(lambda: self._lifetime(swapped), least, precision)
 
     def _lifetime(self, swapped: bool) -> Lifetime:
         base, new = self._pool[self._rng.integers(len(self._pool))]
@@ -87,7 +97,7 @@ class Replay:
         return (pair[1], pair[0]) if swapped and self._rng.random() < 0.5 else pair
 
 
-def simulated(lifetimes: int, resamples: int, layout: float, noise: float, seed: int) -> list[bool]:
+def simulated(least: int, precision: float, resamples: int, layout: float, noise: float, seed: int) -> list[bool]:
     """Whether intervals cover, for lifetimes with a bias of their own (standard deviation of its logarithm: `layout`) and blocks with noise and outliers."""
     rng = np.random.default_rng(seed)
 
@@ -96,15 +106,12 @@ def simulated(lifetimes: int, resamples: int, layout: float, noise: float, seed:
         disturbed = rng.random(len(mood)) < 0.05
         return list(np.where(disturbed, clean * (1 + rng.exponential(0.5, len(mood))), clean))
 
-    covered = []
-    for _ in range(resamples):
-        drawn = []
-        for _ in range(lifetimes):
-            mood = np.exp(rng.normal(0, 0.05, 20))
-            drawn.append((blocks(mood), blocks(mood * np.exp(rng.normal(0, layout)))))
-        found = interval(drawn)
-        covered.append(found.low <= 1 <= found.high)
-    return covered
+    def lifetime() -> Lifetime:
+        mood = np.exp(rng.normal(0, 0.05, 20))
+        return blocks(mood), blocks(mood * np.exp(rng.normal(0, layout)))
+
+    found = [until_narrow(lifetime, least, precision) for _ in range(resamples)]
+    return [ratio.low <= 1 <= ratio.high for ratio in found]
 
 
 def evaluate(recorded: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> list[tuple[str, str, str]]:
@@ -116,30 +123,28 @@ def evaluate(recorded: dict[str, list[dict[str, Any]]], arguments: argparse.Name
         ("slow", "5 % slower, live: found", "≥ 95 %"),
         ("longer", "3 % slower, longer budget, live: found", "≥ 95 %"),
     ):
-        valid = [t for t in recorded[name] if "ratio" in t]
-        rows.append((what, share([beyond(t["ratio"]) for t in valid]), wanted))
-        rows.append((f"{what.split(',')[0]}: comparisons without enough valid lifetimes", share(["invalid" in t for t in recorded[name]]), ""))
+        rows.append((what, share([beyond(t["ratio"]) for t in recorded[name]]), wanted))
         rows.append((f"{what.split(',')[0]}: longest comparison", f"{max((t['seconds'] for t in recorded[name]), default=0):.0f} s", "≤ 60 s"))
-    for name, lifetimes, what, wanted in (
-        ("aa", arguments.lifetimes, "A/A, resampled: false alarms", "≤ 1 %"),
-        ("slow", arguments.lifetimes, "5 % slower, resampled: found", "≥ 95 %"),
-        ("longer", arguments.longer_lifetimes, "3 % slower, longer budget, resampled: found", "≥ 95 %"),
+    for name, how, what, wanted in (
+        ("aa", (arguments.lifetimes, arguments.precision), "A/A, resampled: false alarms", "≤ 1 %"),
+        ("slow", (arguments.lifetimes, arguments.precision), "5 % slower, resampled: found", "≥ 95 %"),
+        ("longer", (arguments.longer_lifetimes, arguments.longer_precision), "3 % slower, longer budget, resampled: found", "≥ 95 %"),
     ):
         replay = Replay(recorded[name], seed=1)
         if len(replay):
-            drawn = [replay.draw(lifetimes, swapped=name == "aa") for _ in range(arguments.resamples)]
+            drawn = [replay.draw(*how, swapped=name == "aa") for _ in range(arguments.resamples)]
             rows.append((what, share([beyond(r) for r in drawn]), wanted))
             if name == "aa":
                 rows.append(("A/A, resampled: interval covers 1", share([r.low <= 1 <= r.high for r in drawn]), "93–97 %"))
     for layout, noise in ((0.0, 0.02), (0.01, 0.02), (0.02, 0.05)):
-        covered = simulated(arguments.lifetimes, arguments.resamples, layout, noise, seed=2)
+        covered = simulated(arguments.lifetimes, arguments.precision, arguments.resamples, layout, noise, seed=2)
         rows.append((f"simulated (lifetimes {100 * layout:g} %, blocks {100 * noise:g} %): interval covers", share(covered), "93–97 %"))
     return rows
 
 
 def record(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    plan = Plan(arguments.lifetimes, arguments.seconds, arguments.threads)
-    longer = Plan(arguments.longer_lifetimes, arguments.longer_seconds, arguments.threads)
+    plan = Plan(arguments.lifetimes, arguments.precision, arguments.seconds, arguments.threads)
+    longer = Plan(arguments.longer_lifetimes, arguments.longer_precision, arguments.longer_seconds, arguments.threads)
     # kinds take turns, so that a noisy hour hits all of them
     kinds = [("aa", 0.0, plan, arguments.aa), ("slow", 0.05, plan, arguments.slow), ("longer", 0.03, longer, arguments.longer)]
     recorded: dict[str, list[dict[str, Any]]] = {name: [] for name, *_ in kinds}
@@ -149,7 +154,7 @@ def record(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         for number in range(max(wanted for *_, wanted in kinds)):
             for name, slowdown, how, wanted in kinds:
                 if number < wanted:
-                    seeded = Plan(how.lifetimes, how.seconds, how.threads, Settings(seed=1000 * number))
+                    seeded = replace(how, settings=Settings(seed=1000 * number))
                     recorded[name].append(trial(model, slowdown, seeded))
                     print(name, {k: v for k, v in recorded[name][-1].items() if k != "lifetimes"}, flush=True)
     return recorded
@@ -162,8 +167,10 @@ def main() -> None:
     parser.add_argument("--slow", type=int, default=20, help="live comparisons with one that is 5 %% slower")
     parser.add_argument("--longer", type=int, default=20, help="live comparisons with one that is 3 %% slower")
     parser.add_argument("--lifetimes", type=int, default=5)
+    parser.add_argument("--precision", type=float, default=0.01, help="half of the interval's width at which no lifetimes are added")
     parser.add_argument("--seconds", type=float, default=1.0, help="timed for each side and lifetime")
     parser.add_argument("--longer-lifetimes", type=int, default=10)
+    parser.add_argument("--longer-precision", type=float, default=0.004)
     parser.add_argument("--longer-seconds", type=float, default=2.0)
     parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=1)

@@ -350,7 +350,8 @@ def compare(
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="A row that the base measured and NEW did not misses no gate.")] = False,
     row: Annotated[list[str] | None, typer.Option(metavar="ROW", help="Only variant/backend/precision/bN. Repeatable.")] = None,
     rerun: Annotated[bool, typer.Option("--rerun", help="Measure both runs' artifacts again, interleaved on this machine.")] = False,
-    lifetimes: Annotated[int, typer.Option(min=3, help="With --rerun: process lifetimes of each row.")] = 5,
+    lifetimes: Annotated[int, typer.Option(min=3, help="With --rerun: process lifetimes of each row, at least; at most twice as many.")] = 5,
+    precision: Annotated[str, typer.Option(metavar="PERCENT", help="With --rerun: add lifetimes until the interval reaches no further to either side.")] = "1%",
     seconds: Annotated[float, typer.Option(min=0.1, help="With --rerun: timed for each artifact and lifetime.")] = 1.0,
     threads: Annotated[int | None, typer.Option(min=1, help="With --rerun: CPU threads; by default the base row's.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write Markdown here.")] = None,
@@ -369,19 +370,20 @@ def compare(
     from deployopt.runtime.files import atomic_write
 
     gates = Gates(
-        _quantity("--max-latency-regression", max_latency_regression, "%", 0.01),
-        _quantity("--max-throughput-regression", max_throughput_regression, "%", 0.01),
-        _quantity("--max-memory-regression", max_memory_regression, "%", 0.01),
-        _quantity("--max-size-regression", max_size_regression, "%", 0.01),
-        _quantity("--max-accuracy-drop", max_accuracy_drop, "pp", 1.0),
+        _limit("--max-latency-regression", max_latency_regression, "%", 0.01),
+        _limit("--max-throughput-regression", max_throughput_regression, "%", 0.01),
+        _limit("--max-memory-regression", max_memory_regression, "%", 0.01),
+        _limit("--max-size-regression", max_size_regression, "%", 0.01),
+        _limit("--max-accuracy-drop", max_accuracy_drop, "pp", 1.0),
         allow_missing,
     )
+    narrow = _quantity("--precision", precision, "%", 0.01)
     before, after, measured = reports.load(base), reports.load(new), None
     if rerun:
         from deployopt.bench import rerun as again
 
         with LiveProgress(_console(stderr=True), [], quiet=quiet) as live:
-            measured = again.rerun(before, after, again.Plan(lifetimes, seconds, threads), live, row or ())
+            measured = again.rerun(before, after, again.Plan(lifetimes, narrow, seconds, threads), live, row or ())
     folders = [path if path.is_dir() else path.parent for path in (base, new)]
     result = compare_reports(before, after, folders[0], folders[1], gates, only=row or (), reran=measured).to_json()
     if markdown is not None:
@@ -505,9 +507,11 @@ def _integers(option: str, text: str) -> tuple[int, ...]:
     return tuple(int(p) for p in parts)
 
 
-def _quantity(option: str, text: str | None, unit: str, scale: float) -> float | None:
-    if text is None:
-        return None
+def _limit(option: str, text: str | None, unit: str, scale: float) -> float | None:
+    return None if text is None else _quantity(option, text, unit, scale)
+
+
+def _quantity(option: str, text: str, unit: str, scale: float) -> float:
     try:
         value = float(text.removesuffix(unit))
     except ValueError:

@@ -51,7 +51,7 @@ class Gates:
 
 
 class Reran(NamedTuple):
-    """A row of both runs measured again, interleaved, over several process lifetimes. Ratios are new / base."""
+    """A row of both runs measured again, interleaved, over several process lifetimes. Ratios are new / base. `noise`: what disturbed it, if anything."""
 
     base_p50_ms: float
     new_p50_ms: float
@@ -59,6 +59,7 @@ class Reran(NamedTuple):
     throughput: Ratio
     memory: Ratio | None
     lifetimes: int
+    noise: str = ""
 
 
 @dataclass(frozen=True)
@@ -283,6 +284,7 @@ def _reran_figures(found: Reran) -> dict[str, Any]:
         "ratio": latency.value,
         "ratio_ci95": (latency.low, latency.high),
         "interval_from": "process lifetimes",
+        "why": found.noise,
         "throughput_ratio": throughput.value,
         "throughput_ratio_ci95": (throughput.low, throughput.high),
     }

@@ -18,7 +18,7 @@ from deployopt.report import Report, summary
 from deployopt.report.summary import JsonRow
 from deployopt.runtime import host
 from deployopt.runtime.progress import Progress
-from deployopt.runtime.statistics import paired_ratio, ratio_over_lifetimes
+from deployopt.runtime.statistics import Ratio, paired_ratio, ratio_over_lifetimes
 
 MINIMUM_LIFETIMES = 3  # Student's interval of two is 4.5 times as wide
 
@@ -28,13 +28,16 @@ class Plan:
     """How to measure again.
 
     Attributes:
-        lifetimes: of both processes of a row. Each gives one ratio; their spread gives the interval.
+        lifetimes: of both processes of a row, at least. Each gives one ratio; their spread gives the interval.
+        precision: half of that interval's width, as a share of the ratio, down to which more lifetimes are added, at most as many again. Stopping by
+            width and not by the verdict leaves the interval's coverage as it is (benchmarks/gate.py).
         seconds: timed for each artifact and lifetime.
         threads: of both sides; None takes the base row's.
-        settings: of each lifetime otherwise, as the limits beyond which it is invalid.
+        settings: of each lifetime otherwise.
     """
 
     lifetimes: int = 5
+    precision: float = 0.01
     seconds: float = 1.0
     threads: int | None = None
     settings: Settings = field(default_factory=Settings)
@@ -43,7 +46,7 @@ class Plan:
 def rerun(base: Report, new: Report, plan: Plan, progress: Progress, only: Sequence[str] = ()) -> dict[str, Reran | str]:
     """Measure each row of both runs (`only` these if any are named), or say why one was not.
 
-    A lifetime in which a side is invalid (throttling, spread, other load) is repeated, until twice as many were tried as are wanted.
+    Load and throttling hit both sides of a round alike, so a lifetime that would make a stored row invalid counts here, and the row says so.
 
     Raises:
         UsageError: runs of different recipes, fewer than 3 lifetimes, or no row with an artifact in both.
@@ -87,17 +90,16 @@ Pair = tuple[Measured, Measured]
 
 
 def measure_pair(subjects: tuple[Subject, Subject], batch: int, plan: Plan, progress: Progress, images: NDArray[np.uint8] | None = None) -> list[Pair] | str:
-    """Time two sessions interleaved, in new processes each lifetime; the reason where too few lifetimes were valid.
+    """Time two sessions interleaved, in new processes each lifetime; the reason where one could not be timed.
 
     Args:
         subjects: base and new.
         images: uint8 [n, H, W, C]; None makes noise of each model's size.
 
     Returns:
-        (base, new) of each valid lifetime, at least 3.
+        (base, new) of each lifetime.
     """
     pairs: list[Pair] = []
-    reason = ""
     for attempt in range(2 * plan.lifetimes):
         # who is opened first changes: it may get the better place in memory
         ordered = subjects if attempt % 2 == 0 else subjects[::-1]
@@ -108,15 +110,19 @@ def measure_pair(subjects: tuple[Subject, Subject], batch: int, plan: Plan, prog
         base, new = (results[s.key] for s in subjects)
         if isinstance(base, Failure) or isinstance(new, Failure):
             return "; ".join(f"{s.key}: {r.reason}" for s, r in zip(subjects, (base, new), strict=True) if isinstance(r, Failure))
-        if base.invalid is None and new.invalid is None:
-            pairs.append((base, new))
-        else:
-            reason = base.invalid or new.invalid or ""
-        if len(pairs) == plan.lifetimes:
+        pairs.append((base, new))
+        if len(pairs) >= plan.lifetimes and half_width(_latency(pairs)) <= plan.precision:
             break
-    if len(pairs) < MINIMUM_LIFETIMES:
-        return f"{len(pairs)} of {2 * plan.lifetimes} process lifetimes were valid, {MINIMUM_LIFETIMES} are needed: {reason}"
     return pairs
+
+
+def _latency(pairs: Sequence[Pair]) -> Ratio:
+    return ratio_over_lifetimes([paired_ratio(new.block_medians_ms, base.block_medians_ms) for base, new in pairs])
+
+
+def half_width(ratio: Ratio) -> float:
+    """Of its interval, as a share of the ratio."""
+    return (ratio.high - ratio.low) / (2 * ratio.value)
 
 
 def summarize(pairs: Sequence[Pair]) -> Reran:
@@ -125,8 +131,15 @@ def summarize(pairs: Sequence[Pair]) -> Reran:
     return Reran(
         base_p50_ms=float(np.median([base.host["p50"] for base, _ in pairs])),
         new_p50_ms=float(np.median([new.host["p50"] for _, new in pairs])),
-        latency=ratio_over_lifetimes([paired_ratio(new.block_medians_ms, base.block_medians_ms) for base, new in pairs]),
+        latency=_latency(pairs),
         throughput=ratio_over_lifetimes([paired_ratio(new.block_throughputs_per_s, base.block_throughputs_per_s) for base, new in pairs]),
         memory=ratio_over_lifetimes(peaks) if len(peaks) == len(pairs) else None,
         lifetimes=len(pairs),
+        noise=_noise(pairs),
     )
+
+
+def _noise(pairs: Sequence[Pair]) -> str:
+    """What would make stored rows invalid, "" if nothing."""
+    reasons = [reason for base, new in pairs if (reason := base.invalid or new.invalid)]
+    return f"{len(reasons)} of {len(pairs)} lifetimes were noisy, as the interval shows: {reasons[0]}" if reasons else ""

@@ -137,7 +137,8 @@ def render_markdown(entries: Sequence[Entry]) -> str:
     others = len(entries) - len(same)
     lead = f"{units.plural(len(same), 'run')} on {latest['machine']['name']}, the newest {latest['time']}"
     lead += f"; {units.plural(others, 'run')} on other machines left out" if others else ""
-    return f"## deployopt history\n\n{markdown.cell(lead)}\n\n{markdown.table(headers, body, left=2)}\n"
+    shown = markdown.table(headers, body, left=2) if body else "No row was measured."
+    return f"## deployopt history\n\n{markdown.cell(lead)}\n\n{shown}\n"
 
 
 def _series(entries: Sequence[Entry], key: str, label: str, colour: int, field: str, task: Mapping[str, Any]) -> charts.Series:

@@ -17,7 +17,7 @@ from deployopt.runtime.session import SessionOptions
 
 LOUD = Settings(min_seconds=0.05, max_spread=100.0, max_contention=100.0, max_steal_percent=100.0)  # quiet is not what is tested
 IMAGES = natural_noise(8, 16, 16, 3, 0)
-QUICK = Plan(lifetimes=3, seconds=0.05, settings=LOUD)
+QUICK = Plan(lifetimes=3, precision=100.0, seconds=0.05, settings=LOUD)
 
 
 def run_folder(folder, **model):
@@ -71,13 +71,14 @@ def test_what_cannot_be_measured_again_says_why(runs, tmp_path):
         rerun(base, new, Plan(lifetimes=2), SilentProgress())
 
 
-@pytest.mark.slow  # six pairs of processes
-def test_too_few_valid_lifetimes_give_the_reason(runs):
+@pytest.mark.slow  # nine pairs of processes
+def test_lifetimes_are_added_until_the_interval_is_narrow_and_noise_is_said(runs):
     path = runs[0].folder / "model.onnx"
     pair = tuple(Subject(side, "worker_openers:OnnxRuntimeSession", path) for side in ("base", "new"))
-    strict = Plan(lifetimes=3, seconds=0.02, settings=Settings(max_spread=1e-9, max_contention=100.0, max_steal_percent=100.0))
-    reason = measure_pair(pair, 1, strict, SilentProgress())
-    assert reason.startswith("0 of 6 process lifetimes were valid, 3 are needed: MAD/median")
+    strict = Settings(max_spread=1e-9, max_contention=100.0, max_steal_percent=100.0)
+    narrow, wide = (measure_pair(pair, 1, Plan(3, precision, 0.02, settings=strict), SilentProgress()) for precision in (0.0, 100.0))
+    assert (len(narrow), len(wide)) == (6, 3)
+    assert summarize(wide).noise.startswith("3 of 3 lifetimes were noisy, as the interval shows: MAD/median")
 
 
 def test_an_injected_slowdown_is_found(runs):
