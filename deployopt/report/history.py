@@ -188,15 +188,11 @@ def render_html(entries: Sequence[Entry]) -> str:
     figures.append(_figure(entries, "Accuracy", scored, "score"))
     latest, machines = entries[-1], {e["machine"]["fingerprint"]: e["machine"]["name"] for e in entries}
     table = [[e["time"], e["run"], e["machine"]["name"], units.plural(len(e["rows"]), "row"), "met" if e.get("gate_met") else "missed"] for e in entries]
-    return (
-        html.pages()
-        .get_template("history.html.j2")
-        .render(
-            name=latest.get("recipe") or latest["run"],
-            headline=f"{units.plural(len(entries), 'run')} on {units.plural(len(machines), 'machine')}, the newest {latest['time']}",
-            machines=list(machines.values()),
-            figures=[f for f in figures if f is not None],
-            headers=["time", "run", "machine", "measured", "gates"],
-            runs=table[::-1],
-        )
+    return html.template("history.html.j2").render(
+        name=latest.get("recipe") or latest["run"],
+        headline=f"{units.plural(len(entries), 'run')} on {units.plural(len(machines), 'machine')}, the newest {latest['time']}",
+        machines=list(machines.values()),
+        figures=[f for f in figures if f is not None],
+        headers=["time", "run", "machine", "measured", "gates"],
+        runs=table[::-1],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from deployopt.artifact import INT8_PRECISIONS
@@ -380,11 +380,12 @@ def _facts(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
     return [*tables, ("Steps", steps)] if steps else tables
 
 
-def pages() -> Environment:
-    """Templates, with everything escaped that they are given."""
-    return Environment(
+def template(name: str) -> Template:
+    """A page of `templates/`; escapes everything that it is given."""
+    environment = Environment(
         loader=PackageLoader("deployopt.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
+    return environment.get_template(name)
 
 
 def render(report: Report) -> str:
@@ -403,28 +404,24 @@ def render(report: Report) -> str:
         _confusion(report),
     ]
     dataset = report.get("dataset") or {}
-    return (
-        pages()
-        .get_template("report.html.j2")
-        .render(
-            name=(report.get("recipe") or {}).get("name") or report.get("run") or "report",
-            run=report.get("run") or "",
-            finished=report.get("finished") or "",
-            version=report.get("deployopt") or "",
-            headline=headline(report),
-            violations=(report.get("budget") or {}).get("violations") or [],
-            limits=limit_sentences((report.get("budget") or {}).get("limits") or {}, task),
-            recommended=recommended,
-            best=best,
-            best_key=summary.row_key(best) if best else "",
-            dataset=", ".join(f"{v} {k}" if k != "name" else str(v) for k, v in dataset.items()),
-            environment=summary.environment_line(report.get("environment") or {}),
-            contract=summary.contract_lines(report["rows"], report.get("environment") or {}),
-            sections=[s for s in sections if s],
-            absences=summary.absences(report["rows"]),
-            notes=summary.notes(report["rows"]),
-            metric=units.metric_name(task["primary"]),
-            rows=_row_table(report),
-            facts=_facts(report),
-        )
+    return template("report.html.j2").render(
+        name=(report.get("recipe") or {}).get("name") or report.get("run") or "report",
+        run=report.get("run") or "",
+        finished=report.get("finished") or "",
+        version=report.get("deployopt") or "",
+        headline=headline(report),
+        violations=(report.get("budget") or {}).get("violations") or [],
+        limits=limit_sentences((report.get("budget") or {}).get("limits") or {}, task),
+        recommended=recommended,
+        best=best,
+        best_key=summary.row_key(best) if best else "",
+        dataset=", ".join(f"{v} {k}" if k != "name" else str(v) for k, v in dataset.items()),
+        environment=summary.environment_line(report.get("environment") or {}),
+        contract=summary.contract_lines(report["rows"], report.get("environment") or {}),
+        sections=[s for s in sections if s],
+        absences=summary.absences(report["rows"]),
+        notes=summary.notes(report["rows"]),
+        metric=units.metric_name(task["primary"]),
+        rows=_row_table(report),
+        facts=_facts(report),
     )
