@@ -124,7 +124,13 @@ def evaluate(recorded: dict[str, list[dict[str, Any]]], arguments: argparse.Name
         ("longer", "3 % slower, longer budget, live: found", "≥ 95 %"),
     ):
         rows.append((what, share([beyond(t["ratio"]) for t in recorded[name]]), wanted))
-        rows.append((f"{what.split(',')[0]}: longest comparison", f"{max((t['seconds'] for t in recorded[name]), default=0):.0f} s", "≤ 60 s"))
+        rows.append(
+            (
+                f"{what.split(',')[0]}: longest comparison",
+                f"{max((t['seconds'] for t in recorded[name]), default=0):.0f} s",
+                "" if name == "longer" else "≤ 60 s",
+            )
+        )
     for name, how, what, wanted in (
         ("aa", (arguments.lifetimes, arguments.precision), "A/A, resampled: false alarms", "≤ 1 %"),
         ("slow", (arguments.lifetimes, arguments.precision), "5 % slower, resampled: found", "≥ 95 %"),
