@@ -163,6 +163,7 @@ class Row:
     verified: dict[str, Any] | None = None  # {"quantized_layers", "quantizable_layers", "executed"}
     latency_ms: dict[str, Any] | None = None  # {"host": {"n", "p50", …}, "device": … | None}
     samples: str | None = None  # file of raw block medians, relative to the run folder
+    noise: dict[str, Any] | None = None  # A/A repeats: {"p50_ms", "peak_memory_bytes": one a process lifetime, "same_rounds": ratios of two in the same rounds}
     throughput_per_s: float | None = None
     peak_memory_bytes: int | None = None
     speedup: float | None = None  # against the dense FP32 row of the same backend and batch

@@ -342,38 +342,80 @@ def report(
 def compare(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="A run folder or report.json.")],
     new: Annotated[Path, typer.Argument(metavar="NEW", help="A run folder or report.json.")],
-    max_latency_regression: Annotated[str | None, typer.Option(metavar="PERCENT", help="Gate, as 5%.")] = None,
+    max_latency_regression: Annotated[str | None, typer.Option(metavar="PERCENT", help="Gate, as 5%: the whole interval may not lie beyond.")] = None,
+    max_throughput_regression: Annotated[str | None, typer.Option(metavar="PERCENT", help="Gate, as 5%: the whole interval may not lie beyond.")] = None,
+    max_memory_regression: Annotated[str | None, typer.Option(metavar="PERCENT", help="Gate on peak memory, as 10%.")] = None,
+    max_size_regression: Annotated[str | None, typer.Option(metavar="PERCENT", help="Gate on the artifact's bytes, as 1%.")] = None,
     max_accuracy_drop: Annotated[str | None, typer.Option(metavar="POINTS", help="Gate, as 0.5pp.")] = None,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="A row that the base measured and NEW did not misses no gate.")] = False,
+    row: Annotated[list[str] | None, typer.Option(metavar="ROW", help="Only variant/backend/precision/bN. Repeatable.")] = None,
+    rerun: Annotated[bool, typer.Option("--rerun", help="Measure both runs' artifacts again, interleaved on this machine.")] = False,
+    lifetimes: Annotated[int, typer.Option(min=3, help="With --rerun: process lifetimes of each row, at least; at most twice as many.")] = 5,
+    precision: Annotated[str, typer.Option(metavar="PERCENT", help="With --rerun: add lifetimes until the interval reaches no further to either side.")] = "1%",
+    seconds: Annotated[float, typer.Option(min=0.1, help="With --rerun: timed for each artifact and lifetime.")] = 1.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="With --rerun: CPU threads; by default the base row's.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write Markdown here.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit here.")] = None,
+    history: Annotated[Path | None, typer.Option(metavar="FILE", help="Append NEW's figures to this JSON-lines file.")] = None,
     json_: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
-    """Compare two reports, row by row; exit code 1 on a regression beyond a gate."""
+    """Compare two runs, row by row; exit code 1 on a regression beyond a gate."""
     from deployopt import report as reports
+    from deployopt.bench.comparison import Gates
     from deployopt.bench.comparison import compare as compare_reports
     from deployopt.report import comparison as rendered
+    from deployopt.report import history as trend
+    from deployopt.report.live import LiveProgress
     from deployopt.runtime.files import atomic_write
 
-    slower = _quantity("--max-latency-regression", max_latency_regression, "%", 0.01)
-    worse = _quantity("--max-accuracy-drop", max_accuracy_drop, "pp", 1.0)
-    result = compare_reports(
-        reports.load(base),
-        reports.load(new),
-        base if base.is_dir() else base.parent,
-        new if new.is_dir() else new.parent,
-        max_latency_regression=slower,
-        max_accuracy_drop=worse,
-    ).to_json()
+    gates = Gates(
+        _limit("--max-latency-regression", max_latency_regression, "%", 0.01),
+        _limit("--max-throughput-regression", max_throughput_regression, "%", 0.01),
+        _limit("--max-memory-regression", max_memory_regression, "%", 0.01),
+        _limit("--max-size-regression", max_size_regression, "%", 0.01),
+        _limit("--max-accuracy-drop", max_accuracy_drop, "pp", 1.0),
+        allow_missing,
+    )
+    narrow = _quantity("--precision", precision, "%", 0.01)
+    before, after, measured = reports.load(base), reports.load(new), None
+    if rerun:
+        from deployopt.bench import rerun as again
+
+        with LiveProgress(_console(stderr=True), [], quiet=quiet) as live:
+            measured = again.rerun(before, after, again.Plan(lifetimes, narrow, seconds, threads), live, row or ())
+    folders = [path if path.is_dir() else path.parent for path in (base, new)]
+    result = compare_reports(before, after, folders[0], folders[1], gates, only=row or (), reran=measured).to_json()
     if markdown is not None:
         atomic_write(markdown, rendered.render_markdown(result))
     if junit is not None:
         atomic_write(junit, rendered.render_junit(result))
+    if history is not None:
+        trend.append(history, trend.entry(after, result))
     if json_:
         _print_json(result)
     else:
         rendered.render_terminal(result, _console())
     if not result["gate"]["met"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def history(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `deployopt compare --history FILE` appended to.")],
+    format_: Annotated[Literal["markdown", "html"], typer.Option("--format", help="A table, or a page with curves.")] = "markdown",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
+) -> None:
+    """Show how latency and accuracy went from run to run."""
+    from deployopt.report import history as trend
+    from deployopt.runtime.files import atomic_write
+
+    entries = trend.read(file)
+    text = trend.render_html(entries) if format_ == "html" else trend.render_markdown(entries)
+    if output is None:
+        print(text, end="")
+    else:
+        atomic_write(output, text)
 
 
 @cache_app.command("dir")
@@ -465,9 +507,11 @@ def _integers(option: str, text: str) -> tuple[int, ...]:
     return tuple(int(p) for p in parts)
 
 
-def _quantity(option: str, text: str | None, unit: str, scale: float) -> float | None:
-    if text is None:
-        return None
+def _limit(option: str, text: str | None, unit: str, scale: float) -> float | None:
+    return None if text is None else _quantity(option, text, unit, scale)
+
+
+def _quantity(option: str, text: str, unit: str, scale: float) -> float:
     try:
         value = float(text.removesuffix(unit))
     except ValueError:

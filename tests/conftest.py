@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
+sys.path.append(str(Path(__file__).parent))  # helpers that several rooms' tests share, as stored_runs
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

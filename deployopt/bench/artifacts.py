@@ -24,7 +24,7 @@ from deployopt.runtime.session import Session, SessionOptions, TensorSpec
 from deployopt.runtime.worker import Opened, Worker
 from deployopt.tasks import Task
 
-__all__ = ["bench_artifacts", "evaluate", "natural_noise", "open_artifact", "opener", "precision_of", "predict"]
+__all__ = ["SYNTHETIC", "bench_artifacts", "evaluate", "images_for", "natural_noise", "open_artifact", "opener", "precision_of", "predict"]
 
 SYNTHETIC = "synthetic 1/f noise, seeded (no data were given)"
 EVALUATION_BATCH = 32
@@ -69,7 +69,7 @@ def bench_artifacts(
 
 
 def _measure(group: Group, batch: int, images: NDArray[np.uint8] | None, seed: int) -> dict[str, Measured | Failure]:
-    given = {key: _images_for(opened.inputs, batch, seed) if images is None else images for key, opened in group.opened.items()}
+    given = {key: images_for(opened.inputs, batch, seed) if images is None else images for key, opened in group.opened.items()}
     return group.measure(given, batch, SYNTHETIC if images is None else "images that were given")
 
 
@@ -81,7 +81,7 @@ def _row(row: Row, batch: int, results: dict[str, Measured | Failure], baseline_
     return row
 
 
-def _images_for(inputs: Sequence[TensorSpec], batch: int, seed: int) -> NDArray[np.uint8]:
+def images_for(inputs: Sequence[TensorSpec], batch: int, seed: int) -> NDArray[np.uint8]:
     """Noise of the size that a model takes; free axes become 224 and 3. A model that takes no image gets one anyway and refuses it with the reason."""
     sizes = [size if isinstance(size, int) and size > 0 else None for size in inputs[0].shape[1:]] if inputs else []
     channels, height, width = sizes if len(sizes) == 3 else (None, None, None)

@@ -1,21 +1,65 @@
-"""Compare two runs row by row: what became faster or slower beyond noise, what cannot be compared and why, and whether a gate holds."""
+"""Compare two runs row by row: what became faster or slower beyond noise, what cannot be compared and why, and whether a gate holds.
+
+Two stored reports come from different process lifetimes, mostly from different hours. Blocks inside a run cannot see that noise: where the benchmark
+stage repeated its artifacts (`benchmark.aa_repeats`), an interval reaches at least as far as the same artifact differed from itself between lifetimes;
+elsewhere the comparison says that this noise is not known. `bench.rerun` measures both sides interleaved instead.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from deployopt.errors import ArtifactError
+from deployopt import plugins
+from deployopt.bench.environment import environment, utc_now
+from deployopt.errors import ArtifactError, UsageError
 from deployopt.report import summary, units
 from deployopt.report.summary import JsonRow, Report
-from deployopt.runtime.statistics import MINIMUM_BLOCKS, bootstrap_ratio
+from deployopt.runtime.statistics import MINIMUM_BLOCKS, Ratio, bootstrap_ratio, floor_between_lifetimes, floor_of_ratios, widened
 
 Verdict = Literal["faster", "slower", "same within noise", "not comparable", "added", "removed"]
-Regression = Literal["latency", "accuracy", "status"]
+Regression = Literal["latency", "throughput", "memory", "size", "accuracy", "missing"]
+COMPARED: tuple[Verdict, ...] = ("faster", "slower", "same within noise")
+Bounds = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What may become worse by how much; None is no gate.
+
+    Attributes:
+        max_latency_regression, max_throughput_regression, max_memory_regression, max_size_regression: shares, 0.05 for 5 %. The first three are
+            missed only where the whole 95 % interval lies beyond; sizes are exact.
+        max_accuracy_drop: percentage points, or the metric's unit if it is no fraction.
+        allow_missing: a row that the base measured and the new run did not is then no miss of whatever gate was asked for.
+    """
+
+    max_latency_regression: float | None = None
+    max_throughput_regression: float | None = None
+    max_memory_regression: float | None = None
+    max_size_regression: float | None = None
+    max_accuracy_drop: float | None = None
+    allow_missing: bool = False
+
+    @property
+    def asked(self) -> bool:
+        return any(value is not None for name, value in asdict(self).items() if name != "allow_missing")
+
+
+class Reran(NamedTuple):
+    """A row of both runs measured again, interleaved, over several process lifetimes. Ratios are new / base. `noise`: what disturbed it, if anything."""
+
+    base_p50_ms: float
+    new_p50_ms: float
+    latency: Ratio
+    throughput: Ratio
+    memory: Ratio | None
+    lifetimes: int
+    noise: str = ""
 
 
 @dataclass(frozen=True)
@@ -25,9 +69,13 @@ class RowComparison:
     Attributes:
         key: variant/backend/precision/bN.
         why: what differs, for "not comparable", or what is odd about the verdict.
-        ratio: new median / base median of the host clock; above 1 is slower. ratio_ci95: its 95 % bootstrap interval.
+        ratio: new median / base median of the host clock; above 1 is slower. ratio_ci95: its 95 % interval.
         base_p50_ms, new_p50_ms: host clock.
-        interval_from: "block medians", or "p50_ci95" where their files are missing (then wider than needed).
+        interval_from: "block medians", "block medians and A/A repeats", "process lifetimes" (measured again), or "p50_ci95" where block medians are
+            missing (then wider than needed).
+        noise_floor: share by which the same artifact differs from itself between process lifetimes, from the stored A/A repeats; None if there are none.
+        noise_floor_same_rounds: the same of two processes in the same interleaved rounds.
+        throughput_ratio, memory_ratio, size_ratio: new / base of images a second, of peak memory and of the artifact's bytes.
         accuracy_change_pp: new − base, percentage points for a fraction, else in the metric's unit.
         regressions: the gates this row misses.
     """
@@ -36,10 +84,17 @@ class RowComparison:
     verdict: Verdict
     why: str = ""
     ratio: float | None = None
-    ratio_ci95: tuple[float, float] | None = None
+    ratio_ci95: Bounds | None = None
     base_p50_ms: float | None = None
     new_p50_ms: float | None = None
     interval_from: str | None = None
+    noise_floor: float | None = None
+    noise_floor_same_rounds: float | None = None
+    throughput_ratio: float | None = None
+    throughput_ratio_ci95: Bounds | None = None
+    memory_ratio: float | None = None
+    memory_ratio_ci95: Bounds | None = None
+    size_ratio: float | None = None
     accuracy_change_pp: float | None = None
     regressions: tuple[Regression, ...] = ()
 
@@ -51,15 +106,23 @@ class Comparison:
     Attributes:
         base, new: names of the runs.
         task: of the new run.
-        gates: the thresholds asked for: {"max_latency_regression": 0.05 | None, "max_accuracy_drop": 0.5 | None}.
-        misses: one sentence a missed gate; the gate is met if there is none.
+        reran: measured here and now, rather than read from two reports.
+        time, environment: when (UTC) and where the new figures were measured.
+        recipe_changes: "key: base → new" of what differs between the two recipes.
+        notes: what a reader should know of all rows: noise that is not known.
+        misses: one sentence a missed gate; the gates are met if there is none.
     """
 
     base: str
     new: str
     task: Mapping[str, Any]
     rows: Sequence[RowComparison]
-    gates: Mapping[str, float | None]
+    gates: Gates
+    time: str
+    environment: Mapping[str, Any]
+    reran: bool = False
+    recipe_changes: Sequence[str] = ()
+    notes: Sequence[str] = ()
     misses: Sequence[str] = field(default_factory=tuple)
 
     @property
@@ -67,14 +130,19 @@ class Comparison:
         return not self.misses
 
     def to_json(self) -> dict[str, Any]:
-        rows = [{**asdict(r), "ratio_ci95": list(r.ratio_ci95) if r.ratio_ci95 else None, "regressions": list(r.regressions)} for r in self.rows]
+        rows = [{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(r).items()} for r in self.rows]
         return {
             "schema": 1,
             "base": self.base,
             "new": self.new,
             "task": dict(self.task),
+            "time": self.time,
+            "environment": dict(self.environment),
+            "reran": self.reran,
+            "recipe_changes": list(self.recipe_changes),
+            "notes": list(self.notes),
             "rows": rows,
-            "gate": {**self.gates, "met": self.met, "misses": list(self.misses)},
+            "gate": {**asdict(self.gates), "met": self.met, "misses": list(self.misses)},
         }
 
 
@@ -83,10 +151,10 @@ class _Run(NamedTuple):
     folder: Path
 
 
-def _versions(backend: str, environment: Mapping[str, Any]) -> dict[str, str]:
+def _versions(backend: str, where: Mapping[str, Any]) -> dict[str, str]:
     """Versions of the distributions a backend runs on: onnxruntime and onnxruntime-gpu, tensorrt-cu12 but not tensorrt-rtx."""
     found = {}
-    for name, version in (environment.get("versions") or {}).items():
+    for name, version in (where.get("versions") or {}).items():
         plain = str(name).replace("-", "_").lower()
         rest = plain.removeprefix(backend)
         if plain.startswith(backend) and (not rest or (rest[0] == "_" and not rest.startswith("_rtx"))):
@@ -94,12 +162,12 @@ def _versions(backend: str, environment: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _conditions(row: JsonRow, environment: Mapping[str, Any]) -> dict[str, Any]:
+def _conditions(row: JsonRow, where: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that must agree before two latencies may be compared."""
     contract = row.get("contract") or {}
     inputs = contract.get("inputs") or {}
     conditions: dict[str, Any] = {
-        "CPU model": (environment.get("cpu") or {}).get("model"),
+        "CPU model": (where.get("cpu") or {}).get("model"),
         "provider": row.get("provider"),
         "target": row.get("target"),
         "scenario": row.get("scenario"),
@@ -108,10 +176,10 @@ def _conditions(row: JsonRow, environment: Mapping[str, Any]) -> dict[str, Any]:
         "clock": contract.get("clock"),
         "copies": contract.get("copies"),
         "input shape": inputs.get("shape") or inputs.get("shapes"),
-        "runtime version": _versions(row["backend"], environment),
+        "runtime version": _versions(row["backend"], where),
     }
     if not str(row.get("provider")).startswith("CPU"):  # "CPU", "CPUExecutionProvider"
-        gpus = [g if isinstance(g, Mapping) else {"name": g} for g in environment.get("gpus") or []]
+        gpus = [g if isinstance(g, Mapping) else {"name": g} for g in where.get("gpus") or []]
         conditions["GPU model"] = [g.get("name") for g in gpus]
         conditions["driver"] = [g.get("driver") for g in gpus]
     return conditions
@@ -128,11 +196,18 @@ def _differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return "; ".join(f"{n}: {show(base.get(n))} → {show(new.get(n))}" for n in names if base.get(n) != new.get(n))
 
 
-def _block_medians(row: JsonRow, folder: Path) -> list[float] | None:
-    """Raw block medians in ms; None if the row has no file of them.
+class _Samples(NamedTuple):
+    """Raw values of a row, one a block: median in ms, images a second (None in files that do not hold them)."""
+
+    medians_ms: list[float]
+    throughputs_per_s: list[float] | None
+
+
+def _samples(row: JsonRow, folder: Path) -> _Samples | None:
+    """None if the row has no file of them.
 
     Raises:
-        ArtifactError: a file that lies outside the run folder, is not JSON or belongs to another row.
+        ArtifactError: a samples file that lies outside the run folder, is not as the benchmark stage writes it or belongs to another row.
     """
     name = row.get("samples")
     if not name:
@@ -143,114 +218,264 @@ def _block_medians(row: JsonRow, folder: Path) -> list[float] | None:
     if not file.is_file():
         return None
     try:
-        samples = json.loads(file.read_text(encoding="utf-8"))
-        blocks = [float(v) for v in samples["host_block_medians"]]
-        owner = samples["row"]
+        content = json.loads(file.read_text(encoding="utf-8"))
+        owner = content["row"]
+        medians = [float(v) for v in content["host_block_medians"]]
+        throughputs = [float(v) for v in content["block_throughputs_per_s"]] if "block_throughputs_per_s" in content else None
     except (ValueError, KeyError, TypeError) as exc:
-        raise ArtifactError(f"{file}: wanted {{'row', 'unit', 'host_block_medians'}}, found something else ({exc})", "run the benchmark again") from exc
+        raise ArtifactError(f"{file}: wanted {{'row', 'unit', 'host_block_medians'}}, found something else ({exc!r})", "run the benchmark again") from exc
     if owner != summary.row_key(row):
         raise ArtifactError(f"{file}: wanted samples of {summary.row_key(row)}, found those of {owner}", "run the benchmark again")
-    if not blocks or not all(math.isfinite(v) and v > 0 for v in blocks):
-        raise ArtifactError(f"{file}: wanted block medians above zero, at least one", "run the benchmark again")
-    return blocks
+    if any(not values or not all(math.isfinite(v) and v > 0 for v in values) for values in (medians, throughputs) if values is not None):
+        raise ArtifactError(f"{file}: wanted blocks above zero, at least one", "run the benchmark again")
+    return _Samples(medians, throughputs)
 
 
-def _ratio(base: JsonRow, new: JsonRow, base_dir: Path, new_dir: Path) -> tuple[float, tuple[float, float] | None, str | None, str]:
-    """(ratio new/base, its interval, where the interval comes from, a remark)."""
-    before, after = _block_medians(base, base_dir), _block_medians(new, new_dir)
+def _noise(rows: Sequence[JsonRow], key: str, floor: Callable[[Sequence[float]], float]) -> float | None:
+    """The larger of the rows' noise floors, by their stored A/A repeats; None if no row has any."""
+    stored = [(row.get("noise") or {}).get(key) or [] for row in rows]
+    return max((floor(values) for values in stored if values), default=None)
+
+
+def _reached(ratio: Ratio, floor: float | None) -> Ratio:
+    return ratio if floor is None else widened(ratio, floor)
+
+
+def _stored_latency(base: JsonRow, new: JsonRow, before: _Samples | None, after: _Samples | None) -> dict[str, Any]:
+    """Fields of the row's latency: ratio new/base, its interval, where that comes from and a remark."""
+    floor = _noise((base, new), "p50_ms", floor_between_lifetimes)
     if before and after:
-        found = bootstrap_ratio(after, before, paired=False)
-        few = min(len(before), len(after))
+        found = _reached(bootstrap_ratio(after.medians_ms, before.medians_ms, paired=False), floor)
+        few = min(len(before.medians_ms), len(after.medians_ms))
         remark = f"only {few} blocks: the interval under-covers, {MINIMUM_BLOCKS} are needed" if few < MINIMUM_BLOCKS else ""
-        return found.value, (found.low, found.high), "block medians", remark
+        source = "block medians" if floor is None else "block medians and A/A repeats"
+        return {"ratio": found.value, "ratio_ci95": (found.low, found.high), "interval_from": source, "noise_floor": floor, "why": remark}
     ratio = float(summary.host(new)["p50"] / summary.host(base)["p50"])
     low_base, high_base = summary.host(base).get("p50_ci95") or (None, None)
     low_new, high_new = summary.host(new).get("p50_ci95") or (None, None)
     if not low_base or not high_base or not low_new or not high_new:
-        return ratio, None, None, "no block medians and no interval of the median: noise is not known"
+        return {"ratio": ratio, "why": "no block medians and no interval of the median: noise is not known"}
     # the quotient of the ends covers at least 95 %: both medians would have to err in opposite directions
-    return ratio, (low_new / high_base, high_new / low_base), "p50_ci95", "block medians are missing; the interval is from each run's own and is wider"
+    found = _reached(Ratio(ratio, low_new / high_base, high_new / low_base), floor)
+    remark = "block medians are missing; the interval is from each run's own and is wider"
+    return {"ratio": ratio, "ratio_ci95": (found.low, found.high), "interval_from": "p50_ci95", "noise_floor": floor, "why": remark}
 
 
-def _compare_row(key: str, base: JsonRow, new: JsonRow, runs: tuple[_Run, _Run], task: Mapping[str, Any]) -> RowComparison:
-    change = summary.accuracy_change(summary.primary_score(new, task), summary.primary_score(base, task), task)
+def _stored_figures(base: JsonRow, new: JsonRow, runs: tuple[_Run, _Run]) -> dict[str, Any]:
+    """Latency, throughput and memory of one row of both stored reports."""
+    before, after = _samples(base, runs[0].folder), _samples(new, runs[1].folder)
+    facts = _stored_latency(base, new, before, after)
+    facts["noise_floor_same_rounds"] = _noise((base, new), "same_rounds", floor_of_ratios)
+    if before and after and before.throughputs_per_s and after.throughputs_per_s:
+        throughput = _reached(bootstrap_ratio(after.throughputs_per_s, before.throughputs_per_s, paired=False), facts.get("noise_floor"))
+        facts |= {"throughput_ratio": throughput.value, "throughput_ratio_ci95": (throughput.low, throughput.high)}
+    if base.get("peak_memory_bytes") and new.get("peak_memory_bytes"):
+        plain = new["peak_memory_bytes"] / base["peak_memory_bytes"]
+        memory = _reached(Ratio(plain, plain, plain), _noise((base, new), "peak_memory_bytes", floor_between_lifetimes))
+        facts |= {"memory_ratio": plain, "memory_ratio_ci95": (memory.low, memory.high)}
+    return facts
+
+
+def _reran_figures(found: Reran) -> dict[str, Any]:
+    latency, throughput, memory = found.latency, found.throughput, found.memory
+    facts: dict[str, Any] = {
+        "base_p50_ms": found.base_p50_ms,
+        "new_p50_ms": found.new_p50_ms,
+        "ratio": latency.value,
+        "ratio_ci95": (latency.low, latency.high),
+        "interval_from": "process lifetimes",
+        "why": found.noise,
+        "throughput_ratio": throughput.value,
+        "throughput_ratio_ci95": (throughput.low, throughput.high),
+    }
+    return facts if memory is None else facts | {"memory_ratio": memory.value, "memory_ratio_ci95": (memory.low, memory.high)}
+
+
+def _unmeasured(row: JsonRow) -> str:
+    return str(row["status"]) + (f" ({summary.split_remedy(row['reason'])[0]})" if row.get("reason") else "")
+
+
+def _compared(
+    key: str, base: JsonRow | None, new: JsonRow | None, runs: tuple[_Run, _Run], task: Mapping[str, Any], reran: Mapping[str, Reran | str] | None
+) -> RowComparison:
+    """One row of either or both runs, before any gate."""
+    if base is None:
+        assert new is not None
+        return RowComparison(key, "added", f"status {new['status']}", new_p50_ms=summary.p50_ms(new))
+    if new is None:
+        return RowComparison(key, "removed", f"status {base['status']}", base_p50_ms=summary.p50_ms(base))
+    change = None if _other_data(*runs) else summary.accuracy_change(summary.primary_score(new, task), summary.primary_score(base, task), task)
     facts: dict[str, Any] = {"base_p50_ms": summary.p50_ms(base), "new_p50_ms": summary.p50_ms(new), "accuracy_change_pp": change}
-    unmeasured = [
-        f"{side}: {r['status']}" + (f" ({summary.split_remedy(r['reason'])[0]})" if r.get("reason") else "")
-        for side, r in (("base", base), ("new", new))
-        if not summary.measured([r])
-    ]
-    if unmeasured:
-        return RowComparison(key, "not comparable", "; ".join(unmeasured), **facts)
-    differs = _differences(*(_conditions(r, run.report.get("environment") or {}) for r, run in zip((base, new), runs, strict=True)))
-    if differs:
-        return RowComparison(key, "not comparable", differs, **facts)
-    ratio, bounds, source, remark = _ratio(base, new, runs[0].folder, runs[1].folder)
-    facts |= {"ratio": ratio, "ratio_ci95": bounds, "interval_from": source}
+    before, after = summary.size_bytes(base), summary.size_bytes(new)
+    facts["size_ratio"] = after / before if before and after else None
+    if reran is not None:
+        found = reran.get(key, "it was not measured again")
+        if isinstance(found, str):
+            return RowComparison(key, "not comparable", found, **facts)
+        facts |= _reran_figures(found)
+    else:
+        unmeasured = [f"{side}: {_unmeasured(r)}" for side, r in (("base", base), ("new", new)) if not summary.measured([r])]
+        differs = _differences(*(_conditions(r, run.report.get("environment") or {}) for r, run in zip((base, new), runs, strict=True)))
+        if unmeasured or differs:
+            return RowComparison(key, "not comparable", "; ".join(unmeasured) or differs, **facts)
+        facts |= _stored_figures(base, new, runs)
+    bounds = facts.get("ratio_ci95")
     if bounds is None:
-        return RowComparison(key, "not comparable", remark, **facts)
-    verdict: Verdict = "slower" if bounds[0] > 1 else "faster" if bounds[1] < 1 else "same within noise"
-    return RowComparison(key, verdict, remark, **facts)
+        return RowComparison(key, "not comparable", **facts)
+    return RowComparison(key, "slower" if bounds[0] > 1 else "faster" if bounds[1] < 1 else "same within noise", **facts)
 
 
-def _gated(
-    row: RowComparison, newly_failed: str | None, task: Mapping[str, Any], *, latency: float | None, accuracy: float | None
-) -> tuple[RowComparison, list[str]]:
+def _gated(row: RowComparison, task: Mapping[str, Any], gates: Gates) -> tuple[RowComparison, list[str]]:
     """The row with its regressions, and a sentence for each."""
     found: list[tuple[Regression, str]] = []
-    if latency is not None and row.ratio_ci95 and row.verdict == "slower" and row.ratio_ci95[0] > 1 + latency:
-        interval = units.interval(list(row.ratio_ci95))
-        found.append(("latency", f"{row.key}: {units.factor(row.ratio)} the latency [{interval}], more than {100 * latency:g} % slower beyond noise"))
+    limit = gates.max_latency_regression
+    if limit is not None and row.ratio_ci95 and row.ratio_ci95[0] > 1 + limit:
+        found.append(("latency", f"{units.factor(row.ratio)} the latency [{_bounds(row.ratio_ci95)}], more than {_percent(limit)} slower beyond noise"))
+    limit = gates.max_throughput_regression
+    if limit is not None and row.throughput_ratio_ci95 and row.throughput_ratio_ci95[1] < 1 - limit:
+        bounds = _bounds(row.throughput_ratio_ci95)
+        found.append(("throughput", f"{units.factor(row.throughput_ratio)} the throughput [{bounds}], more than {_percent(limit)} less beyond noise"))
+    limit = gates.max_memory_regression
+    if limit is not None and row.memory_ratio_ci95 and row.memory_ratio_ci95[0] > 1 + limit:
+        found.append(("memory", f"{units.factor(row.memory_ratio)} the peak memory, more than {_percent(limit)} above the base"))
+    limit = gates.max_size_regression
+    if limit is not None and row.size_ratio and row.size_ratio > 1 + limit:
+        found.append(("size", f"{units.factor(row.size_ratio)} the size, more than {_percent(limit)} above the base"))
     worse = None if row.accuracy_change_pp is None else -row.accuracy_change_pp if task["higher_is_better"] else row.accuracy_change_pp
-    if accuracy is not None and worse is not None and worse > accuracy + 1e-9:
-        change = units.change(row.accuracy_change_pp, task)
-        found.append(("accuracy", f"{row.key}: {units.metric_name(task['primary'])} {change}, more than {accuracy:g} worse"))
-    if newly_failed is not None and (latency is not None or accuracy is not None):
-        found.append(("status", f"{row.key}: was measured in the base and failed now: {newly_failed}"))
-    return replace(row, regressions=tuple(kind for kind, _ in found)), [sentence for _, sentence in found]
+    limit = gates.max_accuracy_drop
+    if limit is not None and worse is not None and worse > limit + 1e-9:  # so much may differ in the last bit
+        found.append(("accuracy", f"{units.metric_name(task['primary'])} {units.change(row.accuracy_change_pp, task)}, more than {limit:g} worse"))
+    return replace(row, regressions=tuple(kind for kind, _ in found)), [f"{row.key}: {sentence}" for _, sentence in found]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g} %"
+
+
+def _bounds(bounds: Bounds) -> str:
+    return units.interval(list(bounds))
+
+
+def _lost(row: RowComparison, base: JsonRow | None, new: JsonRow | None, reran: bool) -> str | None:
+    """Why there are no new figures of a row that the base measured; None if there are, or if the base had none."""
+    if base is None or not summary.measured([base]):
+        return None
+    if new is None:
+        return "its row is gone"
+    if reran:
+        return row.why if row.verdict == "not comparable" else None
+    return None if summary.measured([new]) else _unmeasured(new)
+
+
+def _nothing_compared(rows: Sequence[RowComparison], gates: Gates) -> list[str]:
+    """Gates of which nothing could be compared: silence is no pass."""
+    figures = (
+        ("latency", gates.max_latency_regression, [r.ratio_ci95 for r in rows]),
+        ("throughput", gates.max_throughput_regression, [r.throughput_ratio_ci95 for r in rows]),
+        ("memory", gates.max_memory_regression, [r.memory_ratio_ci95 for r in rows]),
+        ("size", gates.max_size_regression, [r.size_ratio for r in rows]),
+        ("accuracy", gates.max_accuracy_drop, [r.accuracy_change_pp for r in rows]),
+    )
+    return [
+        f"no row's {name} could be compared, so the {name} gate cannot be said to hold"
+        for name, limit, known in figures
+        if limit is not None and all(value is None for value in known)
+    ]
+
+
+def _resolved(report: Report) -> dict[str, str]:
+    return dict(summary.flatten(report.get("recipe") or {}))
+
+
+def _recipe_changes(base: Report, new: Report) -> list[str]:
+    before, after = _resolved(base), _resolved(new)
+    return [f"{k}: {before.get(k, 'absent')} → {after.get(k, 'absent')}" for k in dict.fromkeys([*before, *after]) if before.get(k) != after.get(k)]
+
+
+def _other_data(base: _Run, new: _Run) -> bool:
+    """Whether accuracies were taken on other images."""
+    before, after = ((run.report.get("recipe") or {}).get("data") for run in (base, new))
+    return before is not None and after is not None and before != after
+
+
+def check_same_recipe(base: Report, new: Report) -> None:
+    """Raises UsageError: runs of recipes with other names, or scored by another metric, whose rows mean different things."""
+    names = [(report.get("recipe") or {}).get("name") for report in (base, new)]
+    if None not in names and names[0] != names[1]:
+        raise UsageError(f"wanted two runs of one recipe, found '{names[0]}' and '{names[1]}'", "deployopt bench BASE:ROW NEW:ROW compares any two artifacts")
+    metrics = [summary.task_of(report)["primary"] for report in (base, new)]
+    if metrics[0] != metrics[1]:
+        raise UsageError(f"wanted two runs scored by one metric, found {metrics[0]} and {metrics[1]}", "compare runs of the same task")
+
+
+def _notes(rows: Sequence[RowComparison], runs: tuple[_Run, _Run], reran: bool) -> list[str]:
+    notes = []
+    compared = [r for r in rows if r.verdict in COMPARED]
+    if not reran and compared and any(r.noise_floor is None for r in compared):
+        notes.append(
+            "the reports are from different process lifetimes, and no A/A repeats say how far those differ: intervals hold the noise inside each run only "
+            "(set benchmark.aa_repeats in the recipe, or compare with --rerun)"
+        )
+    if _other_data(*runs):
+        notes.append("accuracy is not compared: the runs were scored on other data")
+    return notes
+
+
+def chosen(rows: Sequence[str], base: Report, new: Report) -> list[str]:
+    """Addresses of either run's rows, the base's first; only these `rows` if any are named.
+
+    Raises:
+        UsageError: a row that neither run has.
+    """
+    known = list(dict.fromkeys(summary.row_key(r) for report in (base, new) for r in report["rows"]))
+    for row in rows:
+        if row not in known:
+            raise UsageError(plugins.unknown("row", row, known))
+    return [key for key in known if not rows or key in rows]
 
 
 def compare(
-    base: Report, new: Report, base_dir: Path, new_dir: Path, *, max_latency_regression: float | None = None, max_accuracy_drop: float | None = None
+    base: Report,
+    new: Report,
+    base_dir: Path,
+    new_dir: Path,
+    gates: Gates | None = None,
+    *,
+    only: Sequence[str] = (),
+    reran: Mapping[str, Reran | str] | None = None,
 ) -> Comparison:
     """Compare the rows of two reports.
 
     Args:
         base, new: as `report.load` gives them.
         base_dir, new_dir: their run folders, for the stored block medians.
-        max_latency_regression: share by which a row may become slower, 0.05 for 5 %; missed only where the whole 95 % interval lies above it.
-        max_accuracy_drop: percentage points (the metric's unit if it is no fraction) by which a row may become worse.
+        only: addresses of the rows to compare; all if empty.
+        reran: of `bench.rerun.rerun`: rows measured again, or why one was not; takes the place of the stored figures. Accuracy and size stay the reports'.
 
-    A row that was measured and now failed misses any gate, and a gate of which nothing could be compared is missed: silence is no pass.
+    A row that the base measured and the new run did not misses any gate, and a gate of which nothing could be compared is missed: silence is no pass.
 
     Raises:
+        UsageError: runs of different recipes or tasks, or a row that neither has.
         ArtifactError: a samples file that is damaged or another row's.
     """
-    task = summary.task_of(new)
-    if summary.task_of(base)["primary"] != task["primary"]:
-        found = f"{summary.task_of(base)['primary']} and {task['primary']}"
-        raise ArtifactError(f"wanted two runs scored by one metric, found {found}", "compare runs of the same task")
+    check_same_recipe(base, new)
+    task, gates = summary.task_of(new), gates or Gates()
     runs = (_Run(base, Path(base_dir)), _Run(new, Path(new_dir)))
     before, after = ({summary.row_key(r): r for r in report["rows"]} for report in (base, new))
     rows: list[RowComparison] = []
     misses: list[str] = []
-    for key in dict.fromkeys([*before, *after]):
-        if key not in after:
-            rows.append(RowComparison(key, "removed", f"status {before[key]['status']}", base_p50_ms=summary.p50_ms(before[key])))
-            continue
-        if key not in before:
-            rows.append(RowComparison(key, "added", f"status {after[key]['status']}", new_p50_ms=summary.p50_ms(after[key])))
-            continue
-        failed = before[key]["status"] == "ok" and after[key]["status"] == "failed"
-        reason = summary.split_remedy(after[key].get("reason"))[0] if failed else None
-        row, sentences = _gated(
-            _compare_row(key, before[key], after[key], runs, task), reason, task, latency=max_latency_regression, accuracy=max_accuracy_drop
-        )
+    for key in chosen(only, base, new):
+        row, sentences = _gated(_compared(key, before.get(key), after.get(key), runs, task, reran), task, gates)
+        lost = _lost(row, before.get(key), after.get(key), reran is not None)
+        if lost is not None and gates.asked and not gates.allow_missing:
+            row = replace(row, regressions=(*row.regressions, "missing"))
+            sentences.append(f"{key}: was measured in the base and is not now: {lost}")
         rows.append(row)
         misses += sentences
-    if max_latency_regression is not None and not any(r.verdict in {"faster", "slower", "same within noise"} for r in rows):
-        misses.append("no row's latency could be compared, so the latency gate cannot be said to hold")
-    if max_accuracy_drop is not None and all(r.accuracy_change_pp is None for r in rows):
-        misses.append("no row's accuracy could be compared, so the accuracy gate cannot be said to hold")
+    misses += _nothing_compared(rows, gates)
     names = [str(report.get("run") or (report.get("recipe") or {}).get("name") or folder.name) for report, folder in runs]
-    return Comparison(names[0], names[1], task, rows, {"max_latency_regression": max_latency_regression, "max_accuracy_drop": max_accuracy_drop}, tuple(misses))
+    time, where = (new.get("finished"), new.get("environment")) if reran is None else (None, environment(()))
+    notes = _notes(rows, runs, reran is not None)
+    return Comparison(
+        names[0], names[1], task, rows, gates, time or utc_now(), where or {}, reran is not None, _recipe_changes(base, new), notes, tuple(misses)
+    )

@@ -93,7 +93,7 @@ class Measured:
 
     Attributes:
         host, device: `statistics.summary` of all samples, ms; `p50_ci95` is the bootstrap over blocks. device: None without such a clock.
-        block_medians_ms, device_block_medians_ms: one for each round, in the order of the rounds.
+        block_medians_ms, device_block_medians_ms, block_throughputs_per_s: one for each round, in the order of the rounds.
         invalid: why the figures should not be used, None if they may.
         contract: how they were taken.
     """
@@ -106,6 +106,7 @@ class Measured:
     device: dict[str, Any] | None
     block_medians_ms: list[float]
     device_block_medians_ms: list[float] | None
+    block_throughputs_per_s: list[float]
     throughput_per_s: float
     peak_memory_bytes: int | None
     invalid: str | None
@@ -320,6 +321,7 @@ class Group:
             device=device_summary,
             block_medians_ms=medians,
             device_block_medians_ms=device_medians,
+            block_throughputs_per_s=[round(batch * run.iterations / block.wall_s, 3) for block in run.blocks],
             throughput_per_s=batch * run.runs / run.seconds,
             peak_memory_bytes=peak,
             invalid="; ".join(_faults(run, spread, settings, conditions)) or None,
@@ -387,6 +389,7 @@ def write_samples(measured: Measured, row: Row, folder: Path) -> Path:
         "iterations": measured.contract["iterations"],
         "host_block_medians": measured.block_medians_ms,
         "device_block_medians": measured.device_block_medians_ms,
+        "block_throughputs_per_s": measured.block_throughputs_per_s,
     }
     atomic_write_json(path, content)
     return path

@@ -288,7 +288,16 @@ class Series(NamedTuple):
     points: Sequence[tuple[float, float, str] | None]
 
 
-def curves(series: Sequence[Series], bounds: Sequence[tuple[float, str]], width: float, *, y_title: str, show_y: Callable[[float], str], label: str) -> Markup:
+def curves(
+    series: Sequence[Series],
+    bounds: Sequence[tuple[float, str]],
+    width: float,
+    *,
+    x_title: str = "epoch, all stages",
+    y_title: str,
+    show_y: Callable[[float], str],
+    label: str,
+) -> Markup:
     """Curves over epochs, stages side by side. `bounds`: the first epoch of each stage and its name."""
     height = 270.0
     left, right, top, bottom = 58.0, 12.0, 40.0, 40.0
@@ -309,7 +318,7 @@ def curves(series: Sequence[Series], bounds: Sequence[tuple[float, str]], width:
             parts += [marker(x(px), y(py), 0, f"mark f{s.colour % COLOURS}", tip=tip, radius=3.2) for px, py, tip in run]
     parts += [
         text(4, 13, y_title + (" (logarithmic)" if y.log else ""), css="axis"),
-        text(width - right, height - 6, "epoch, all stages", anchor="end", css="axis"),
+        text(width - right, height - 6, x_title, anchor="end", css="axis"),
     ]
     return svg(width, height, label, parts)
 

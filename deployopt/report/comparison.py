@@ -13,6 +13,9 @@ from deployopt.report import junit, markdown, terminal, units
 JsonComparison = Mapping[str, Any]
 STYLE = {"faster": "green", "slower": "red", "not comparable": "yellow", "added": "cyan", "removed": "cyan"}
 CHANGED = ("faster", "slower", "same within noise")
+GATED = {"latency": "slower", "throughput": "less throughput", "memory": "more peak memory", "size": "larger"}
+CHANGES = ("throughput", "memory", "size")  # columns of their own
+RECIPE_CHANGES_SHOWN = 5  # of the recipes; the JSON has all
 
 
 def headline(comparison: JsonComparison) -> str:
@@ -38,15 +41,37 @@ def _p50(value: float | None) -> str:
 
 
 def gate_sentence(comparison: JsonComparison) -> str:
-    """Whether the gate holds; "" if none was asked for."""
+    """Whether the gates hold; "" if none was asked for."""
     gate = comparison["gate"]
-    asked = []
-    if gate["max_latency_regression"] is not None:
-        asked.append(f"at most {100 * gate['max_latency_regression']:g} % slower")
+    limits = [(gate[f"max_{name}_regression"], words) for name, words in GATED.items()]
+    asked = [f"at most {100 * limit:g} % {words}" for limit, words in limits if limit is not None]
     if gate["max_accuracy_drop"] is not None:
         unit = comparison["task"]["unit"] or "pp"
         asked.append(f"at most {gate['max_accuracy_drop']:g} {unit} less accurate")
     return f"gate {'met' if gate['met'] else 'MISSED'} ({', '.join(asked)})" if asked else ""
+
+
+def noise_sentence(comparison: JsonComparison) -> str:
+    """How the intervals come about, with the noise floors that are stored."""
+    if comparison["reran"]:
+        return "measured again, interleaved on this machine; intervals from the spread of process lifetimes"
+    kinds = (("between process lifetimes", "noise_floor"), ("inside one run", "noise_floor_same_rounds"))
+    known = [(where, [row[key] for row in comparison["rows"] if row[key] is not None]) for where, key in kinds]
+    told = [f"±{100 * min(v):.1f}–{100 * max(v):.1f} % {where}" for where, v in known if v]
+    return f"noise floor from A/A repeats: {', '.join(told)}" if told else ""
+
+
+def _relative(row: Mapping[str, Any], name: str) -> str:
+    """A ratio's change as "+3.1 %"."""
+    ratio = row[f"{name}_ratio"]
+    return "" if ratio is None else f"{units.signed(100 * (ratio - 1), 1)} %"
+
+
+def _notes(comparison: JsonComparison) -> list[str]:
+    """What is said of all rows."""
+    changes = comparison["recipe_changes"]
+    shown = "; ".join(changes[:RECIPE_CHANGES_SHOWN]) + (f"; and {len(changes) - RECIPE_CHANGES_SHOWN} more" if len(changes) > RECIPE_CHANGES_SHOWN else "")
+    return [*([noise_sentence(comparison)] if noise_sentence(comparison) else []), *comparison["notes"], *([f"the recipes differ: {shown}"] if changes else [])]
 
 
 def render_terminal(comparison: JsonComparison, console: Console) -> None:
@@ -65,11 +90,16 @@ def render_terminal(comparison: JsonComparison, console: Console) -> None:
             terminal.Column("base ms", [_p50(r["base_p50_ms"]) for r in rows], 2),
             terminal.Column("new ms", [_p50(r["new_p50_ms"]) for r in rows], 3),
             terminal.Column("new/base [95 %]", [_ratio(r) for r in rows], 1),
+            terminal.Column("throughput", [_relative(r, "throughput") for r in rows], 4),
+            terminal.Column("memory", [_relative(r, "memory") for r in rows], 5),
+            terminal.Column("size", [_relative(r, "size") for r in rows], 6),
             terminal.Column("accuracy", [_accuracy(r, comparison["task"]) for r in rows]),
             terminal.Column("verdict", [r["verdict"] for r in rows], right=False),
         ]
         console.print(terminal.table(terminal.spaced(columns), console, [STYLE.get(r["verdict"], "") for r in rows]))
         console.print()
+    for note in _notes(comparison):
+        console.print(Text(note, style="dim"))
     for reason, keys in _remarks(comparison).items():
         console.print(Text.assemble((f"{units.plural(len(keys), 'row')}: ", "yellow"), f"{reason} ({keys[0]}{', …' if len(keys) > 1 else ''})"))
 
@@ -90,8 +120,17 @@ def render_markdown(comparison: JsonComparison) -> str:
     if gate_sentence(comparison):
         parts.append(f"{'✅' if gate['met'] else '❌'} {markdown.cell(gate_sentence(comparison))}")
     parts.append("\n".join(f"- ❌ {markdown.cell(miss)}" for miss in gate["misses"]))
-    body = [[r["key"], r["verdict"], _p50(r["base_p50_ms"]), _p50(r["new_p50_ms"]), _ratio(r), _accuracy(r, comparison["task"])] for r in comparison["rows"]]
-    parts.append(markdown.table(["row", "verdict", "base ms", "new ms", "new/base [95 %]", "accuracy"], body, left=2) if body else "")
+    headers = ["row", "verdict", "base ms", "new ms", "new/base [95 %]", *CHANGES, "accuracy"]
+    body = [
+        [
+            *(r["key"], r["verdict"], _p50(r["base_p50_ms"]), _p50(r["new_p50_ms"]), _ratio(r)),
+            *(_relative(r, name) for name in CHANGES),
+            _accuracy(r, comparison["task"]),
+        ]
+        for r in comparison["rows"]
+    ]
+    parts.append(markdown.table(headers, body, left=2) if body else "")
+    parts.append("\n".join(f"- {markdown.cell(note)}" for note in _notes(comparison)))
     remarks = [f"- {markdown.cell(reason)}: {markdown.cell(', '.join(keys))}" for reason, keys in _remarks(comparison).items()]
     parts.append(markdown.folded("Remarks", "\n".join(remarks)) if remarks else "")
     return "\n\n".join(p for p in parts if p) + "\n"

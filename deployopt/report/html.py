@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from deployopt.artifact import INT8_PRECISIONS
@@ -380,11 +380,16 @@ def _facts(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
     return [*tables, ("Steps", steps)] if steps else tables
 
 
-def render(report: Report) -> str:
-    """The page. All text is escaped by Jinja2 and markupsafe."""
+def template(name: str) -> Template:
+    """A page of `templates/`; escapes everything that it is given."""
     environment = Environment(
         loader=PackageLoader("deployopt.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
+    return environment.get_template(name)
+
+
+def render(report: Report) -> str:
+    """The page. All text is escaped by Jinja2 and markupsafe."""
     palette, task = _Palette(report), summary.task_of(report)
     recommended = report.get("recommended")
     best = report["rows"][recommended["row"]] if recommended else None
@@ -399,7 +404,7 @@ def render(report: Report) -> str:
         _confusion(report),
     ]
     dataset = report.get("dataset") or {}
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         name=(report.get("recipe") or {}).get("name") or report.get("run") or "report",
         run=report.get("run") or "",
         finished=report.get("finished") or "",

@@ -4,6 +4,7 @@ Percentiles carry distribution-free intervals from order statistics; they take t
 blocks (and so share the machine's mood of the moment) the interval of the median is a bootstrap over whole blocks.
 """
 
+from math import atan, cos, exp, pi, sin, sqrt
 from statistics import NormalDist
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -113,6 +114,80 @@ def summary(samples_ns: np.ndarray) -> Dict[str, Any]:
     return figures
 
 
+def _within(t: float, freedom: int) -> float:
+    """P(|T| < t) for Student's T (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
+    angle = atan(t / sqrt(freedom))
+    odd = freedom % 2
+    term = cos(angle) if odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for k in range(2 + odd, freedom - 1, 2):
+        term *= (k - 1) / k * cos(angle) ** 2
+        total += term
+    return 2 / pi * (angle + sin(angle) * total) if odd else sin(angle) * total
+
+
+def students_t(freedom: int, confidence: float = 0.95) -> float:
+    """The t that Student's T with so many degrees of freedom stays within, on both sides, with this probability: 12.7, 4.30, 3.18, …, 1.96.
+
+    Raises:
+        ValueError: no degree of freedom.
+    """
+    if freedom < 1:
+        raise ValueError(f"wanted at least one degree of freedom, found {freedom}")
+    low, high = 0.0, 1e4
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < confidence else (low, middle)
+    return high
+
+
+def ratio_over_lifetimes(ratios: Samples) -> Ratio:
+    """The geometric mean of ratios [n ≥ 2], one for each process lifetime, and Student's 95 % interval of it.
+
+    A process keeps its luck in memory layout and thread placement for life, so blocks of one lifetime err together and a bootstrap over them cannot
+    see by how much. Lifetimes are independent: their spread holds every source of noise, that inside each of them included.
+
+    Raises:
+        ValueError: fewer than two, or a ratio that is not positive and finite.
+    """
+    logs = _logarithms(ratios, 2)
+    half = students_t(len(logs) - 1) * float(logs.std(ddof=1)) / sqrt(len(logs))
+    mean = float(logs.mean())
+    return Ratio(exp(mean), exp(mean - half), exp(mean + half))
+
+
+def floor_between_lifetimes(values: Samples) -> float:
+    """Noise floor of a ratio of two values, each from a process lifetime of its own: the share (0.03 is 3 %) that it exceeds by chance once in twenty.
+
+    Args:
+        values: of one artifact, say its median latency in each of n ≥ 2 lifetimes. The floor is exp(t(n - 1) · s · √2) - 1 with the standard deviation s
+            of their logarithms: the prediction interval of a difference.
+
+    Raises:
+        ValueError: fewer than two, or a value that is not positive and finite.
+    """
+    logs = _logarithms(values, 2)
+    return exp(students_t(len(logs) - 1) * float(logs.std(ddof=1)) * sqrt(2)) - 1
+
+
+def floor_of_ratios(ratios: Samples) -> float:
+    """Noise floor of one more ratio of an artifact to itself, from n ≥ 1 such ratios, whose true value is 1: exp(t(n) · rms of their logarithms) - 1."""
+    logs = _logarithms(ratios, 1)
+    return exp(students_t(len(logs)) * float(np.sqrt(np.mean(logs**2)))) - 1
+
+
+def widened(ratio: Ratio, floor: float) -> Ratio:
+    """The ratio with an interval that reaches at least the noise floor to either side."""
+    return Ratio(ratio.value, min(ratio.low, ratio.value / (1 + floor)), max(ratio.high, ratio.value * (1 + floor)))
+
+
+def _logarithms(values: Samples, least: int) -> np.ndarray:
+    found = np.asarray(values, dtype=np.float64)
+    if len(found) < least or not (np.isfinite(found) & (found > 0)).all():
+        raise ValueError(f"wanted values above zero, at least {least}, found {found.tolist()}")
+    return np.asarray(np.log(found))
+
+
 def _resampled_medians(blocks: np.ndarray, draws: np.ndarray) -> np.ndarray:
     return np.asarray(np.median(blocks[draws], axis=1))
 
@@ -126,9 +201,7 @@ def _interval(estimates: np.ndarray, n: int) -> Tuple[float, float]:
     """
     if n == 1:
         return float(estimates.min()), float(estimates.max())
-    z, freedom = 1.959964, n - 1
-    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)  # Cornish-Fisher (Abramowitz & Stegun 26.7.5)
-    tail = NormalDist().cdf(-t * (n / (n - 1)) ** 0.5)
+    tail = NormalDist().cdf(-students_t(n - 1) * (n / (n - 1)) ** 0.5)
     low, high = np.quantile(estimates, [tail, 1 - tail])
     return float(low), float(high)
 
@@ -138,6 +211,12 @@ def bootstrap_median(blocks: Samples, resamples: int = 2000, seed: int = 0) -> T
     values = np.asarray(blocks, dtype=np.float64)
     draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     return _interval(_resampled_medians(values, draws), len(values))
+
+
+def paired_ratio(a: Samples, b: Samples) -> float:
+    """Median over the rounds that both have of a[i] / b[i]: what slowed a whole round cancels."""
+    rounds = min(len(a), len(b))
+    return float(np.median(np.asarray(a[:rounds], dtype=np.float64) / np.asarray(b[:rounds], dtype=np.float64)))
 
 
 def bootstrap_ratio(a: Samples, b: Samples, *, paired: bool, resamples: int = 2000, seed: int = 0) -> Ratio:
@@ -159,7 +238,7 @@ def bootstrap_ratio(a: Samples, b: Samples, *, paired: bool, resamples: int = 20
     rng = np.random.default_rng(seed)
     of_a = rng.integers(len(left), size=(resamples, len(left)))
     if paired:
-        return Ratio(float(np.median(left / right)), *_interval(_resampled_medians(left / right, of_a), len(left)))
+        return Ratio(paired_ratio(left, right), *_interval(_resampled_medians(left / right, of_a), len(left)))
     of_b = rng.integers(len(right), size=(resamples, len(right)))
     estimates = _resampled_medians(left, of_a) / _resampled_medians(right, of_b)
     return Ratio(float(np.median(left) / np.median(right)), *_interval(estimates, min(len(left), len(right))))

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from deployopt.bench.harness import Failure, Measured, Settings, Subject
+
 version = 1
 not_after: frozenset[str] = frozenset()
 after: frozenset[str] = frozenset({"build"})
@@ -47,6 +49,9 @@ class Config(StageConfig):
     """Share of a row's threads for which other processes left no core, above which it is marked invalid."""
     max_steal_percent: PositiveFloat = 10.0
     """CPU time that the hypervisor gave to other guests, in percent of the cores, above which a row is marked invalid."""
+    aa_repeats: int = Field(0, ge=0)
+    """Measure every valid row against itself so many times more, each time in two new processes, and store how far it differed: the noise floor of
+    `deployopt compare` between two stored reports. 3 give a usable one."""
     accuracy: bool = True
     """Score every artifact on the test split."""
 
@@ -115,7 +120,8 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     with Group(subjects, settings, context.progress) as group:
         results = {b: group.measure({c.key: images for c in candidates if c.measurable and c.takes(b)}, b, "test split") for b in sorted(config.batch_sizes)}
         accuracies, details = _accuracies(context, config, expansion, candidates, group) if config.accuracy else ({}, {})
-    rows = _rows(context, config, candidates, results, accuracies)
+    noise = _noise(context, config, subjects, results, settings, images) if config.aa_repeats else {}
+    rows = _rows(context, config, candidates, results, accuracies, noise)
     return StepResult(record={"rows": [row.to_json() for row in rows], "details": details})
 
 
@@ -177,6 +183,27 @@ def _timing_images(context: StageContext, wanted: int) -> NDArray[np.uint8]:
     return test.images(chosen)
 
 
+def _noise(
+    context: StageContext,
+    config: Config,
+    subjects: Sequence[Subject],
+    results: Mapping[int, Mapping[str, Measured | Failure]],
+    settings: Settings,
+    images: NDArray[np.uint8],
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """A/A repeats of every valid row, by (key, batch)."""
+    from deployopt.bench.repeats import aa_repeats
+
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    with context.progress.track("measure against itself", len(subjects)) as bar:
+        for subject in subjects:
+            own = {batch: by_key[subject.key] for batch, by_key in results.items() if subject.key in by_key}
+            stored = aa_repeats(subject, own, config.aa_repeats, settings, images, context.progress)
+            found |= {(subject.key, batch): noise for batch, noise in stored.items()}
+            bar.advance(1, subject.key)
+    return found
+
+
 def _accuracies(
     context: StageContext, config: Config, expansion: Expansion, candidates: Sequence[_Candidate], group: Any
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
@@ -232,6 +259,7 @@ def _rows(
     candidates: Sequence[_Candidate],
     results: Mapping[int, Mapping[str, Any]],
     accuracies: Mapping[str, dict[str, Any]],
+    noise: Mapping[tuple[str, int], dict[str, Any]],
 ) -> list[Row]:
     """Every candidate at every batch size, measured or with its reason, with its speed-ups and its file of samples."""
     from deployopt.bench.harness import Measured, with_figures, write_samples
@@ -245,6 +273,7 @@ def _rows(
             if result is not None:
                 row = with_figures(row, result)
             if isinstance(result, Measured):
+                row.noise = noise.get((candidate.key, batch))
                 row.samples = write_samples(result, row, samples).relative_to(context.run_folder).as_posix()
             accuracy = accuracies.get(candidate.key)
             if accuracy is not None and "error" in accuracy:

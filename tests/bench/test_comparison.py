@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from deployopt.artifact import Row
-from deployopt.bench.comparison import Comparison, RowComparison, compare
+from deployopt.bench.comparison import Comparison, Gates, Reran, RowComparison, compare
 from deployopt.bench.harness import write_samples
-from deployopt.errors import ArtifactError
+from deployopt.errors import ArtifactError, UsageError
 from deployopt.report import comparison as renderers
+from deployopt.runtime.statistics import Ratio
 
 BLOCKS = 40
 
@@ -48,7 +49,8 @@ class Run:
     def _row(self, variant: str, p50: float, seed: int, top1: float) -> dict[str, Any]:
         medians = blocks(p50, seed)
         name = f"samples/{variant}-onnxruntime-int8-b1.json"
-        measured = SimpleNamespace(block_medians_ms=medians, device_block_medians_ms=None, contract={"iterations": 10})
+        throughputs = [1000 / m for m in medians]
+        measured = SimpleNamespace(block_medians_ms=medians, device_block_medians_ms=None, block_throughputs_per_s=throughputs, contract={"iterations": 10})
         written = write_samples(measured, Row(variant, "onnxruntime", "int8", 1, "ok"), self.folder / "samples")  # type: ignore[arg-type]
         assert written == self.folder / name
         median = float(np.median(medians))
@@ -76,9 +78,9 @@ def only(result: Comparison) -> RowComparison:
     return result.rows[0]
 
 
-def compared(tmp_path: Path, base_ms: float, new_ms: float, **gates: float | None) -> Comparison:
+def compared(tmp_path: Path, base_ms: float, new_ms: float, **gates: Any) -> Comparison:
     base, new = Run(tmp_path / "base", {"qat": base_ms}, 1), Run(tmp_path / "new", {"qat": new_ms}, 1000)
-    return compare(base.report, new.report, base.folder, new.folder, **gates)
+    return compare(base.report, new.report, base.folder, new.folder, Gates(**gates))
 
 
 @pytest.mark.parametrize(("new_ms", "verdict"), [(1.0, "same within noise"), (1.2, "slower"), (0.8, "faster")])
@@ -118,11 +120,11 @@ def test_what_differs_is_named_and_not_compared(tmp_path: Path, path: tuple[Any,
     for part in path[:-1]:
         target = target[part]
     target[path[-1]] = value
-    result = compare(base.report, new.report, base.folder, new.folder, max_latency_regression=0.05)
+    result = compare(base.report, new.report, base.folder, new.folder, Gates(max_latency_regression=0.05))
     assert only(result).verdict == "not comparable"
     assert named in only(result).why
     assert only(result).ratio is None
-    assert "no row's latency could be compared" in result.misses[0]  # silence is no pass
+    assert "no row's latency could be compared" in result.misses[-1]  # silence is no pass
 
 
 def test_a_gpu_and_other_runtimes_do_not_matter_to_a_row_on_the_cpu(tmp_path: Path) -> None:
@@ -137,9 +139,12 @@ def test_a_gpu_and_other_runtimes_do_not_matter_to_a_row_on_the_cpu(tmp_path: Pa
 
 def test_added_and_removed_rows(tmp_path: Path) -> None:
     base, new = Run(tmp_path / "base", {"a": 1.0, "b": 1.0}, 1), Run(tmp_path / "new", {"b": 1.0, "c": 1.0}, 5)
-    result = compare(base.report, new.report, base.folder, new.folder, max_latency_regression=0.05)
+    result = compare(base.report, new.report, base.folder, new.folder, Gates(max_latency_regression=0.05))
     assert [(r.key.split("/")[0], r.verdict) for r in result.rows] == [("a", "removed"), ("b", "same within noise"), ("c", "added")]
-    assert result.met
+    assert [r.regressions for r in result.rows] == [("missing",), (), ()]
+    assert result.misses == ("a/onnxruntime/int8/b1: was measured in the base and is not now: its row is gone",)
+    assert compare(base.report, new.report, base.folder, new.folder, Gates(max_latency_regression=0.05, allow_missing=True)).met
+    assert compare(base.report, new.report, base.folder, new.folder).met  # no gate was asked for
 
 
 def test_missing_samples_fall_back_to_the_wider_interval_and_say_so(tmp_path: Path) -> None:
@@ -179,17 +184,17 @@ def test_samples_outside_the_run_folder_are_not_read(tmp_path: Path) -> None:
 def test_accuracy_is_gated_even_where_latency_is_not_comparable(tmp_path: Path) -> None:
     base, new = Run(tmp_path / "base", {"qat": 1.0}, 1), Run(tmp_path / "new", {"qat": 1.0}, 2, top1=0.97)
     new.report["environment"]["cpu"]["model"] = "CPU B"
-    result = compare(base.report, new.report, base.folder, new.folder, max_accuracy_drop=0.5)
+    result = compare(base.report, new.report, base.folder, new.folder, Gates(max_accuracy_drop=0.5))
     assert only(result).accuracy_change_pp == pytest.approx(-1.0)
     assert only(result).regressions == ("accuracy",)
-    assert compare(base.report, new.report, base.folder, new.folder, max_accuracy_drop=1.5).met
+    assert compare(base.report, new.report, base.folder, new.folder, Gates(max_accuracy_drop=1.5)).met
 
 
 def test_a_row_that_failed_now_misses_the_gate(tmp_path: Path) -> None:
     base, new = Run(tmp_path / "base", {"qat": 1.0, "b": 1.0}, 1), Run(tmp_path / "new", {"qat": 1.0, "b": 1.0}, 2)
     new.report["rows"][0].update(status="failed", reason="SIGSEGV\n  → doctor")
-    result = compare(base.report, new.report, base.folder, new.folder, max_latency_regression=0.05)
-    assert result.rows[0].regressions == ("status",)
+    result = compare(base.report, new.report, base.folder, new.folder, Gates(max_latency_regression=0.05))
+    assert result.rows[0].regressions == ("missing",)
     assert "SIGSEGV" in result.misses[0]
 
 
@@ -210,7 +215,7 @@ def test_swapping_the_runs_swaps_the_verdict(tmp_path_factory: pytest.TempPathFa
 @given(p50=st.floats(0.001, 1000), seed=st.integers(0, 10_000))
 def test_a_run_against_itself_is_the_same(tmp_path_factory: pytest.TempPathFactory, p50: float, seed: int) -> None:
     run = Run(tmp_path_factory.mktemp("self") / "run", {"qat": p50}, seed)
-    result = compare(run.report, copy.deepcopy(run.report), run.folder, run.folder, max_latency_regression=0.0, max_accuracy_drop=0.0)
+    result = compare(run.report, copy.deepcopy(run.report), run.folder, run.folder, Gates(max_latency_regression=0.0, max_accuracy_drop=0.0))
     assert result.met
     assert only(result).verdict == "same within noise"
     assert only(result).ratio == 1.0
@@ -220,9 +225,9 @@ def test_json_and_renderers_tell_the_same(tmp_path: Path) -> None:
     base = Run(tmp_path / "base", {"a": 1.0, "b": 1.0, "gone": 1.0, "other": 1.0}, 1)
     new = Run(tmp_path / "new", {"a": 1.3, "b": 0.7, "other": 1.0, "<new>": 1.0}, 50)
     new.report["rows"][2]["threads"] = 8
-    result = compare(base.report, new.report, base.folder, new.folder, max_latency_regression=0.05, max_accuracy_drop=0.5)
+    result = compare(base.report, new.report, base.folder, new.folder, Gates(max_latency_regression=0.05, max_accuracy_drop=0.5))
     data = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert (data["gate"]["met"], len(data["gate"]["misses"])) == (False, 1)
+    assert (data["gate"]["met"], len(data["gate"]["misses"])) == (False, 2)
 
     for width in (100, 80):
         console = Console(file=io.StringIO(), width=width)
@@ -240,4 +245,90 @@ def test_json_and_renderers_tell_the_same(tmp_path: Path) -> None:
 
     suite = ElementTree.fromstring(renderers.render_junit(data)).find("testsuite")
     assert suite is not None
-    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("5", "1", "3")
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("5", "2", "2")
+
+
+@pytest.mark.parametrize(
+    ("gate", "change", "kind"),
+    [
+        ("max_throughput_regression", {"p50": 1.2}, "throughput"),
+        ("max_memory_regression", {"peak_memory_bytes": 120_000_000}, "memory"),
+        ("max_size_regression", {"artifact": {"bytes": 1_200_000}}, "size"),
+    ],
+)
+def test_each_gate_misses_what_it_is_about(tmp_path: Path, gate: str, change: dict[str, Any], kind: str) -> None:
+    base, new = Run(tmp_path / "base", {"qat": 1.0}, 1), Run(tmp_path / "new", {"qat": change.pop("p50", 1.0)}, 2)
+    base.report["rows"][0] |= {"peak_memory_bytes": 100_000_000, "artifact": {"bytes": 1_000_000}}
+    new.report["rows"][0] |= {"peak_memory_bytes": 100_000_000, "artifact": {"bytes": 1_000_000}, **change}
+    result = compare(base.report, new.report, base.folder, new.folder, Gates(**{gate: 0.1}))
+    assert only(result).regressions == (kind,)
+    assert result.misses[0].startswith("qat/onnxruntime/int8/b1: ")
+    assert compare(base.report, new.report, base.folder, new.folder, Gates(**{gate: 0.25})).met
+    del base.report["rows"][0]["samples"], base.report["rows"][0]["peak_memory_bytes"], base.report["rows"][0]["artifact"]
+    unknown = compare(base.report, new.report, base.folder, new.folder, Gates(**{gate: 0.25}))
+    assert unknown.misses == (f"no row's {kind} could be compared, so the {kind} gate cannot be said to hold",)
+
+
+def test_stored_repeats_widen_the_interval_to_what_lifetimes_differ_by(tmp_path: Path) -> None:
+    base, new = Run(tmp_path / "base", {"qat": 1.0}, 1), Run(tmp_path / "new", {"qat": 1.06}, 2)
+    blind = compare(base.report, new.report, base.folder, new.folder, Gates(max_latency_regression=0.02))
+    assert only(blind).regressions == ("latency",)
+    assert "no A/A repeats" in blind.notes[0]
+    base.report["rows"][0]["noise"] = {"p50_ms": [1.0, 1.03, 0.98, 1.02, 0.97, 1.01, 0.99], "peak_memory_bytes": None, "same_rounds": [1.005, 0.996, 1.002]}
+    calibrated = compare(base.report, new.report, base.folder, new.folder, Gates(max_latency_regression=0.02))
+    row = only(calibrated)
+    assert (row.verdict, row.interval_from) == ("same within noise", "block medians and A/A repeats")
+    assert calibrated.met
+    assert calibrated.notes == []
+    assert row.noise_floor == pytest.approx(0.0772, abs=2e-3)  # 2.447 · s · √2
+    assert row.noise_floor_same_rounds is not None
+    assert row.noise_floor_same_rounds < row.noise_floor  # two lifetimes in the same rounds share the machine's mood
+    assert "±7" in renderers.noise_sentence(calibrated.to_json())
+
+
+def test_memory_has_a_noise_floor_of_its_own(tmp_path: Path) -> None:
+    base, new = Run(tmp_path / "base", {"qat": 1.0}, 1), Run(tmp_path / "new", {"qat": 1.0}, 2)
+    base.report["rows"][0] |= {"peak_memory_bytes": 100, "noise": {"p50_ms": [1.0, 1.0, 1.0], "peak_memory_bytes": [100, 104, 97], "same_rounds": [1.0]}}
+    new.report["rows"][0]["peak_memory_bytes"] = 115
+    assert compare(base.report, new.report, base.folder, new.folder, Gates(max_memory_regression=0.1)).met
+    del base.report["rows"][0]["noise"]
+    assert not compare(base.report, new.report, base.folder, new.folder, Gates(max_memory_regression=0.1)).met
+
+
+def test_figures_measured_again_replace_stored_ones_and_conditions(tmp_path: Path) -> None:
+    base, new = Run(tmp_path / "base", {"a": 1.0, "b": 1.0}, 1), Run(tmp_path / "new", {"a": 1.0, "b": 1.0}, 2)
+    new.report["environment"]["cpu"]["model"] = "CPU B"
+    again: dict[str, Reran | str] = {
+        "a/onnxruntime/int8/b1": Reran(2.0, 2.2, Ratio(1.1, 1.08, 1.12), Ratio(0.91, 0.9, 0.92), None, 5),
+        "b/onnxruntime/int8/b1": "new: it was ended by SIGSEGV",
+    }
+    result = compare(base.report, new.report, base.folder, new.folder, Gates(max_latency_regression=0.05), reran=again)
+    assert [(r.verdict, r.regressions) for r in result.rows] == [("slower", ("latency",)), ("not comparable", ("missing",))]
+    assert (result.rows[0].base_p50_ms, result.rows[0].ratio_ci95, result.rows[0].interval_from) == (2.0, (1.08, 1.12), "process lifetimes")
+    assert "SIGSEGV" in result.misses[1]
+    assert result.environment["cpu"]["model"] != "CPU B"
+    assert "measured again" in renderers.render_markdown(result.to_json())
+
+
+def test_only_chosen_rows_are_compared(tmp_path: Path) -> None:
+    base, new = Run(tmp_path / "base", {"a": 1.0, "b": 1.0}, 1), Run(tmp_path / "new", {"a": 1.0, "b": 1.0}, 2)
+    assert only(compare(base.report, new.report, base.folder, new.folder, only=["b/onnxruntime/int8/b1"])).key == "b/onnxruntime/int8/b1"
+    with pytest.raises(UsageError, match="did you mean 'b/onnxruntime/int8/b1'"):
+        compare(base.report, new.report, base.folder, new.folder, only=["b/onnxrutime/int8/b1"])
+
+
+def test_other_recipes_tasks_and_data(tmp_path: Path) -> None:
+    base, new = Run(tmp_path / "base", {"qat": 1.0}, 1), Run(tmp_path / "new", {"qat": 1.0}, 2)
+    base.report["recipe"] = {"name": "r", "data": {"name": "digits"}, "stages": [{"qat": {"epochs": 2}}]}
+    new.report["recipe"] = {"name": "r", "data": {"name": "cifar10"}, "stages": [{"qat": {"epochs": 3}}]}
+    result = compare(base.report, new.report, base.folder, new.folder)
+    assert result.recipe_changes == ["data.name: digits → cifar10", "stages[0].qat.epochs: 2 → 3"]
+    assert only(result).accuracy_change_pp is None
+    assert result.notes[-1] == "accuracy is not compared: the runs were scored on other data"
+    new.report["recipe"]["name"] = "s"
+    with pytest.raises(UsageError, match="one recipe, found 'r' and 's'"):
+        compare(base.report, new.report, base.folder, new.folder)
+    new.report["recipe"]["name"] = "r"
+    new.report["task"] = {"name": "regression", "primary": "mae", "unit": "px", "higher_is_better": False}
+    with pytest.raises(UsageError, match="one metric, found top1 and mae"):
+        compare(base.report, new.report, base.folder, new.folder)

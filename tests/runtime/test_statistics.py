@@ -4,12 +4,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployopt.runtime.statistics import (
+    Ratio,
     bootstrap_median,
     bootstrap_ratio,
+    floor_between_lifetimes,
+    floor_of_ratios,
     minimum_samples,
     moving_median_settled,
+    paired_ratio,
     percentile_with_interval,
+    ratio_over_lifetimes,
+    students_t,
     summary,
+    widened,
 )
 
 
@@ -127,3 +134,46 @@ def test_moving_median_settles_when_the_drift_ends():
     assert not moving_median_settled(falling)
     assert moving_median_settled([*falling, *np.ones(40)])
     assert not moving_median_settled([1.0] * 9)
+
+
+def test_students_t_is_the_tables():
+    assert [round(students_t(n), 3) for n in (1, 2, 3, 4, 9, 30, 1000)] == [12.706, 4.303, 3.182, 2.776, 2.262, 2.042, 1.962]
+    assert students_t(10, 0.9) == pytest.approx(1.812, abs=1e-3)
+    with pytest.raises(ValueError, match="degree of freedom"):
+        students_t(0)
+
+
+def _lifetimes(rng, n, layout, rounds=20):
+    """Paired ratios of n lifetimes, each with a bias of its own that all of its rounds share."""
+    bias = np.exp(rng.normal(0, layout, n))
+    return [paired_ratio(*_rounds(rng, rounds, 0.05, 0.05)) * b for b in bias]
+
+
+@pytest.mark.parametrize("layout", [0.0, 0.01, 0.03])
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_ratio_over_lifetimes_covers_where_blocks_cannot(n, layout):
+    rng = np.random.default_rng(7)
+    found = [ratio_over_lifetimes(_lifetimes(rng, n, layout)) for _ in range(2000)]
+    assert 0.93 <= np.mean([r.low <= 1 <= r.high for r in found]) <= 0.97
+
+
+@pytest.mark.parametrize("n", [3, 7])
+def test_floors_are_exceeded_once_in_twenty(n):
+    rng, beyond_lifetimes, beyond_ratios = np.random.default_rng(8), 0, 0
+    for _ in range(4000):
+        medians, ratios = np.exp(rng.normal(0, 0.02, n + 2)), np.exp(rng.normal(0, 0.02, n + 1))
+        beyond_lifetimes += abs(np.log(medians[n] / medians[n + 1])) > np.log1p(floor_between_lifetimes(medians[:n]))
+        beyond_ratios += abs(np.log(ratios[n])) > np.log1p(floor_of_ratios(ratios[:n]))
+    assert 0.035 <= beyond_lifetimes / 4000 <= 0.065
+    assert 0.035 <= beyond_ratios / 4000 <= 0.065
+
+
+def test_widening_never_narrows():
+    assert widened(Ratio(1.0, 0.99, 1.01), 0.05) == (1.0, pytest.approx(1 / 1.05), 1.05)
+    assert widened(Ratio(1.0, 0.5, 2.0), 0.05) == (1.0, 0.5, 2.0)
+
+
+@pytest.mark.parametrize("bad", [[1.0], [1.0, 0.0], [1.0, float("inf")]])
+def test_lifetimes_must_be_two_and_positive(bad):
+    with pytest.raises(ValueError, match="wanted values above zero, at least 2"):
+        ratio_over_lifetimes(bad)

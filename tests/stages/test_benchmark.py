@@ -177,3 +177,10 @@ def test_an_engine_is_timed_and_scored_only_at_batches_it_was_built_for(context)
     assert rows["tensorrt", 2]["accuracy"]["n"] == 40
     assert rows["tensorrt", 2]["notes"] == ["a note"]
     assert rows["onnxruntime", 4]["contract"]["interleaved_with"] == ["dense/torch/fp32"]
+
+
+def test_a_a_repeats_are_stored_with_the_row(context):
+    record = benchmark.run(context, config(aa_repeats=1, accuracy=False), Expansion(inputs=(DENSE,)), [output(context, DENSE, {}, layers=2)]).record
+    (row,) = record["rows"]
+    assert [len(values) for values in row["noise"].values()] == [3, 3, 1]
+    assert row["noise"]["p50_ms"][0] == row["latency_ms"]["host"]["p50"]

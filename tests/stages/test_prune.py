@@ -83,12 +83,12 @@ def test_a_latency_that_nothing_reaches_says_the_best(start: list[StepOutput]) -
 @pytest.mark.slow  # each candidate is exported, built and timed
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
 def test_a_latency_is_reached_by_real_sessions_and_the_choice_is_reused(run_stages, start: list[StepOutput], tmp_path: Path, backend: str) -> None:  # type: ignore[no-untyped-def]
-    wanted = config(target={"latency": {"backend": backend, "ratio": 0.7}}, if_not_faster="warn")
+    wanted = config(target={"latency": {"backend": backend, "ratio": 0.85}}, if_not_faster="warn")  # of a network whose channels are not all that takes time
     stored = tmp_path / "choices.json"
     first = run_stages(tmp_path / "first", [(prune, wanted)], start, choices=StoredChoices(stored))[-1]
     facts = first.record["pruning"]
     (found,) = facts["latency"]
-    assert found["reached"]["ratio"] <= 0.7 * 1.01
+    assert found["reached"]["ratio"] <= 0.85 * 1.01
     assert found["trace"][-1]["confirming"]
     assert facts["against_parent"]["backend"] == backend
     again = run_stages(tmp_path / "again", [(prune, wanted)], start, choices=StoredChoices(stored))[-1]

@@ -1,0 +1,199 @@
+"""Does the gate of `deployopt compare --rerun` hold? False alarms, slowdowns found, and coverage of the interval, live and resampled.
+
+    python benchmarks/gate.py                                        # about 100 minutes on two cores, which should have nothing else to do
+    python benchmarks/gate.py --aa 2 --slow 2 --longer 1 --resamples 200    # a try, five minutes
+    python benchmarks/gate.py --replay                               # resamples what the last run recorded, under a minute
+
+Every comparison is what `--rerun` does: a ResNet-20's FP32 on ONNX Runtime, both sides in new processes for each lifetime, interleaved. "A/A" has the
+same artifact twice; the slowed side spins 5 % (or 3 %) longer in its own process after each inference. A regression is found where the whole interval
+lies beyond the gate. Replays draw lifetimes, and blocks inside each of them, with replacement, and swap the sides of an A/A lifetime at random, so that
+its true ratio is one. Writes benchmarks/results/gate.json (with every block) and gate.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import _networks
+import _slowed
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from deployopt.bench.environment import environment
+from deployopt.bench.harness import Settings, Subject
+from deployopt.bench.rerun import Plan, half_width, measure_pair
+from deployopt.bench.targets import opener
+from deployopt.runtime.progress import SilentProgress
+from deployopt.runtime.session import SessionOptions
+from deployopt.runtime.statistics import Ratio, paired_ratio, ratio_over_lifetimes
+
+RESULTS = Path(__file__).resolve().parent / "results"
+Lifetime = tuple[list[float], list[float]]  # block medians in ms: base, new
+
+
+def subjects(model: Path, threads: int, slowdown: float) -> tuple[Subject, Subject]:
+    plain = SessionOptions(threads)
+    if slowdown == 0:
+        new = Subject("new", opener("onnxruntime"), model, plain)
+    else:
+        new = Subject("new", _slowed.OPENER, model, plain._replace(extra={"slowdown": slowdown}))
+    return Subject("base", opener("onnxruntime"), model, plain), new
+
+
+def trial(model: Path, slowdown: float, plan: Plan) -> dict[str, Any]:
+    """One live comparison: seconds it took, its ratio and its lifetimes."""
+    start = time.monotonic()
+    pairs = measure_pair(subjects(model, plan.threads or 1, slowdown), 1, plan, SilentProgress())
+    if isinstance(pairs, str):
+        raise SystemExit(pairs)
+    lifetimes = [(base.block_medians_ms, new.block_medians_ms) for base, new in pairs]
+    noisy = sum(bool(base.invalid or new.invalid) for base, new in pairs)
+    seconds = round(time.monotonic() - start, 1)
+    return {"seconds": seconds, "slowdown": slowdown, "ratio": list(interval(lifetimes)), "noisy_lifetimes": noisy, "lifetimes": lifetimes}
+
+
+def interval(lifetimes: Sequence[Lifetime]) -> Ratio:
+    return ratio_over_lifetimes([paired_ratio(new, base) for base, new in lifetimes])
+
+
+def until_narrow(lifetime: Callable[[], Lifetime], least: int, precision: float) -> Ratio:
+    """As `measure_pair` stops: from `least` lifetimes on when the interval is narrow, at twice as many in any case."""
+    drawn = [lifetime() for _ in range(least)]
+    while len(drawn) < 2 * least and half_width(interval(drawn)) > precision:
+        drawn.append(lifetime())
+    return interval(drawn)
+
+
+def share(found: Sequence[bool]) -> str:
+    return f"{sum(found)} of {len(found)}" + (f" ({100 * sum(found) / len(found):.1f} %)" if found else "")
+
+
+class Replay:
+    """Comparisons drawn from recorded lifetimes."""
+
+    def __init__(self, trials: Sequence[dict[str, Any]], seed: int) -> None:
+        self._pool: list[Lifetime] = [lifetime for t in trials for lifetime in t["lifetimes"]]
+        self._rng = np.random.default_rng(seed)
+
+    def __len__(self) -> int:
+        return len(self._pool)
+
+    def draw(self, least: int, precision: float, *, swapped: bool) -> Ratio:
+        """`swapped`: the sides change places at random, as they may where both are the same artifact."""
+        return until_narrow(lambda: self._lifetime(swapped), least, precision)
+
+    def _lifetime(self, swapped: bool) -> Lifetime:
+        base, new = self._pool[self._rng.integers(len(self._pool))]
+        rounds = self._rng.integers(min(len(base), len(new)), size=min(len(base), len(new)))
+        pair = [base[i] for i in rounds], [new[i] for i in rounds]
+        return (pair[1], pair[0]) if swapped and self._rng.random() < 0.5 else pair
+
+
+def simulated(least: int, precision: float, resamples: int, layout: float, noise: float, seed: int) -> list[bool]:
+    """Whether intervals cover, for lifetimes with a bias of their own (standard deviation of its logarithm: `layout`) and blocks with noise and outliers."""
+    rng = np.random.default_rng(seed)
+
+    def blocks(mood: NDArray[np.float64]) -> list[float]:
+        clean = mood * np.exp(rng.normal(0, noise, len(mood)))
+        disturbed = rng.random(len(mood)) < 0.05
+        return list(np.where(disturbed, clean * (1 + rng.exponential(0.5, len(mood))), clean))
+
+    def lifetime() -> Lifetime:
+        mood = np.exp(rng.normal(0, 0.05, 20))
+        return blocks(mood), blocks(mood * np.exp(rng.normal(0, layout)))
+
+    found = [until_narrow(lifetime, least, precision) for _ in range(resamples)]
+    return [ratio.low <= 1 <= ratio.high for ratio in found]
+
+
+def evaluate(recorded: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """Rows (what, found, wanted)."""
+    beyond: Callable[[Sequence[float]], bool] = lambda ratio: ratio[1] > 1 + arguments.gate  # noqa: E731
+    rows = []
+    for name, what, wanted in (
+        ("aa", "A/A, live: false alarms", "≤ 1 %"),
+        ("slow", "5 % slower, live: found", "≥ 95 %"),
+        ("longer", "3 % slower, longer budget, live: found", "≥ 95 %"),
+    ):
+        rows.append((what, share([beyond(t["ratio"]) for t in recorded[name]]), wanted))
+        rows.append(
+            (
+                f"{what.split(',')[0]}: longest comparison",
+                f"{max((t['seconds'] for t in recorded[name]), default=0):.0f} s",
+                "" if name == "longer" else "≤ 60 s",
+            )
+        )
+    for name, how, what, wanted in (
+        ("aa", (arguments.lifetimes, arguments.precision), "A/A, resampled: false alarms", "≤ 1 %"),
+        ("slow", (arguments.lifetimes, arguments.precision), "5 % slower, resampled: found", "≥ 95 %"),
+        ("longer", (arguments.longer_lifetimes, arguments.longer_precision), "3 % slower, longer budget, resampled: found", "≥ 95 %"),
+    ):
+        replay = Replay(recorded[name], seed=1)
+        if len(replay):
+            drawn = [replay.draw(*how, swapped=name == "aa") for _ in range(arguments.resamples)]
+            rows.append((what, share([beyond(r) for r in drawn]), wanted))
+            if name == "aa":
+                rows.append(("A/A, resampled: interval covers 1", share([r.low <= 1 <= r.high for r in drawn]), "93–97 %"))
+    for layout, noise in ((0.0, 0.02), (0.01, 0.02), (0.02, 0.05)):
+        covered = simulated(arguments.lifetimes, arguments.precision, arguments.resamples, layout, noise, seed=2)
+        rows.append((f"simulated (lifetimes {100 * layout:g} %, blocks {100 * noise:g} %): interval covers", share(covered), "93–97 %"))
+    return rows
+
+
+def record(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    plan = Plan(arguments.lifetimes, arguments.precision, arguments.seconds, arguments.threads)
+    longer = Plan(arguments.longer_lifetimes, arguments.longer_precision, arguments.longer_seconds, arguments.threads)
+    # kinds take turns, so that a noisy hour hits all of them
+    kinds = [("aa", 0.0, plan, arguments.aa), ("slow", 0.05, plan, arguments.slow), ("longer", 0.03, longer, arguments.longer)]
+    recorded: dict[str, list[dict[str, Any]]] = {name: [] for name, *_ in kinds}
+    with TemporaryDirectory() as folder:
+        model = Path(folder) / "model.onnx"
+        onnx.save(_networks.fp32(_networks.network("resnet20", 32)[0]), str(model))
+        for number in range(max(wanted for *_, wanted in kinds)):
+            for name, slowdown, how, wanted in kinds:
+                if number < wanted:
+                    seeded = replace(how, settings=Settings(seed=1000 * number))
+                    recorded[name].append(trial(model, slowdown, seeded))
+                    print(name, {k: v for k, v in recorded[name][-1].items() if k != "lifetimes"}, flush=True)
+    return recorded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gate", type=float, default=0.02)
+    parser.add_argument("--aa", type=int, default=30, help="live comparisons of an artifact with itself")
+    parser.add_argument("--slow", type=int, default=20, help="live comparisons with one that is 5 %% slower")
+    parser.add_argument("--longer", type=int, default=20, help="live comparisons with one that is 3 %% slower")
+    parser.add_argument("--lifetimes", type=int, default=5)
+    parser.add_argument("--precision", type=float, default=0.01, help="half of the interval's width at which no lifetimes are added")
+    parser.add_argument("--seconds", type=float, default=1.0, help="timed for each side and lifetime")
+    parser.add_argument("--longer-lifetimes", type=int, default=10)
+    parser.add_argument("--longer-precision", type=float, default=0.004)
+    parser.add_argument("--longer-seconds", type=float, default=2.0)
+    parser.add_argument("--resamples", type=int, default=2000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--replay", action="store_true", help="evaluate what results/gate.json holds")
+    arguments = parser.parse_args()
+    stored = RESULTS / "gate.json"
+    if arguments.replay:
+        document = json.loads(stored.read_text())
+    else:
+        document = {"environment": environment(("onnxruntime",)), "options": vars(arguments), "recorded": record(arguments)}
+        RESULTS.mkdir(exist_ok=True)
+        stored.write_text(json.dumps(document) + "\n")
+    rows = evaluate(document["recorded"], arguments)
+    table = "\n".join(["| what | found | wanted |", "|---|---|---|", *(f"| {what} | {found} | {wanted} |" for what, found, wanted in rows)]) + "\n"
+    (RESULTS / "gate.md").write_text(table)
+    print(table, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Measure the artifacts of two runs against each other, interleaved on this machine: what `deployopt compare --rerun` trusts instead of stored latencies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deployopt.bench.artifacts import SYNTHETIC, images_for
+from deployopt.bench.comparison import Reran, check_same_recipe, chosen
+from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject
+from deployopt.bench.targets import opener, resolve
+from deployopt.errors import ArtifactError, DeployoptError, UsageError
+from deployopt.report import Report, summary
+from deployopt.report.summary import JsonRow
+from deployopt.runtime import host
+from deployopt.runtime.progress import Progress
+from deployopt.runtime.statistics import Ratio, paired_ratio, ratio_over_lifetimes
+
+MINIMUM_LIFETIMES = 3  # Student's interval of two is 4.5 times as wide
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to measure again.
+
+    Attributes:
+        lifetimes: of both processes of a row, at least. Each gives one ratio; their spread gives the interval.
+        precision: half of that interval's width, as a share of the ratio, down to which more lifetimes are added, at most as many again. Stopping by
+            width and not by the verdict leaves the interval's coverage as it is (benchmarks/gate.py).
+        seconds: timed for each artifact and lifetime.
+        threads: of both sides; None takes the base row's.
+        settings: of each lifetime otherwise.
+    """
+
+    lifetimes: int = 5
+    precision: float = 0.01
+    seconds: float = 1.0
+    threads: int | None = None
+    settings: Settings = field(default_factory=Settings)
+
+
+def rerun(base: Report, new: Report, plan: Plan, progress: Progress, only: Sequence[str] = ()) -> dict[str, Reran | str]:
+    """Measure each row of both runs (`only` these if any are named), or say why one was not.
+
+    Load and throttling hit both sides of a round alike, so a lifetime that would make a stored row invalid counts here, and the row says so.
+
+    Raises:
+        UsageError: runs of different recipes, fewer than 3 lifetimes, or no row with an artifact in both.
+        ArtifactError: a report that does not lie in a run folder.
+    """
+    check_same_recipe(base, new)
+    if plan.lifetimes < MINIMUM_LIFETIMES:
+        raise UsageError(f"wanted at least {MINIMUM_LIFETIMES} process lifetimes, found {plan.lifetimes}: an interval comes from their spread")
+    before, after = ({summary.row_key(r): r for r in report.rows if r.get("artifact")} for report in (base, new))
+    wanted = [key for key in chosen(only, base, new) if key in before and key in after]
+    if not wanted:
+        raise UsageError(f"wanted rows with an artifact in both runs, found none (base: {', '.join(before) or 'none'}; new: {', '.join(after) or 'none'})")
+    found: dict[str, Reran | str] = {}
+    with progress.track("measure again", len(wanted)) as bar:
+        for key in wanted:
+            try:
+                found[key] = _measure_again((before[key], after[key]), (_folder(base), _folder(new)), plan, progress)
+            except DeployoptError as exc:
+                found[key] = exc.message.splitlines()[0]
+            bar.advance(1, key)
+    return found
+
+
+def _folder(report: Report) -> Path:
+    if report.folder is None:
+        raise ArtifactError("wanted a report inside a run folder, found one without", "give the folders that `deployopt run` named")
+    return report.folder
+
+
+def _measure_again(rows: tuple[JsonRow, JsonRow], folders: tuple[Path, Path], plan: Plan, progress: Progress) -> Reran | str:
+    subjects = []
+    threads = plan.threads or rows[0].get("threads") or host.usable_cores()
+    for side, row, folder in zip(("base", "new"), rows, folders, strict=True):
+        target, device = resolve(f"{folder}:{summary.row_key(row)}"), (row.get("contract") or {}).get("device", "cpu")
+        subjects.append(Subject(side, opener(target.backend), target.path, target.session_options(threads, device)))
+    pairs = measure_pair((subjects[0], subjects[1]), rows[0]["batch"], plan, progress)
+    return pairs if isinstance(pairs, str) else summarize(pairs)
+
+
+Pair = tuple[Measured, Measured]
+
+
+def measure_pair(subjects: tuple[Subject, Subject], batch: int, plan: Plan, progress: Progress, images: NDArray[np.uint8] | None = None) -> list[Pair] | str:
+    """Time two sessions interleaved, in new processes each lifetime; the reason where one could not be timed.
+
+    Args:
+        subjects: base and new.
+        images: uint8 [n, H, W, C]; None makes noise of each model's size.
+
+    Returns:
+        (base, new) of each lifetime.
+    """
+    pairs: list[Pair] = []
+    for attempt in range(2 * plan.lifetimes):
+        # who is opened first changes: it may get the better place in memory
+        ordered = subjects if attempt % 2 == 0 else subjects[::-1]
+        settings = replace(plan.settings, min_seconds=plan.seconds, seed=plan.settings.seed + attempt)
+        with Group(ordered, settings, progress) as group:
+            given = {key: images_for(opened.inputs, batch, settings.seed) if images is None else images for key, opened in group.opened.items()}
+            results = group.measure(given, batch, SYNTHETIC if images is None else "images that were given")
+        base, new = (results[s.key] for s in subjects)
+        if isinstance(base, Failure) or isinstance(new, Failure):
+            return "; ".join(f"{s.key}: {r.reason}" for s, r in zip(subjects, (base, new), strict=True) if isinstance(r, Failure))
+        pairs.append((base, new))
+        if len(pairs) >= plan.lifetimes and half_width(_latency(pairs)) <= plan.precision:
+            break
+    return pairs
+
+
+def _latency(pairs: Sequence[Pair]) -> Ratio:
+    return ratio_over_lifetimes([paired_ratio(new.block_medians_ms, base.block_medians_ms) for base, new in pairs])
+
+
+def half_width(ratio: Ratio) -> float:
+    """Of its interval, as a share of the ratio."""
+    return (ratio.high - ratio.low) / (2 * ratio.value)
+
+
+def summarize(pairs: Sequence[Pair]) -> Reran:
+    """One ratio a lifetime, each the median over its rounds, and over them Student's interval."""
+    peaks = [new.peak_memory_bytes / base.peak_memory_bytes for base, new in pairs if base.peak_memory_bytes and new.peak_memory_bytes]
+    return Reran(
+        base_p50_ms=float(np.median([base.host["p50"] for base, _ in pairs])),
+        new_p50_ms=float(np.median([new.host["p50"] for _, new in pairs])),
+        latency=_latency(pairs),
+        throughput=ratio_over_lifetimes([paired_ratio(new.block_throughputs_per_s, base.block_throughputs_per_s) for base, new in pairs]),
+        memory=ratio_over_lifetimes(peaks) if len(peaks) == len(pairs) else None,
+        lifetimes=len(pairs),
+        noise=_noise(pairs),
+    )
+
+
+def _noise(pairs: Sequence[Pair]) -> str:
+    """What would make stored rows invalid, "" if nothing."""
+    reasons = [reason for base, new in pairs if (reason := base.invalid or new.invalid)]
+    return f"{len(reasons)} of {len(pairs)} lifetimes were noisy, as the interval shows: {reasons[0]}" if reasons else ""

@@ -1,0 +1,101 @@
+import json
+
+import pytest
+import tiny_onnx
+
+from deployopt import report as reports
+from deployopt.artifact import Row
+from deployopt.bench.artifacts import natural_noise
+from deployopt.bench.comparison import Gates, compare
+from deployopt.bench.harness import Settings, Subject, measure, with_figures, write_samples
+from deployopt.bench.repeats import aa_repeats
+from deployopt.bench.rerun import Plan, measure_pair, rerun, summarize
+from deployopt.errors import UsageError
+from deployopt.runtime.hashing import sha256_file
+from deployopt.runtime.progress import SilentProgress
+from deployopt.runtime.session import SessionOptions
+
+LOUD = Settings(min_seconds=0.05, max_spread=100.0, max_contention=100.0, max_steal_percent=100.0)  # quiet is not what is tested
+IMAGES = natural_noise(8, 16, 16, 3, 0)
+QUICK = Plan(lifetimes=3, precision=100.0, seconds=0.05, settings=LOUD)
+
+
+def run_folder(folder, **model):
+    """A run with one measured row, its artifact and its samples written by what writes them in a run."""
+    folder.mkdir()
+    path = tiny_onnx.convolution(folder / "model.onnx", **model)
+    subject = Subject("qat/onnxruntime/fp32", "worker_openers:OnnxRuntimeSession", path)
+    measured = measure([subject], IMAGES, LOUD, SilentProgress())[subject.key]
+    row = with_figures(Row("qat", "onnxruntime", "fp32", 1, "ok"), measured)
+    row.artifact = {"path": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size}
+    row.samples = write_samples(measured, row, folder).name
+    document = {"schema": 1, "environment": {}, "variants": [], "rows": [row.to_json()]}
+    (folder / "report.json").write_text(json.dumps(document))
+    return reports.load(folder)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return run_folder(folder / "base"), run_folder(folder / "new", channels=48, layers=4)
+
+
+def test_stored_samples_are_read_as_they_are_written(runs):
+    base, new = runs
+    (row,) = compare(base, new, base.folder, new.folder, Gates(max_throughput_regression=0.0)).rows
+    assert row.interval_from == "block medians"
+    assert row.ratio > 1.5
+    assert row.throughput_ratio < 1
+    assert row.regressions == ("throughput",)
+
+
+def test_a_slower_artifact_is_slower_when_measured_again(runs):
+    base, new = runs
+    found = rerun(base, new, QUICK, SilentProgress())
+    (row,) = compare(base, new, base.folder, new.folder, Gates(max_latency_regression=0.05), reran=found).rows
+    assert (row.verdict, row.regressions, row.interval_from) == ("slower", ("latency",), "process lifetimes")
+    assert row.ratio_ci95[0] > 1.2
+    assert row.throughput_ratio_ci95[1] < 1
+    assert row.memory_ratio == pytest.approx(1, abs=0.5)
+
+
+def test_what_cannot_be_measured_again_says_why(runs, tmp_path):
+    base, new = runs
+    key = "qat/onnxruntime/fp32/b1"
+    (tmp_path / "report.json").write_text(json.dumps(new))  # without the artifact beside it
+    assert "is gone" in rerun(base, reports.load(tmp_path), QUICK, SilentProgress())[key]
+    (tmp_path / "report.json").write_text(json.dumps({**new, "rows": [{**new.rows[0], "variant": "other"}]}))
+    with pytest.raises(UsageError, match=rf"found none \(base: {key}; new: other/onnxruntime/fp32/b1\)"):
+        rerun(base, reports.load(tmp_path), QUICK, SilentProgress())
+    with pytest.raises(UsageError, match="at least 3 process lifetimes, found 2"):
+        rerun(base, new, Plan(lifetimes=2), SilentProgress())
+
+
+@pytest.mark.slow  # nine pairs of processes
+def test_lifetimes_are_added_until_the_interval_is_narrow_and_noise_is_said(runs):
+    path = runs[0].folder / "model.onnx"
+    pair = tuple(Subject(side, "worker_openers:OnnxRuntimeSession", path) for side in ("base", "new"))
+    strict = Settings(max_spread=1e-9, max_contention=100.0, max_steal_percent=100.0)
+    narrow, wide = (measure_pair(pair, 1, Plan(3, precision, 0.02, settings=strict), SilentProgress()) for precision in (0.0, 100.0))
+    assert (len(narrow), len(wide)) == (6, 3)
+    assert summarize(wide).noise.startswith("3 of 3 lifetimes were noisy, as the interval shows: MAD/median")
+
+
+def test_an_injected_slowdown_is_found(runs):
+    path = runs[1].folder / "model.onnx"
+    base, slow = (Subject(s, "worker_openers:OnnxRuntimeSession", path, SessionOptions(extra=extra)) for s, extra in (("a", {}), ("b", {"slowdown": 0.5})))
+    pairs = measure_pair((base, slow), 1, QUICK, SilentProgress())
+    assert not isinstance(pairs, str)
+    found = summarize(pairs)
+    assert found.latency.low > 1.2
+    assert found.lifetimes == 3
+
+
+def test_repeats_keep_every_lifetime(runs):
+    subject = Subject("a", "worker_openers:OnnxRuntimeSession", runs[0].folder / "model.onnx")
+    first = measure([subject], IMAGES, LOUD, SilentProgress())["a"]
+    found = aa_repeats(subject, {1: first}, 2, LOUD, IMAGES, SilentProgress())
+    assert found[1]["p50_ms"][0] == first.host["p50"]
+    assert [len(values) for values in found[1].values()] == [5, 5, 2]  # two processes a repeat, and the first
+    assert all(0.3 < ratio < 3 for ratio in found[1]["same_rounds"])
+    assert aa_repeats(subject, {1: first}, 0, LOUD, IMAGES, SilentProgress()) == {}

@@ -1,0 +1,108 @@
+"""The actions and workflows in .github: their shell steps run here as they stand, on two tiny stored runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stored_runs
+from ruamel.yaml import YAML
+
+EXPRESSION = re.compile(r"\$\{\{\s*(.+?)\s*\}\}")
+
+
+def document(path: Path) -> Any:
+    return YAML(typ="safe").load(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def action(request: pytest.FixtureRequest) -> Any:
+    return document(request.config.rootpath / ".github/actions/compare/action.yml")
+
+
+class Runner:
+    """What GitHub gives a composite action's shell steps: inputs through `env`, its files, and `deployopt` on the path."""
+
+    def __init__(self, action: Any, folder: Path, **inputs: str) -> None:
+        self.steps = {step["name"]: step for step in action["runs"]["steps"]}
+        self.inputs = {name: inputs.get(name.replace("-", "_"), declared.get("default")) for name, declared in action["inputs"].items()}
+        self.folder = folder
+        tools = folder / "bin"
+        tools.mkdir()
+        (tools / "deployopt").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m deployopt "$@"\n')
+        (tools / "deployopt").chmod(0o755)
+        self.files = {name: folder / name for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")}
+        self.path = f"{tools}:{os.environ['PATH']}"
+
+    def run(self, name: str) -> subprocess.CompletedProcess[str]:
+        step = self.steps[name]
+        given = {key: EXPRESSION.sub(lambda found: self.inputs[found[1].removeprefix("inputs.")], value) for key, value in step["env"].items()}
+        environment = {**os.environ, "PATH": self.path, **{k: str(v) for k, v in self.files.items()}, **given}
+        shell = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c"]  # as GitHub's `shell: bash`
+        return subprocess.run([*shell, step["run"]], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(("new_ms", "code", "said"), [(1.0, 0, "✅"), (1.3, 1, "❌")])
+def test_the_actions_steps_judge_two_runs(tmp_path: Path, action: Any, new_ms: float, code: int, said: str) -> None:
+    stored_runs.write(tmp_path / "base", 1.0)
+    stored_runs.write(tmp_path / "new", new_ms)
+    runner = Runner(action, tmp_path, base="base", new="new", max_size_regression="1%", history="history.jsonl")
+    done = runner.run("Compare")
+    assert done.returncode == code, done.stderr
+    assert runner.run("Job summary").returncode == 0
+    output = tmp_path / "deployopt-compare"
+    assert sorted(p.name for p in output.iterdir()) == ["comment.md", "comparison.json", "history.html", "history.md", "junit.xml"]
+    assert said in runner.files["GITHUB_STEP_SUMMARY"].read_text()
+    assert "deployopt history" in runner.files["GITHUB_STEP_SUMMARY"].read_text()
+    assert runner.files["GITHUB_OUTPUT"].read_text() == "comment=deployopt-compare/comment.md\n"
+    gate = json.loads((output / "comparison.json").read_text())["gate"]
+    assert (gate["max_latency_regression"], gate["max_accuracy_drop"], gate["max_size_regression"], gate["max_memory_regression"]) == (0.05, 0.5, 0.01, None)
+
+
+def test_an_error_leaves_a_summary_step_that_passes(tmp_path: Path, action: Any) -> None:
+    runner = Runner(action, tmp_path, base="absent", new="absent")
+    done = runner.run("Compare")
+    assert done.returncode == 2
+    assert "wanted a run folder" in done.stderr
+    assert runner.run("Job summary").returncode == 0
+
+
+def test_the_action_installs_this_checkout(repository: Path, action: Any) -> None:
+    package = next(step for step in action["runs"]["steps"] if step["name"] == "Install deployopt")["env"]["PACKAGE"]
+    folder = package.replace("${{ github.action_path }}", str(repository / ".github/actions/compare"))
+    assert (Path(folder) / "pyproject.toml").resolve() == repository / "pyproject.toml"
+
+
+def test_shell_steps_take_no_expressions(repository: Path) -> None:
+    """What a pull request may choose (a branch's name) would run as a command."""
+    steps = [step for path in (repository / ".github").rglob("*.yml") for step in _steps(document(path))]
+    assert len(steps) > 8
+    assert [step["run"] for step in steps if "run" in step and "${{" in step["run"]] == []
+
+
+def _steps(content: Any) -> list[Any]:
+    jobs = [content["runs"]] if "runs" in content else content["jobs"].values()
+    return [step for job in jobs for step in job.get("steps", [])]
+
+
+def test_workflows_give_what_is_declared(repository: Path, action: Any) -> None:
+    folder = repository / ".github/workflows"
+    gate = document(folder / "gate.yml")
+    declared = gate["on"]["workflow_call"]["inputs"]
+    callers = [job for path in folder.glob("performance*.yml") for job in document(path)["jobs"].values()]
+    assert [job["uses"] for job in callers] == ["./.github/workflows/gate.yml"] * 2
+    assert all(set(job.get("with", {})) <= declared.keys() for job in callers)
+    (compare,) = [step for step in _steps(gate) if step.get("uses") == "./.github/actions/compare"]
+    assert set(compare["with"]) <= action["inputs"].keys()
+    required = {name for name, entry in action["inputs"].items() if entry.get("required")}
+    assert required <= set(compare["with"])
+    used = set(re.findall(r"inputs\.([\w-]+)", (folder / "gate.yml").read_text()))
+    assert used == set(declared)
+    assert json.loads(declared["runner"]["default"]) == "ubuntu-latest"
+    assert (repository / declared["recipe"]["default"]).is_file()
