@@ -175,3 +175,10 @@ def test_impossible_schedules_are_refused(options: dict[str, object], message: s
 
 def test_nothing_is_augmented_by_default() -> None:
     assert TrainingConfig().augment == Augment(crop_padding=0, horizontal_flip=False, resized_crop=None)
+
+
+def test_images_lie_channels_last_unless_that_corrupts_memory() -> None:
+    narrow = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 1, stride=2))
+    assert training.memory_layout(narrow, "cpu") is torch.contiguous_format
+    assert training.memory_layout(narrow, "cuda:0") is torch.channels_last
+    assert training.memory_layout(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, stride=2)), "cpu") is torch.channels_last
