@@ -23,8 +23,9 @@ def task_of(report: Report) -> Mapping[str, Any]:
 
 
 def row_key(row: JsonRow) -> str:
-    """variant/backend/precision/bN, as `artifact.Row.key`."""
-    return f"{row['variant']}/{row['backend']}/{row['precision']}/b{row['batch']}"
+    """variant/backend/precision/bN and the sweep, as `artifact.Row.key`."""
+    sweep = row.get("sweep")
+    return f"{row['variant']}/{row['backend']}/{row['precision']}/b{row['batch']}" + (f"/{sweep}" if sweep else "")
 
 
 def host(row: JsonRow) -> Mapping[str, Any]:
@@ -45,6 +46,16 @@ def measured(rows: Iterable[JsonRow]) -> list[JsonRow]:
     return [r for r in rows if r["status"] == "ok" and p50_ms(r) is not None]
 
 
+def own(rows: Iterable[JsonRow]) -> list[JsonRow]:
+    """Rows of the run's own single stream: what is judged, recommended and compared in charts."""
+    return [r for r in rows if not r.get("sweep")]
+
+
+def swept(rows: Iterable[JsonRow]) -> list[JsonRow]:
+    """Rows of the offline scenario and of other numbers of threads."""
+    return [r for r in rows if r.get("sweep")]
+
+
 def batches(rows: Iterable[JsonRow]) -> list[int]:
     return sorted({r["batch"] for r in rows})
 
@@ -61,7 +72,7 @@ def dense_variant(variants: Sequence[Mapping[str, Any]]) -> str | None:
 def dense_row(rows: Iterable[JsonRow], variants: Sequence[Mapping[str, Any]], backend: str, batch: int) -> JsonRow | None:
     """The dense FP32 row of a backend and batch: the base of its speed-ups."""
     wanted = (dense_variant(variants), backend, "fp32", batch)
-    return next((r for r in rows if (r["variant"], r["backend"], r["precision"], r["batch"]) == wanted), None)
+    return next((r for r in own(rows) if (r["variant"], r["backend"], r["precision"], r["batch"]) == wanted), None)
 
 
 def dense_score(rows: Sequence[JsonRow], variants: Sequence[Mapping[str, Any]], task: Mapping[str, Any]) -> float | None:
