@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/pytest -n 2 --dist loadfile -m "not recipe"
 
-# Every shipped recipe to its end: the main one trained as shipped on all cores, then the others on small data.
+# Shipped recipes to their end: the main one trained as shipped on all cores, then three others on small data.
 test-recipes: $(VENV)/.installed-test
 	$(BIN)/pytest -m recipe
 

@@ -14,9 +14,8 @@ from deployopt.nn.capture import example_input
 from deployopt.nn.export import deployed, to_onnx
 from deployopt.nn.models import Network
 from deployopt.nn.prepared import Prepared, Scheme
-from deployopt.nn.quantizer import quantization
+from deployopt.nn.quantizer import quantization, recorded_scales
 from deployopt.runtime.preprocessing import Preprocessing, to_feed
-from deployopt.stages.export import recorded_scales
 
 OPSET = 21
 
@@ -54,7 +53,7 @@ def int8(made: Network, images: torch.Tensor) -> ModelProto:
     """Quantises `made` by calibration on these images."""
     assert quantization(made) is None
     prepared = Prepared(made, Scheme())
-    prepared.calibrate(iter(images.split(8)))
+    prepared.calibrate(iter(images.split(8)))  # type: ignore[no-untyped-call]
     prepared.write_back(made)
     return canonicalize(to_onnx(deployed(made), example_input(made.preprocessing), OPSET), scales=recorded_scales(made))
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import deployopt
+from deployopt.report import Report
 from deployopt.runtime.preprocessing import to_feed
 
 RESULT = Path(__file__).resolve().parent / "results" / "fashion_mnist.json"
@@ -45,7 +46,7 @@ COMPRESSION = """
 BATCH = 50
 
 
-def run(folder: Path, limit: int, seed: int, *, compressed: bool) -> deployopt.Report:
+def run(folder: Path, limit: int, seed: int, *, compressed: bool) -> Report:
     """Train, export, build and measure one of the two networks in `folder`."""
     text = RECIPE.format(
         name="compressed" if compressed else "dense",

@@ -22,7 +22,7 @@ from deployopt.artifact import Artifact
 from deployopt.backends import BuildRequest, tensorrt_rtx
 from deployopt.bench.environment import environment
 from deployopt.nn import CIFAR_ARCHITECTURES, macs
-from deployopt.nn.pruning import prune
+from deployopt.nn.pruning import Rules, prune
 from deployopt.runtime.progress import SilentProgress
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -58,7 +58,7 @@ def sizes(arch: str, macs_ratio: float, capability: float) -> Sizes:
     made, images = _networks.network(arch, 32 if arch in CIFAR_ARCHITECTURES else 224)
     dense = build(_networks.fp32(made), "fp32", capability)
     whole = macs.count(made, made.input_shape)[1]
-    prune(made, int(macs_ratio * whole), round_to=8)
+    prune(made, int(macs_ratio * whole), Rules(round_to=8))
     int8 = build(_networks.int8(made, images), "int8", capability)
     verified = int8.metadata["verified"]
     return Sizes(

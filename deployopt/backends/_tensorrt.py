@@ -79,7 +79,7 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, 
         BuildFailed, BackendUnavailable.
     """
     engine = out / f"{prepared.stem}.engine"
-    given = {name: list(value) if isinstance(value, tuple) else value for name, value in options._asdict().items() if value}
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in options._asdict().items() if value not in (None, ())}
     try:
         facts = run_in_child(
             "deployopt.runtime.tensorrt:build_file",

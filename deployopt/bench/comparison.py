@@ -144,10 +144,10 @@ def _block_medians(row: JsonRow, folder: Path) -> list[float] | None:
         return None
     try:
         samples = json.loads(file.read_text(encoding="utf-8"))
-        blocks = [float(v) for v in samples["block_medians"]]
+        blocks = [float(v) for v in samples["host_block_medians"]]
         owner = samples["row"]
     except (ValueError, KeyError, TypeError) as exc:
-        raise ArtifactError(f"{file}: wanted {{'row', 'unit', 'block_medians'}}, found something else ({exc})", "run the benchmark again") from exc
+        raise ArtifactError(f"{file}: wanted {{'row', 'unit', 'host_block_medians'}}, found something else ({exc})", "run the benchmark again") from exc
     if owner != summary.row_key(row):
         raise ArtifactError(f"{file}: wanted samples of {summary.row_key(row)}, found those of {owner}", "run the benchmark again")
     if not blocks or not all(math.isfinite(v) and v > 0 for v in blocks):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
+from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper, shape_inference
 
 from deployopt.errors import ExportFailed
 
@@ -168,7 +168,3 @@ def has_constant_weight(graph: Graph, node: NodeProto) -> bool:
     while tensor in graph.producers and graph.producers[tensor].op_type in ("DequantizeLinear", "QuantizeLinear", "Transpose", "Cast", "Identity"):
         tensor = graph.producers[tensor].input[0]
     return graph.constant(tensor) is not None
-
-
-def is_float(tensor: TensorProto) -> bool:
-    return tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)

@@ -84,6 +84,7 @@ class Invocation:
             "processes": processes,
         }
         self.dataset()  # a download happens once, here
+        shutil.rmtree(self.folder / RANKS, ignore_errors=True)  # left by a killed run, where the step is one that is never cached
         (self.folder / RANKS).mkdir()
         calls = [{**common, "rank": rank} for rank in range(processes)]
         result = run_in_children(f"{__name__}:run_rank", calls, self.progress, f"{self.step.title} in {processes} processes")

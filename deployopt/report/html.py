@@ -306,7 +306,7 @@ def _layer_sensitivity(report: Report) -> list[Section]:
             shown = [(name, value, units.significant(value)) for name, value in values]
             items = [charts.Bar(name, 0.0, value, text, "neutral", f"{name} {title}: {text} ({found.distance})") for name, value, text in shown]
             figures.append(_bars(f"{found.distance}, each layer {title}", items))
-        anchor, title = f"sensitivity-{len(sections)}", f"Sensitivity of each layer: {found.variant}"
+        anchor, title = f"layer-sensitivity-{len(sections)}", f"Sensitivity of each layer: {found.variant}"
         sections.append(Section(anchor, title, figures, found.lead, (found.headers, found.rows)))
     return sections
 
@@ -314,14 +314,14 @@ def _layer_sensitivity(report: Report) -> list[Section]:
 def _pruning(report: Report) -> list[Section]:
     """For each prune stage what it reached, the search for its latency, and the sensitivity of its groups."""
     task, sections = summary.task_of(report), []
-    for index, (name, facts) in enumerate(pruning.variants(report)):
-        lead = "; ".join(pruning.sentences(facts)) + "."
+    for index, (name, facts, cached) in enumerate(pruning.variants(report)):
+        lead = "; ".join(pruning.sentences(facts, cached)) + "."
         sections.append(Section(f"pruning-{index}", f"Pruning: {name}", [], lead[0].upper() + lead[1:], pruning.trace(facts)))
         scores = pruning.sensitivity(facts, task)
         if scores is not None:
             figures = [_group_sensitivity(facts["sensitivity"], position, task) for position in range(len(facts["sensitivity"]["ratios"]))]
             lead = pruning.lead(facts["sensitivity"], task)
-            sections.append(Section(f"sensitivity-{index}", f"Sensitivity: {name}", figures, lead, scores))
+            sections.append(Section(f"group-sensitivity-{index}", f"Sensitivity: {name}", figures, lead, scores))
     return sections
 
 

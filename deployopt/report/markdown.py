@@ -76,8 +76,8 @@ def folded(title: str, body: str) -> str:
 def _pruning(report: Report) -> list[str]:
     """What each prune stage reached and measured; long tables are folded."""
     parts = []
-    for name, facts in pruning.variants(report):
-        parts.append("\n".join([f"**Pruning: {cell(name)}**", "", *(f"- {cell(told)}" for told in pruning.sentences(facts))]))
+    for name, facts, cached in pruning.variants(report):
+        parts.append("\n".join([f"**Pruning: {cell(name)}**", "", *(f"- {cell(told)}" for told in pruning.sentences(facts, cached))]))
         if (trace := pruning.trace(facts)) is not None:
             parts.append(folded("Search for the latency", table(*trace)))
         if (scores := pruning.sensitivity(facts, summary.task_of(report))) is not None:

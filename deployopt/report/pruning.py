@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deployopt.report import units
-from deployopt.report.summary import Report
+from deployopt.report.summary import EARLIER, Report
 
 Facts = Mapping[str, Any]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
-def variants(report: Report) -> list[tuple[str, Facts]]:
-    """(variant, its facts of pruning), in trunk order."""
-    found = ((v["name"], (v.get("record") or {}).get("pruning")) for v in report["variants"])
-    return [(name, facts) for name, facts in found if facts]
+def variants(report: Report) -> list[tuple[str, Facts, bool]]:
+    """(variant, its facts of pruning, whether they come from the cache), in trunk order."""
+    found = ((v["name"], (v.get("record") or {}).get("pruning"), bool(v.get("cached"))) for v in report["variants"])
+    return [(name, facts, cached) for name, facts, cached in found if facts]
 
 
 def is_faster(found: Facts) -> bool:
@@ -35,8 +35,12 @@ def against_parent(found: Facts) -> str:
     return f"{judged} the uncut network {where}: {found['ratio']:.3f} of its p50 ({shown}{found['blocks']} blocks, FP32, before recovery{disturbed})"
 
 
-def sentences(facts: Facts) -> list[str]:
-    """What was wanted, what was reached, and what was chosen on the way."""
+def sentences(facts: Facts, cached: bool) -> list[str]:
+    """What was wanted, what was reached, and what was chosen on the way.
+
+    Args:
+        cached: the facts are of an earlier run; latencies among them are then not told as new.
+    """
     reached = facts["reached"]
     kept = f"{100 * reached['macs']:.1f} % of the MACs, {100 * reached['params']:.1f} % of the parameters"
     told = [f"target {_target(facts['target'])}; kept {kept}"]
@@ -51,6 +55,8 @@ def sentences(facts: Facts) -> list[str]:
         )
     if "against_parent" in facts:
         told.append(against_parent(facts["against_parent"]))
+    if cached and ("p50_ms" in alignment or facts.get("latency") or "ratio" in facts.get("against_parent", {})):
+        told.append(f"these latencies were {EARLIER}")
     return told
 
 

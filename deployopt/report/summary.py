@@ -14,6 +14,7 @@ JsonRow = Mapping[str, Any]
 FLAGS_SHOWN = 2  # of all rows together; each row's contract has its own
 SAID_BY_FIGURES = ("the warm-up did not settle", "other processes used")  # flags of `bench.harness` that the lines give as figures
 SEPARATOR = " · "
+EARLIER = "measured when the variant was made, not in this run"  # said of latencies in the record of a cached variant
 DEFAULT_TASK: Mapping[str, Any] = {"name": "classification", "primary": "top1", "unit": "", "higher_is_better": True}
 
 
@@ -117,10 +118,10 @@ class SensitivityTable(NamedTuple):
 
 def sensitivities(variants: Sequence[Mapping[str, Any]], task: Mapping[str, Any]) -> list[SensitivityTable]:
     """One for each variant whose stage was asked for `sensitivity`."""
-    return [_sensitivity(v["name"], found, task) for v in variants if (found := (v.get("record") or {}).get("quantization") or {}).get("sensitivity")]
+    return [_sensitivity(v, found, task) for v in variants if (found := (v.get("record") or {}).get("quantization") or {}).get("sensitivity")]
 
 
-def _sensitivity(variant: str, quantization: Mapping[str, Any], task: Mapping[str, Any]) -> SensitivityTable:
+def _sensitivity(variant: Mapping[str, Any], quantization: Mapping[str, Any], task: Mapping[str, Any]) -> SensitivityTable:
     table, kept, chosen = quantization["sensitivity"], quantization["float_layers"], quantization.get("mixed_precision") or {}
     distance = {"kl": "KL, nats", "mse": "mean squared error"}[table["distance"]]
     metric, costs = units.metric_name(task["primary"]), chosen.get("latency_cost") or {}
@@ -141,7 +142,9 @@ def _sensitivity(variant: str, quantization: Mapping[str, Any], task: Mapping[st
         said = [f"{step['layer']} {'to float' if step['kept'] else 'back to INT8'} {units.score(step['primary'], task)}" for step in steps]
         lead += f" Chosen for a drop of at most {chosen['max_accuracy_drop_pp']:g} from {units.score(chosen['parent'], task)}, timed on {chosen['backend']}"
         lead += f": {'; '.join(said)}." if said else ": the whole network in INT8 meets it."
-    return SensitivityTable(variant, lead, distance, distances, headers, rows)
+    if costs and variant.get("cached"):
+        lead += f" Latencies were {EARLIER}."
+    return SensitivityTable(variant["name"], lead, distance, distances, headers, rows)
 
 
 def lineage(name: str, variants: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -154,12 +154,16 @@ class Search:
         metric: what is aimed at: "ratio" to the parent, or "ms".
         goal: largest value of it that will do.
         whole: the value of `network` itself.
+        parent_macs: of the network that `timing` compares with; None if that is `network`.
     """
 
-    def __init__(self, timing: Timing, network: Network, cuts: Cuts, metric: Literal["ratio", "ms"], goal: float, whole: float) -> None:
+    def __init__(
+        self, timing: Timing, network: Network, cuts: Cuts, metric: Literal["ratio", "ms"], goal: float, whole: float, parent_macs: int | None = None
+    ) -> None:
         self._timing, self._network, self._cuts = timing, network, cuts
         self._metric, self._goal, self._whole = metric, goal, whole
         self._macs = cuts.cost([g.size for g in cuts.groups])["macs"]
+        self._parent_macs = parent_macs or self._macs
         self._smallest = cuts.cost(cuts.kept(1.0))["macs"]
         self._tried: dict[tuple[int, ...], _Tried] = {}
         self._trace: list[dict[str, Any]] = []
@@ -201,7 +205,7 @@ class Search:
             reading = self._timing.compare(candidate, CONFIRMING_SECONDS)["candidate"]
         tried = _Tried(kept, self._cuts.cost(kept)["macs"], reading, confirming)
         self._tried[kept] = tried
-        self._trace.append({"macs_ratio": tried.macs / self._macs, **asdict(reading), "confirming": confirming})
+        self._trace.append({"macs_ratio": tried.macs / self._parent_macs, **asdict(reading), "confirming": confirming})
 
     def _undecided(self, reading: Reading) -> bool:
         """Whether the interval holds the goal and is too wide to say that the candidate is close to it."""
@@ -248,6 +252,6 @@ class Search:
         return PruningImpossible(
             f"wanted latency.{self._metric} {self._goal:.3g} on {self._timing.backend} at batch {self._timing.batch}; the best reached by {len(self._tried)} "
             f"candidates, with max_layer_ratio {rules.max_layer_ratio:g} and round_to {rules.round_to}, is {reading.ms:.3g} ms, {reading.ratio:.3f} of the "
-            f"parent's {reading.parent_ms:.3g} ms, with {fastest_tried.macs / self._macs:.3f} of the MACs",
+            f"parent's {reading.parent_ms:.3g} ms, with {fastest_tried.macs / self._parent_macs:.3f} of its MACs",
             "raise prune.target.latency, raise prune.max_layer_ratio, or lower prune.round_to",
         )

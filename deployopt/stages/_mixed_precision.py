@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from deployopt.artifact import Precision
 from deployopt.stages import StageContext
 from deployopt.stages._quantize import MixedPrecision, Quantization, Sensitivity
 from deployopt.stages._timing import SECONDS, Candidates, canonical
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
     from deployopt.nn.models import Network
 
 WHOLE = "INT8"
+PRECISION: Precision = "int8"
+
+
+def check(context: StageContext, config: Quantization) -> None:
+    """Fail before training if `mixed_precision: auto` may have to time on a backend that cannot.
+
+    Raises:
+        BackendUnavailable: it does not run INT8 on this machine.
+    """
+    if config.automatic is not None:
+        Candidates(context, config.automatic, PRECISION).require("mixed_precision.backend")
 
 
 def decide(context: StageContext, config: Quantization, network: Network, reference: NDArray[np.float32] | None) -> dict[str, Any]:
@@ -84,7 +96,6 @@ def latency_cost(context: StageContext, config: MixedPrecision, network: Network
     """Share by which each layer, kept in float, lengthens the INT8 network's median latency: built by the backend, timed interleaved.
 
     Raises:
-        BackendUnavailable: the backend does not run on this machine.
         BuildFailed, StageFailed: a candidate could not be built or timed.
     """
     from deployopt.bench.harness import speedup
@@ -93,8 +104,7 @@ def latency_cost(context: StageContext, config: MixedPrecision, network: Network
     def export(kept: Sequence[str]) -> ModelProto:
         return canonical(study.graph(kept), network, recorded_scales(network, kept))
 
-    with Candidates(context, config, "int8") as candidates:
-        candidates.require("mixed_precision.backend")
+    with Candidates(context, config, PRECISION) as candidates:
         kept = {WHOLE: (), **{name: (name,) for name in names}}
         measured = candidates.measure({key: candidates.built(key, partial(export, layers)) for key, layers in kept.items()}, SECONDS)
     return {name: 1 / speedup(measured[WHOLE], measured[name])[0] - 1 for name in names}

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from deployopt import plugins
-from deployopt.runtime import host
 from deployopt.runtime.progress import Bar
 from deployopt.stages import Expansion, Planning, StageConfig, StageContext
-from deployopt.stages._timing import TimedOn
+from deployopt.stages._timing import TimedOn, key_parts
 from deployopt.stages._training import DISTRIBUTIONS as TRAINING
 from deployopt.stages._training import next_point
 
@@ -72,9 +70,7 @@ class Quantization(StageConfig):
 
 def expand(config: Quantization, planning: Planning) -> list[Expansion]:
     """One INT8 variant of the trunk."""
-    timed: dict[str, Any] = {}
-    if config.automatic is not None:
-        timed = {"machine": host.timing_facts(), "runtime": plugins.find("backends", config.automatic.backend).probe().version}
+    timed = {} if config.automatic is None else key_parts(config.automatic)
     return [Expansion((planning.trunk,), (next_point(planning, "int8"),), parameters=timed)]
 
 

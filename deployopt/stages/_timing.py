@@ -7,13 +7,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, field_validator
 
 from deployopt import plugins
 from deployopt.artifact import Artifact, Precision
 from deployopt.errors import BackendUnavailable, StageFailed
+from deployopt.runtime import host
 from deployopt.runtime.session import SessionOptions
 from deployopt.stages import StageConfig, StageContext
 
@@ -43,6 +44,11 @@ class TimedOn(StageConfig):
         if name not in (available := plugins.names("backends")):
             raise ValueError(plugins.unknown("backend", name, available))
         return name
+
+
+def key_parts(where: TimedOn) -> dict[str, Any]:
+    """What a decision timed there depends on beside the step's inputs, for `Expansion.parameters`: this machine, and the runtime's version."""
+    return {"machine": host.timing_facts(), "runtime": plugins.find("backends", where.backend).probe().version}
 
 
 class Candidates:

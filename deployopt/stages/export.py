@@ -34,7 +34,7 @@ cacheable = True
 timed = False
 trains = False
 from_scratch = False
-distributions = ("torch", "onnx", "onnxscript", "onnxruntime")
+distributions = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 
 MIN_OPSET, MAX_OPSET = 19, 23  # 19: FP16 scales of Q/DQ; 23: the newest that torch.onnx writes for these operators
 PARITY_IMAGES = 128

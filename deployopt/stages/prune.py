@@ -12,11 +12,9 @@ from pydantic import Field, field_validator, model_validator
 
 from deployopt.errors import DeployoptError, PruningImpossible
 from deployopt.nn.schedule import TrainingConfig
-from deployopt.report import pruning as report
-from deployopt.runtime import host
 from deployopt.stages import Expansion, Planning, StageConfig, StageContext, StepOutput, StepResult
-from deployopt.stages._latency import Search, Timing, fastest
-from deployopt.stages._timing import TimedOn
+from deployopt.stages._latency import CONFIRMING_SECONDS, Search, Timing, fastest
+from deployopt.stages._timing import TimedOn, key_parts
 from deployopt.stages._training import DISTRIBUTIONS, finish, load_parent, next_point
 
 if TYPE_CHECKING:
@@ -28,7 +26,7 @@ version = 2
 not_after: frozenset[str] = frozenset({"qat", "ptq", "export", "build", "benchmark"})
 after: frozenset[str] = frozenset()
 cacheable = True
-timed = False  # only some configs are; `expand` then names the machine
+timed = False  # only some configs are; `expand` then names the machine and the runtime
 trains = True
 from_scratch = False
 distributions = (*DISTRIBUTIONS, "torch-pruning", "onnx")
@@ -188,7 +186,7 @@ class Config(StageConfig):
 
 
 def expand(config: Config, planning: Planning) -> list[Expansion]:
-    timed = {"machine": host.timing_facts()} if config.is_timed else {}
+    timed = key_parts(config.where) if config.is_timed else {}
     return [Expansion((planning.trunk,), (next_point(planning, "float"),), parameters=timed)]
 
 
@@ -311,7 +309,8 @@ class _Pruning:
             ratio = self._config.target.ratio
             if latency is not None:  # about as small as it will have to be
                 ratio = latency.ratio or min(1.0, (latency.ms or 0) / timing.parent_ms())
-            return fastest(timing, self._network, cuts, lambda aligned: self._within(aligned, ratio))
+            first = 1 - (1 - ratio) / self._config.iterations
+            return fastest(timing, self._network, cuts, lambda aligned: self._within(aligned, first))
 
         self.facts["alignment"] = self._context.choices.get_or_make("alignment", choose)
         return int(self.facts["alignment"]["round_to"])
@@ -325,7 +324,8 @@ class _Pruning:
             parent = 1.0 if target.ratio is not None else timing.parent_ms()
             whole = parent if self._latency is None else self._latency["reached"]["ratio" if target.ratio is not None else "ms"]
             goal = parent - (parent - (target.ratio or target.ms or 0.0)) * iteration / self._config.iterations
-            found = Search(timing, self._network, cuts, "ms" if target.ratio is None else "ratio", goal, whole).run(context.progress)
+            metric: Literal["ratio", "ms"] = "ms" if target.ratio is None else "ratio"
+            found = Search(timing, self._network, cuts, metric, goal, whole, self._whole["macs"]).run(context.progress)
             return {"iteration": iteration, "goal": goal, **found}
 
         self._latency = context.choices.get_or_make(f"latency {iteration}", search)
@@ -334,6 +334,8 @@ class _Pruning:
 
     def compare_with_parent(self) -> None:
         """Time the cut network against the uncut one, unless that is ignored; tell, warn or refuse."""
+        from deployopt.report import pruning as report
+
         timing, config, context = self._timing, self._config, self._context
         if timing is None or config.if_not_faster == "ignore":
             return
@@ -346,7 +348,10 @@ class _Pruning:
             if reason is not None:
                 return {**where, "reason": reason}
             try:
-                return {**where, **asdict(timing.compare({"cut": self._network})["cut"])}
+                reading = timing.compare({"cut": self._network})["cut"]
+                if reading.invalid:  # the machine was disturbed: once more, for longer
+                    reading = timing.compare({"cut": self._network}, CONFIRMING_SECONDS)["cut"]
+                return {**where, **asdict(reading)}
             except DeployoptError as error:
                 if config.if_not_faster == "refuse":
                     raise
@@ -355,7 +360,8 @@ class _Pruning:
         found = self.facts["against_parent"] = context.choices.get_or_make("against parent", measure)
         told = f"{context.name}: {report.against_parent(found)}"
         if "ratio" in found and not report.is_faster(found) and config.if_not_faster == "refuse":
-            raise PruningImpossible(told, "choose a smaller target, another round_to, a target in latency, or prune.if_not_faster: warn")
+            remedy = "choose a smaller target, another round_to, a target in latency, or prune.if_not_faster: warn; --fresh times it anew"
+            raise PruningImpossible(told, remedy)
         context.progress.log(told)
 
     def recover(self, iteration: int) -> None:

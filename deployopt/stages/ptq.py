@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deployopt.stages import Expansion, StageContext, StepOutput, StepResult
-from deployopt.stages._mixed_precision import decide
+from deployopt.stages._mixed_precision import check, decide
 from deployopt.stages._quantize import DISTRIBUTIONS, Quantization, calibrated, expand, parent_outputs, validation_outputs
 from deployopt.stages._training import finish, load_parent
 
@@ -28,6 +28,7 @@ class Config(Quantization):
 def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
     from deployopt.nn.quantizer import fake_quantized
 
+    check(context, config)
     network = load_parent(inputs, context.threads)
     prepared, reference = calibrated(context, config, network), parent_outputs(context, config, network)
     prepared.write_back(network)

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from deployopt.errors import UsageError
 from deployopt.stages import Expansion, StageConfig, StageContext, StepOutput, StepResult
-from deployopt.stages._mixed_precision import decide
+from deployopt.stages._mixed_precision import check, decide
 from deployopt.stages._quantize import DISTRIBUTIONS, Observer, Quantization, calibrated, expand, parent_outputs, validation_outputs
 from deployopt.stages._training import TrainingConfig, finish, load_parent
 
@@ -68,6 +68,7 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     from deployopt.nn.quantizer import fake_quantized
 
     _check_temperature(config, context.task)
+    check(context, config)
     network = load_parent(inputs, context.threads)
     prepared, reference = calibrated(context, config, network), parent_outputs(context, config, network)
     if config.learn_scales:

@@ -2,6 +2,7 @@ import copy
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -11,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from deployopt.artifact import Row
 from deployopt.bench.comparison import Comparison, RowComparison, compare
+from deployopt.bench.harness import write_samples
 from deployopt.errors import ArtifactError
 from deployopt.report import comparison as renderers
 
@@ -45,7 +48,9 @@ class Run:
     def _row(self, variant: str, p50: float, seed: int, top1: float) -> dict[str, Any]:
         medians = blocks(p50, seed)
         name = f"samples/{variant}-onnxruntime-int8-b1.json"
-        (self.folder / name).write_text(json.dumps({"row": f"{variant}/onnxruntime/int8/b1", "unit": "ms", "block_medians": medians}))
+        measured = SimpleNamespace(block_medians_ms=medians, device_block_medians_ms=None, contract={"iterations": 10})
+        written = write_samples(measured, Row(variant, "onnxruntime", "int8", 1, "ok"), self.folder / "samples")  # type: ignore[arg-type]
+        assert written == self.folder / name
         median = float(np.median(medians))
         return {
             "variant": variant,
@@ -148,7 +153,14 @@ def test_missing_samples_fall_back_to_the_wider_interval_and_say_so(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"row": "x"}', '{"row": "other/onnxruntime/int8/b1", "block_medians": [1]}', '{"row": "qat/onnxruntime/int8/b1", "block_medians": [0]}']
+    "text",
+    [
+        "",
+        "[]",
+        '{"row": "x"}',
+        '{"row": "other/onnxruntime/int8/b1", "host_block_medians": [1]}',
+        '{"row": "qat/onnxruntime/int8/b1", "host_block_medians": [0]}',
+    ],
 )
 def test_damaged_samples_are_errors(tmp_path: Path, text: str) -> None:
     base, new = Run(tmp_path / "base", {"qat": 1.0}, 1), Run(tmp_path / "new", {"qat": 1.2}, 2)

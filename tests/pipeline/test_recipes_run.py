@@ -18,6 +18,7 @@ REDUCED = {
     "stages.build.backends": "[onnxruntime, openvino]",
     "stages.benchmark.batch_sizes": "[1]",
 }
+TRAININGS = ("finetune", "prune.sparse", "prune.finetune")
 
 
 def reaches_its_end(recipe: Path, home: Path, **reductions: object) -> None:
@@ -43,6 +44,13 @@ def test_fashion_mnist(repository: Path, tmp_path: Path) -> None:
 def test_cifar10(repository: Path, tmp_path: Path) -> None:
     data = write_cifar10(tmp_path / "data", records=50)
     reaches_its_end(repository / "recipes" / "resnet18_cifar10_int8.yaml", tmp_path, data__folder=data, data__image_size=16)
+
+
+def test_the_published_depgraph_protocol_on_cifar10(repository: Path, tmp_path: Path) -> None:
+    data = write_cifar10(tmp_path / "data", records=50)
+    short = {f"stages.{training}.{key}": value for training in TRAININGS for key, value in {"schedule": "cosine", "milestones": "[]"}.items()}
+    more = {**short, "stages.prune.sparse.epochs": 1, "stages.prune.iterations": 2, "data.folder": data, "data.download": "false", "data.image_size": 16}
+    reaches_its_end(repository / "recipes" / "resnet56_cifar10_depgraph.yaml", tmp_path, **more)
 
 
 def test_your_own_images_with_a_local_file_of_weights(repository: Path, tmp_path: Path) -> None:

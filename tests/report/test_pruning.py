@@ -1,5 +1,6 @@
 """Pruning's facts in the report: sentences, the search's trace, the sensitivity table and its bars."""
 
+import re
 from typing import Any
 
 import pytest
@@ -39,6 +40,19 @@ def test_both_formats_say_what_was_reached_and_measured(pruned: dict[str, Any]) 
         assert "confirming" in text
         assert "61.00 %" in text
         assert "body.<i>" not in text
+
+
+def test_latencies_of_a_cached_variant_are_not_told_as_new(pruned: dict[str, Any]) -> None:
+    for cached in (False, True):
+        next(v for v in pruned["variants"] if v["name"] == "prune")["cached"] = cached
+        for text in (html.render(pruned), markdown.render(pruned)):
+            assert ("these latencies were measured when the variant was made, not in this run" in text) == cached
+
+
+def test_sections_have_ids_of_their_own(pruned: dict[str, Any]) -> None:
+    ids = re.findall(r' id="([^"]+)"', html.render(pruned))
+    assert {"group-sensitivity-0", "layer-sensitivity-0"} <= set(ids)
+    assert len(set(ids)) == len(ids)
 
 
 def test_sensitivity_is_drawn_as_a_bar_a_group_for_each_share(pruned: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from deployopt import plugins
-from deployopt.errors import StageFailed, UsageError
+from deployopt.artifact import Availability
+from deployopt.errors import BackendUnavailable, StageFailed, UsageError
 from deployopt.nn import checkpoint
 from deployopt.nn.quantizer import fake_quantized, quantization
 from deployopt.stages import StepOutput, build, export, finetune, init, ptq, qat
@@ -90,6 +91,21 @@ def test_auto_keeps_the_fewest_layers_and_repeats_its_choice(run_stages, floatin
     assert set(decision["latency_cost"]) == (set() if decision["trace"][0]["accepted"] else set(decision["latency_cost"]))
     second = run_stages(tmp_path / "b", [(ptq, config)], floating, choices=choices)[-1]
     assert quantization(checkpoint.load(second.folder)) == quantization(checkpoint.load(first.folder))
+
+
+@pytest.fixture
+def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deployopt.backends import openvino
+
+    monkeypatch.setattr(openvino, "probe", lambda: Availability(False, False, None, None, "the package openvino is not installed"))
+
+
+@pytest.mark.usefixtures("without_openvino")
+@pytest.mark.parametrize("stage", [ptq, qat])
+def test_a_backend_that_cannot_time_is_refused_at_once(run_stages, floating: list[StepOutput], tmp_path: Path, stage: Any) -> None:  # type: ignore[no-untyped-def]
+    config = stage.Config(mixed_precision=MixedPrecision(backend="openvino"))
+    with pytest.raises(BackendUnavailable, match=r"mixed_precision\.backend wants latency on openvino.*is not installed"):
+        run_stages(tmp_path, [(stage, config)], floating)
 
 
 def test_unknown_layers_are_refused_with_the_nearest_name(run_stages, floating: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -214,5 +214,7 @@ def test_options_that_exclude_each_other_are_refused(options: dict[str, Any], me
 def test_the_key_names_the_machine_where_timing_decides() -> None:
     planning = Planning([Point("torch", "init", "float")], "prune")
     (timed,), (free,) = prune.expand(prune.Config(), planning), prune.expand(config(), planning)
-    assert set(timed.parameters) == {"machine"}
+    (elsewhere,) = prune.expand(prune.Config.model_validate({"timed_on": {"backend": "openvino"}}), planning)
+    assert set(timed.parameters) == {"machine", "runtime"}
+    assert timed.parameters["runtime"] != elsewhere.parameters["runtime"]  # each runtime's own version
     assert free.parameters == {}
