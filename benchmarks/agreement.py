@@ -32,7 +32,7 @@ from deployopt.runtime.clock import now_ns, seconds_since
 from deployopt.runtime.preprocessing import to_feed
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
-from deployopt.runtime.statistics import bootstrap_ratio
+from deployopt.runtime.statistics import Ratio, bootstrap_ratio
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LIMIT = 0.02
@@ -62,7 +62,7 @@ def benchmark_app(model: Path, size: int, threads: int, seconds: float) -> float
         if done.returncode != 0:
             raise RuntimeError(f"benchmark_app failed: {(done.stdout + done.stderr)[-2000:]}")
         (written,) = Path(folder).glob("*.json")
-        return float(json.loads(written.read_text())["execution_results"]["latency_median"])
+        return float(json.loads(written.read_text())["execution_results"]["latency (ms)"])
 
 
 def bare(backend: str, model: Path, size: int, threads: int, seconds: float) -> float:
@@ -135,18 +135,23 @@ def main() -> int:
         made, _ = _networks.network(arguments.arch, arguments.image_size)
         path.write_bytes(_networks.fp32(made).SerializeToString())
         medians = rounds(path, arguments)
-    ratios = {}
+    ratios: dict[str, Ratio] = {}
     for name in (name for name in medians if " " in name):
-        ratio = bootstrap_ratio(medians[name.split()[0]], medians[name], paired=True)
-        ratios[f"ours / {name.split(' ', 1)[1]} ({name.split()[0]})"] = {"ratio": ratio.value, "ci95": [ratio.low, ratio.high]}
+        backend, tool = name.split(" ", 1)
+        ratios[f"ours / {tool} ({backend})"] = bootstrap_ratio(medians[backend], medians[name], paired=True)
     facts = {"arch": arguments.arch, "image_size": arguments.image_size, "threads": arguments.threads, "seconds": arguments.seconds, "limit": LIMIT}
     RESULTS.mkdir(exist_ok=True)
-    found = {**facts, "ratios": ratios, "medians_ms": medians, "environment": environment(("onnxruntime", "openvino"))}
+    found = {
+        **facts,
+        "ratios": {label: ratio._asdict() for label, ratio in ratios.items()},
+        "medians_ms": medians,
+        "environment": environment(("onnxruntime", "openvino")),
+    }
     (RESULTS / "agreement.json").write_text(json.dumps(found, indent=2) + "\n")
-    for label, ratio_of in ratios.items():
-        print(f"{label}: {ratio_of['ratio']:.4f} [{ratio_of['ci95'][0]:.4f}, {ratio_of['ci95'][1]:.4f}]")
+    for label, ratio in ratios.items():
+        print(f"{label}: {ratio.value:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]")
     print("median of medians, ms:", {name: round(statistics.median(values), 3) for name, values in medians.items()})
-    return 0 if all(abs(r["ratio"] - 1) <= LIMIT for r in ratios.values()) else 1
+    return 0 if all(abs(r.value - 1) <= LIMIT for r in ratios.values()) else 1
 
 
 if __name__ == "__main__":

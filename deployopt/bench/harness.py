@@ -24,7 +24,7 @@ from deployopt.bench import disturbance
 from deployopt.bench.disturbance import Counters, Limits, Load, Observed
 from deployopt.bench.environment import Condition, utc_now, without_folders
 from deployopt.bench.scenarios import ScenarioName
-from deployopt.errors import DeployoptError, WorkerDied
+from deployopt.errors import DeployoptError, LackingEnvironment, WorkerDied
 from deployopt.runtime import host
 from deployopt.runtime.files import atomic_write_json
 from deployopt.runtime.progress import Bar, Progress
@@ -90,9 +90,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Failure:
-    """A subject without figures, and why."""
+    """A subject without figures, and why. `unavailable`: this machine lacks what it needs."""
 
     reason: str
+    unavailable: bool = False
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ class Group:
     def _explain(self, subject: Subject, error: DeployoptError) -> Failure:
         """The whole story goes to the log; a row gets its first line, without this machine's paths."""
         self._progress.log(f"{subject.key}: {error}")
-        return Failure(without_folders(error.message.splitlines()[0], subject.path.parent))
+        return Failure(without_folders(error.message.splitlines()[0], subject.path.parent), isinstance(error, LackingEnvironment))
 
     def _fail(self, key: str, error: DeployoptError) -> Failure:
         failure = self._explain(self._subjects[key], error)
