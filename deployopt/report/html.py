@@ -222,13 +222,14 @@ def _sweeps(report: Report) -> Section | None:
 
 
 def _sweep(title: str, found: Sequence[sweeps.Curve], x_title: str, y_title: str) -> Figure:
-    series = [charts.Series(c.name, i, c.offline, c.points) for i, c in enumerate(found)]
+    sessions = list(dict.fromkeys(c.session for c in found))
+    series = [charts.Series(c.session, sessions.index(c.session), c.offline, c.points) for c in found]
 
     def draw(width: float) -> Markup:
         half = (width - 40) / 2 if width > charts.NARROW else width
         return charts.curves(series, [], half, y_title=y_title, show_y=charts.tick_label, label=title, x_title=x_title, x_log_from=4)
 
-    return Figure(title, charts.responsive(draw), charts.legend([(s.name, charts.stroke(s.colour, s.dashed)) for s in series]))
+    return Figure(title, charts.responsive(draw), charts.legend([(name, charts.stroke(i, False)) for i, name in enumerate(sessions)]))
 
 
 def _sizes(report: Report, palette: _Palette) -> Section | None:

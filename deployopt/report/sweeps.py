@@ -16,7 +16,7 @@ HEADERS = ("images/s [95 %]", "first inference ms", "load ms", "peak memory", "G
 class Curve(NamedTuple):
     """One session's figure over batch sizes or threads. `points`: (batch or threads, value, tip), by rising x, two at least."""
 
-    name: str
+    session: str
     offline: bool
     points: Sequence[tuple[int, float, str]]
 
@@ -85,12 +85,12 @@ def curves(rows: Iterable[JsonRow], axis: Axis, figure: Figure) -> Mapping[str, 
     sessions: dict[tuple[str, str, bool], list[JsonRow]] = {}
     for row in shown:
         offline = row.get("scenario") == "offline"
-        sessions.setdefault((row["variant"], f"{row['backend']} {row['precision']}{', offline' if offline else ''}", offline), []).append(row)
+        sessions.setdefault((row["variant"], f"{row['backend']} {row['precision']}", offline), []).append(row)
     found: dict[str, list[Curve]] = {}
-    for (variant, name, offline), members in sessions.items():
-        points = sorted(((int(r[axis]), _value(r, figure), _tip(r, name)) for r in members), key=lambda p: p[0])
+    for (variant, session, offline), members in sessions.items():
+        points = sorted(((int(r[axis]), _value(r, figure), _tip(r, session)) for r in members), key=lambda p: p[0])
         if len(points) > 1:
-            found.setdefault(variant, []).append(Curve(name, offline, points))
+            found.setdefault(variant, []).append(Curve(session, offline, points))
     return found
 
 
@@ -99,5 +99,5 @@ def _value(row: JsonRow, figure: Figure) -> float:
     return float(value)
 
 
-def _tip(row: JsonRow, name: str) -> str:
-    return f"{name}\nbatch {row['batch']}, {scenario_name(row)}\np50 {units.milliseconds(summary.p50_ms(row))}\n{throughput(row)} images/s"
+def _tip(row: JsonRow, session: str) -> str:
+    return f"{session}\nbatch {row['batch']}, {scenario_name(row)}\np50 {units.milliseconds(summary.p50_ms(row))}\n{throughput(row)} images/s"
