@@ -226,7 +226,7 @@ def contract_lines(rows: Sequence[JsonRow], environment: Mapping[str, Any] | Non
     contracts = [r["contract"] for r in rows if r["status"] in {"ok", "invalid"} and r.get("contract")]
     if not contracts:
         return []
-    what = [_clock(contracts), _spans(contracts, "threads", "thread"), _processor(environment) if environment else ""]
+    what = [_clock(contracts), _spans(contracts, "threads", "thread"), _streams(contracts), _processor(environment) if environment else ""]
     lines = [
         SEPARATOR.join(part for part in what if part),
         SEPARATOR.join([_blocks(contracts), *_inputs(contracts)]),
@@ -249,6 +249,12 @@ def _spans(contracts: Iterable[Mapping[str, Any]], key: str, noun: str) -> str:
     """ "2 threads", "1–2 threads", or "" if it is not recorded."""
     text = _span(c.get(key) for c in contracts)
     return f"{text} {noun}{'' if text == '1' else 's'}" if text else ""
+
+
+def _streams(contracts: Iterable[Mapping[str, Any]]) -> str:
+    """ "offline 1–2 streams", or "" where every row is of a single stream."""
+    text = _spans([c for c in contracts if c.get("scenario") == "offline"], "streams", "stream")
+    return f"offline {text}" if text else ""
 
 
 def _processor(environment: Mapping[str, Any]) -> str:

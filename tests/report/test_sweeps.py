@@ -76,3 +76,10 @@ def test_the_terminal_keeps_its_tables_and_adds_one(report: dict[str, Any], swep
     assert "offline, 1 thread" in after
     assert after.count("batch 1  ms") == 1
     assert max(map(len, after.splitlines())) <= max(map(len, before.splitlines()))
+
+
+def test_the_contract_names_offline_streams(swept: dict[str, Any]) -> None:
+    offline = {**summary.swept(swept["rows"])[0]}
+    offline["contract"] = {**offline["contract"], "scenario": "offline", "streams": 2}
+    assert "offline 2 streams" in summary.contract_lines([offline])[0]
+    assert "stream" not in summary.contract_lines(summary.own(swept["rows"]))[0]
