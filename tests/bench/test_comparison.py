@@ -48,7 +48,7 @@ class Run:
     def _row(self, variant: str, p50: float, seed: int, top1: float) -> dict[str, Any]:
         medians = blocks(p50, seed)
         name = f"samples/{variant}-onnxruntime-int8-b1.json"
-        measured = SimpleNamespace(block_medians_ms=medians, device_block_medians_ms=None, contract={"iterations": 10})
+        measured = SimpleNamespace(block_throughputs_per_s=[], block_medians_ms=medians, device_block_medians_ms=None, contract={"iterations": 10})
         written = write_samples(measured, Row(variant, "onnxruntime", "int8", 1, "ok"), self.folder / "samples")  # type: ignore[arg-type]
         assert written == self.folder / name
         median = float(np.median(medians))
