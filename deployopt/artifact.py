@@ -155,7 +155,8 @@ class Row:
     provider: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     threads: int | None = None
-    scenario: str = "single_stream"
+    scenario: str = "single_stream"  # or "offline"
+    sweep: str = ""  # what sets it apart from the run's own single stream: "", "t1", "offline", "offline-t1"
     reason: str | None = None
     notes: list[str] = field(default_factory=list)  # what a reader should know of a row that counts all the same
     artifact: dict[str, Any] | None = None  # {"path", "sha256", "bytes"}
@@ -165,7 +166,9 @@ class Row:
     samples: str | None = None  # file of raw block medians, relative to the run folder
     noise: dict[str, Any] | None = None  # A/A repeats: {"p50_ms", "peak_memory_bytes": one a process lifetime, "same_rounds": ratios of two in the same rounds}
     throughput_per_s: float | None = None
-    peak_memory_bytes: int | None = None
+    throughput_ci95: list[float] | None = None
+    peak_memory_bytes: int | None = None  # of the process
+    device_memory_bytes: int | None = None  # of the process on its GPU
     speedup: float | None = None  # against the dense FP32 row of the same backend and batch
     speedup_ci95: list[float] | None = None
     speedup_best_float: float | None = None  # against that variant's best float row on the same backend and batch
@@ -173,8 +176,8 @@ class Row:
 
     @property
     def key(self) -> str:
-        """The row's address inside a run: variant/backend/precision/bN."""
-        return f"{self.variant}/{self.backend}/{self.precision}/b{self.batch}"
+        """The row's address inside a run: variant/backend/precision/bN, and /SWEEP where it is not the run's own single stream."""
+        return f"{self.variant}/{self.backend}/{self.precision}/b{self.batch}" + (f"/{self.sweep}" if self.sweep else "")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

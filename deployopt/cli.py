@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from deployopt import __version__
-from deployopt.errors import DeployoptError, UsageError
+from deployopt.errors import DeployoptError, LackingEnvironment, StageFailed, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -253,9 +253,12 @@ def bench(
     batch: Annotated[str, typer.Option(metavar="N[,N...]", help="Batch sizes.")] = "1",
     seconds: Annotated[float, typer.Option(min=0.1, help="At least so long for each artifact and batch size.")] = 3.0,
     threads: ThreadsOption = None,
+    scenario: Annotated[
+        Literal["single_stream", "offline"], typer.Option(help="offline keeps a stream a thread busy and compares throughputs.")
+    ] = "single_stream",
     json_: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
-) -> None:
+) -> int:
     """Time artifacts, interleaved, and compare them."""
     from deployopt.bench.artifacts import bench_artifacts
     from deployopt.report import terminal
@@ -264,12 +267,16 @@ def bench(
 
     sizes = _integers("--batch", batch)
     with LiveProgress(_console(stderr=True), [], quiet=quiet) as live:
-        rows = bench_artifacts(artifacts, backend=backend, batch_sizes=sizes, seconds=seconds, threads=threads or host.usable_cores(), progress=live)
+        rows = bench_artifacts(
+            artifacts, backend=backend, batch_sizes=sizes, seconds=seconds, threads=threads or host.usable_cores(), scenario=scenario, progress=live
+        )
     document = [row.to_json() for row in rows]
     if json_:
         _print_json(document)
     else:
         terminal.render_bench(document, _console())
+    ends = {"failed": StageFailed.exit_code, "unavailable": LackingEnvironment.exit_code}
+    return max((ends.get(row.status, 0) for row in rows), default=0)
 
 
 @app.command("eval")

@@ -125,3 +125,27 @@ def test_report_and_compare_read_a_run(run_folder: Path) -> None:
     missed = deployopt("compare", run_folder, slower, "--max-latency-regression", "5%")
     assert missed.returncode == 1, missed.stderr
     assert "2 slower" in missed.stdout
+
+
+def test_bench_ends_in_the_code_of_its_worst_row(tmp_path: Path, model: Path) -> None:
+    fixed = onnx.load(model)
+    fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(fixed, tmp_path / "fixed.onnx")
+    done = deployopt("bench", model, tmp_path / "fixed.onnx", "--batch", "2", "--seconds", "0.1", "--quiet", "--json", "--threads", "1")
+    assert done.returncode == 4, done.stderr
+    good, bad = json.loads(done.stdout)
+    assert good["latency_ms"] is not None
+    assert bad["status"] == "failed"
+    assert "takes [1, 3, 8, 8], found images of [2, 3, 8, 8]" in bad["reason"]
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"), [("model.tflite", 2, "known: .onnx"), ("empty.onnx", 4, "holds no graph"), ("absent.onnx", 2, "found nothing")]
+)
+def test_bench_refuses_what_is_no_artifact(tmp_path: Path, name: str, code: int, said: str) -> None:
+    if not name.startswith("absent"):
+        (tmp_path / name).write_bytes(b"")
+    done = deployopt("bench", tmp_path / name)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

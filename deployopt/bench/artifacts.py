@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from deployopt.artifact import Artifact, Row
 from deployopt.bench.accuracy import outputs_of, score
 from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject, speedup, with_figures
+from deployopt.bench.scenarios import Scenario, ScenarioName
 from deployopt.bench.targets import Description, Target, describe, measured_rows, opener, precision_of, resolve
 from deployopt.data import Dataset
-from deployopt.errors import ArtifactMismatch, UsageError
+from deployopt.errors import ArtifactMismatch, DeployoptError, UsageError
 from deployopt.runtime import preprocessing as pre
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import Bar, Progress
@@ -38,6 +39,7 @@ def bench_artifacts(
     batch_sizes: Sequence[int] = (1,),
     seconds: float = 3.0,
     threads: int = 1,
+    scenario: ScenarioName = "single_stream",
     device: str = "cpu",
     images: NDArray[np.uint8] | None = None,
     seed: int = 0,
@@ -47,21 +49,32 @@ def bench_artifacts(
     Args:
         artifacts: as `targets.resolve` takes them; a run folder stands for everything that the run measured.
         backend: opens all of them; None takes the one of each file's kind or row.
+        scenario: "offline" compares throughputs, with a stream for each of `threads`.
         images: real samples uint8 [n, H, W, C]; None makes natural-looking noise of each model's size and the contract says so.
 
     Returns:
         A row for each artifact and batch size, artifact by artifact. `variant` is the file's name without suffix or the row's address, numbered
-        where it is not unique: the same file twice is an A/A comparison.
+        where it is not unique: the same file twice is an A/A comparison. Status "failed" where it cannot be opened, does not take the batch or
+        computes NaN, "unavailable" where this machine lacks the runtime or the device.
 
     Raises:
         UsageError, ArtifactError: as `targets.resolve`.
     """
     targets = _numbered([resolve(each, backend) for a in artifacts for each in _expanded(a)])
-    subjects, rows = [], {}
+    subjects, rows, asked = [], {}, Scenario(scenario, threads)
     for target in targets:
-        subjects.append(Subject(target.name, opener(target.backend), target.path, target.session_options(threads, device)))
+        options = asked.options(target.session_options(threads, device))
+        subjects.append(Subject(target.name, opener(target.backend), target.path, options, asked.name))
         rows[target.name] = Row(
-            target.name, target.backend, target.precision, 0, "failed", options=dict(target.options), threads=threads, artifact=_facts(target)
+            target.name,
+            target.backend,
+            target.precision,
+            0,
+            "failed",
+            options=dict(target.options),
+            threads=threads,
+            scenario=scenario,
+            artifact=_facts(target),
         )
     with Group(subjects, Settings(min_seconds=seconds, seed=seed), progress) as group:
         results = {batch: _measure(group, batch, images, seed) for batch in batch_sizes}
@@ -70,12 +83,24 @@ def bench_artifacts(
 
 def _measure(group: Group, batch: int, images: NDArray[np.uint8] | None, seed: int) -> dict[str, Measured | Failure]:
     given = {key: images_for(opened.inputs, batch, seed) if images is None else images for key, opened in group.opened.items()}
-    return group.measure(given, batch, SYNTHETIC if images is None else "images that were given")
+    found = group.measure(given, batch, SYNTHETIC if images is None else "images that were given")
+    return {key: result if isinstance(result, Failure) else _checked(group, key, given[key][:batch], result) for key, result in found.items()}
+
+
+def _checked(group: Group, key: str, images: NDArray[np.uint8], result: Measured) -> Measured | Failure:
+    """What was measured, unless it computes something that is no number."""
+    try:
+        finite = np.isfinite(group.infer(key, images)).all()
+    except DeployoptError as exc:
+        return Failure(exc.message.splitlines()[0])
+    return result if finite else Failure(f"its outputs are NaN or infinite for batches of {len(images)}")
 
 
 def _row(row: Row, batch: int, results: dict[str, Measured | Failure], baseline_key: str) -> Row:
     result, baseline = results[row.variant], results[baseline_key]
     row = with_figures(replace(row, batch=batch), result)
+    if isinstance(result, Failure) and result.unavailable:
+        row.status = "unavailable"
     if isinstance(result, Measured) and isinstance(baseline, Measured):
         row.speedup, row.speedup_ci95 = speedup(baseline, result)
     return row

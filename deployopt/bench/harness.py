@@ -20,20 +20,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deployopt.artifact import Row
-from deployopt.bench.environment import Condition, Load, contract_load, gpu_throttling, percent_of_cores, utc_now, without_folders
-from deployopt.errors import DeployoptError, WorkerDied
+from deployopt.bench import disturbance
+from deployopt.bench.disturbance import Counters, Limits, Load, Observed
+from deployopt.bench.environment import Condition, utc_now, without_folders
+from deployopt.bench.scenarios import ScenarioName
+from deployopt.errors import DeployoptError, LackingEnvironment, WorkerDied
 from deployopt.runtime import host
 from deployopt.runtime.files import atomic_write_json
 from deployopt.runtime.progress import Bar, Progress
 from deployopt.runtime.sampler import Block, WarmUp
 from deployopt.runtime.session import SessionOptions
 from deployopt.runtime.statistics import MINIMUM_BLOCKS, bootstrap_median, bootstrap_ratio, median_absolute_deviation, summary
-from deployopt.runtime.worker import Opened, Worker
+from deployopt.runtime.worker import Memory, Opened, Worker
 
 Images = NDArray[np.uint8]
 
 HEADLINE_RUNS = 1000  # a row is long enough after these or after min_seconds
 PAUSE_S = 0.02  # before each block: spin-waiting threads of the session before go to sleep
+RUNS_OF_A_STREAM = 4  # in a block, at least: at its end streams wait for the last of them
 LEAD_IN_MS, LEAD_IN_RUNS = 10.0, 10  # untimed runs at the head of a block: about so long, at most so many, at least one
 
 
@@ -45,12 +49,20 @@ class Subject:
         key: names it in results ("qat/openvino/int8").
         opener: "module:function" that opens it in the child.
         path: of the artifact.
+        options: how it is opened; with several streams, which all have `options.threads`, each is kept busy by a thread of its own.
+        scenario: what its figure is: latency, or throughput.
     """
 
     key: str
     opener: str
     path: Path
     options: SessionOptions = field(default_factory=SessionOptions)
+    scenario: ScenarioName = "single_stream"
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of all streams."""
+        return self.options.threads * self.options.streams
 
 
 @dataclass(frozen=True)
@@ -61,9 +73,7 @@ class Settings:
         min_seconds: timed for each subject; if the warm-up's estimate was off, 1,000 runs do too.
         blocks: at least so many for each subject; 20 are needed for an interval of a ratio.
         max_seconds: a subject stops after so many timed seconds, with fewer blocks and a flag.
-        max_spread: MAD / median of its samples above which a row is invalid.
-        max_contention: share of its threads for which others left no core, above which a row is invalid.
-        max_steal_percent: CPU time the hypervisor gave to other guests, above which a row is invalid.
+        limits: above which a row is invalid.
         buffers: of different images, rotated.
         seed: of the order in the rounds, of the images' order and of the bootstrap.
         timeout_s: after which a child that does not answer counts as hanging.
@@ -72,9 +82,7 @@ class Settings:
     min_seconds: float = 3.0
     blocks: int = MINIMUM_BLOCKS
     max_seconds: float = 60.0
-    max_spread: float = 0.25
-    max_contention: float = 0.25
-    max_steal_percent: float = 10.0
+    limits: Limits = field(default_factory=Limits)
     buffers: int = 8
     seed: int = 0
     timeout_s: float = 600.0
@@ -82,9 +90,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Failure:
-    """A subject without figures, and why."""
+    """A subject without figures, and why. `unavailable`: this machine lacks what it needs."""
 
     reason: str
+    unavailable: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,8 @@ class Measured:
     Attributes:
         host, device: `statistics.summary` of all samples, ms; `p50_ci95` is the bootstrap over blocks. device: None without such a clock.
         block_medians_ms, device_block_medians_ms, block_throughputs_per_s: one for each round, in the order of the rounds.
+        throughput_per_s: images of all blocks / their time. throughput_ci95: bootstrap over blocks.
+        peak_memory_bytes, device_memory_bytes: of the process, in host memory at most since the buffers were bound, and on the GPU at the end.
         invalid: why the figures should not be used, None if they may.
         contract: how they were taken.
     """
@@ -108,7 +119,9 @@ class Measured:
     device_block_medians_ms: list[float] | None
     block_throughputs_per_s: list[float]
     throughput_per_s: float
+    throughput_ci95: list[float]
     peak_memory_bytes: int | None
+    device_memory_bytes: int | None
     invalid: str | None
     contract: dict[str, Any]
 
@@ -139,9 +152,9 @@ class _Run:
         return "cuda:0" if asked == "cpu" and any(b.device_ms is not None for b in self.blocks) else asked
 
     def time_block(self) -> None:
-        before = host.cpu_times()
+        before = Counters.now()
         block = self.worker.block(self.iterations, self.runs, self.lead_in)
-        after = host.cpu_times()
+        after = Counters.now()
         self.blocks.append(block)
         self.load.add(before, after, block.elapsed_s, block.process_cpu_s)
         self.runs += self.iterations
@@ -213,7 +226,7 @@ class Group:
         settings, rng = self._settings, np.random.default_rng([self._settings.seed, batch])
         results: dict[str, Measured | Failure] = {}
         runs: dict[str, _Run] = {}
-        started, before = utc_now(), Condition.now()
+        started = utc_now()
         with self._progress.track(f"warm up, batch {batch}", len(images)) as bar:
             for key in [k for k in self._subjects if k in self._workers and k in images]:
                 buffers = make_buffers(images[key], settings.buffers, batch, settings.seed)
@@ -223,6 +236,7 @@ class Group:
                 except DeployoptError as exc:
                     results[key] = self._fail(key, exc)
                 bar.advance(1, key)
+        before = Condition.now()  # after the warm-up: an idle machine's clocks say nothing
         with self._progress.track(f"measure, batch {batch}", settings.blocks * len(runs)) as bar:
             results.update(self._rounds(runs, rng, bar))
         after = Condition.now()
@@ -243,7 +257,7 @@ class Group:
     def _explain(self, subject: Subject, error: DeployoptError) -> Failure:
         """The whole story goes to the log; a row gets its first line, without this machine's paths."""
         self._progress.log(f"{subject.key}: {error}")
-        return Failure(without_folders(error.message.splitlines()[0], subject.path.parent))
+        return Failure(without_folders(error.message.splitlines()[0], subject.path.parent), isinstance(error, LackingEnvironment))
 
     def _fail(self, key: str, error: DeployoptError) -> Failure:
         failure = self._explain(self._subjects[key], error)
@@ -256,7 +270,9 @@ class Group:
         worker, settings = self._workers[key], self._settings
         first_ms = worker.load(buffers)
         warm_up = worker.warm_up()
-        iterations = max(1, math.ceil(settings.min_seconds * 1e3 / (warm_up.estimate_ms * settings.blocks)))
+        streams = self.opened[key].streams
+        fewest = RUNS_OF_A_STREAM * streams if streams > 1 else 1
+        iterations = max(fewest, math.ceil(settings.min_seconds * 1e3 / (warm_up.estimate_ms * settings.blocks)))
         lead_in = min(LEAD_IN_RUNS, max(1, math.ceil(LEAD_IN_MS / warm_up.estimate_ms)))
         return _Run(self._subjects[key], worker, self.opened[key], inputs, first_ms, warm_up, iterations, lead_in)
 
@@ -286,11 +302,14 @@ class Group:
         device_blocks = [b.device_ms * 1e6 for b in run.blocks if b.device_ms is not None]
         device_summary, device_medians = _summarize(device_blocks, settings.seed) if device_blocks else (None, None)
         spread = median_absolute_deviation(samples_ns) / float(np.median(samples_ns))
+        throughputs = [round(batch * len(b.host_ns) / b.wall_s, 3) for b in run.blocks]
+        seen = Observed(medians, spread, run.load, run.subject.threads, run.device, *conditions)
+        cores = host.usable_cores()
         try:
-            peak = run.worker.peak_memory()
+            memory = run.worker.memory()
         except DeployoptError as exc:  # its figures are whole; only later ones are lost
             self._fail(run.subject.key, exc)
-            peak = None
+            memory = Memory(None, None)
         contract = {
             "clock": "host" if device_summary is None else "host, device",
             "copies": "included by the host clock" + ("" if device_summary is None else ", excluded by the device clock"),
@@ -305,26 +324,30 @@ class Group:
             "shuffled": True,
             "inputs": run.inputs,
             "seed": settings.seed,
-            "threads": run.subject.options.threads,
+            "scenario": run.subject.scenario,
+            "threads": run.subject.threads,
+            "streams": run.opened.streams,
             "device": run.device,
-            "spread": {"mad_over_median": round(spread, 4), "limit": settings.max_spread},
-            "load": contract_load(run.load, *conditions),
-            "flags": _flags(run, settings),
+            "spread": {"mad_over_median": round(spread, 4), "limit": settings.limits.max_spread},
+            "load": disturbance.contract(seen, cores),
+            "flags": [*_flags(run, settings), *disturbance.flags(run.load, settings.limits, cores)],
             "started": started,
         }
         return Measured(
             key=run.subject.key,
             batch=batch,
             provider=run.opened.provider,
-            threads=run.subject.options.threads,
+            threads=run.subject.threads,
             host=host_summary,
             device=device_summary,
             block_medians_ms=medians,
             device_block_medians_ms=device_medians,
-            block_throughputs_per_s=[round(batch * run.iterations / block.wall_s, 3) for block in run.blocks],
+            block_throughputs_per_s=throughputs,
             throughput_per_s=batch * run.runs / run.seconds,
-            peak_memory_bytes=peak,
-            invalid="; ".join(_faults(run, spread, settings, conditions)) or None,
+            throughput_ci95=list(bootstrap_median(throughputs, seed=settings.seed)),
+            peak_memory_bytes=memory.peak_bytes,
+            device_memory_bytes=memory.device_bytes,
+            invalid="; ".join(disturbance.faults(seen, settings.limits, cores)) or None,
             contract=contract,
         )
 
@@ -353,13 +376,19 @@ def make_buffers(images: Images, buffers: int, batch: int, seed: int) -> Images:
 def speedup(baseline: Measured, subject: Measured, seed: int = 0) -> tuple[float, list[float] | None]:
     """How many times faster than the baseline, from the rounds they share, and its 95 % interval (None below 20 rounds: it would under-cover).
 
+    Of latencies; in the offline scenario of throughputs.
+
     Raises:
         ValueError: they were not interleaved.
     """
     if subject.key != baseline.key and subject.key not in baseline.contract["interleaved_with"]:
         raise ValueError(f"'{subject.key}' and '{baseline.key}' were not timed in the same rounds")
     rounds = min(len(baseline.block_medians_ms), len(subject.block_medians_ms))
-    ratio = bootstrap_ratio(baseline.block_medians_ms[:rounds], subject.block_medians_ms[:rounds], paired=True, seed=seed)
+    if subject.contract["scenario"] == "offline":
+        slow, fast = subject.block_throughputs_per_s, baseline.block_throughputs_per_s
+    else:
+        slow, fast = baseline.block_medians_ms, subject.block_medians_ms
+    ratio = bootstrap_ratio(slow[:rounds], fast[:rounds], paired=True, seed=seed)
     return ratio.value, [ratio.low, ratio.high] if rounds >= MINIMUM_BLOCKS else None
 
 
@@ -375,9 +404,17 @@ def with_figures(row: Row, result: Measured | Failure) -> Row:
         threads=result.threads,
         latency_ms={"host": result.host, "device": result.device},
         throughput_per_s=result.throughput_per_s,
+        throughput_ci95=result.throughput_ci95,
+        notes=[*row.notes, *_one_stream(result)],
         peak_memory_bytes=result.peak_memory_bytes,
+        device_memory_bytes=result.device_memory_bytes,
         contract=result.contract,
     )
+
+
+def _one_stream(result: Measured) -> list[str]:
+    alone = result.contract["scenario"] == "offline" and result.contract["streams"] == 1 < result.threads
+    return [f"its sessions have one stream only: offline it ran one inference at a time on {result.threads} threads"] if alone else []
 
 
 def write_samples(measured: Measured, row: Row, folder: Path) -> Path:
@@ -408,29 +445,4 @@ def _flags(run: _Run, settings: Settings) -> list[str]:
         flags.append("the warm-up did not settle")
     if len(run.blocks) < settings.blocks:
         flags.append(f"{len(run.blocks)} of {settings.blocks} blocks within {settings.max_seconds:g} s")
-    used = percent_of_cores(run.load.other_cores)
-    if used is None:
-        flags.append("other load unknown")
-    elif used > 100 * settings.max_contention:
-        flags.append(f"other processes used {used:.0f} % of the cores")
     return flags
-
-
-def _faults(run: _Run, spread: float, settings: Settings, conditions: tuple[Condition, Condition]) -> list[str]:
-    """Reasons why the row is invalid."""
-    faults = []
-    before, after = conditions
-    if before.throttles is not None and after.throttles is not None and after.throttles > before.throttles:
-        faults.append("the CPU throttled for heat")
-    if run.device != "cpu":
-        faults += [f"throttled: {reason}" for reason in gpu_throttling(before, after)]
-    steal = percent_of_cores(run.load.stolen_cores)
-    if steal is not None and steal > settings.max_steal_percent:
-        faults.append(f"the hypervisor took {steal:.0f} % of the CPU time (limit {settings.max_steal_percent:.0f} %)")
-    threads, cores = run.subject.options.threads, host.usable_cores()
-    lacking = max(0.0, (run.load.other_cores or 0.0) + threads - max(cores, threads))
-    if lacking / threads > settings.max_contention:
-        faults.append(f"other processes used {run.load.other_cores:.1f} of {cores} cores beside its {threads} threads")
-    if spread > settings.max_spread:
-        faults.append(f"MAD/median is {spread:.2f} (limit {settings.max_spread:g})")
-    return faults

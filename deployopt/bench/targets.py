@@ -186,7 +186,7 @@ def _of_row(run: Path, row: Mapping[str, Any], backend: str | None) -> Target:
 
 
 def _address(row: Mapping[str, Any]) -> str:
-    return summary.row_key(row).rpartition("/")[0]
+    return f"{row['variant']}/{row['backend']}/{row['precision']}"
 
 
 def _onnx_description(path: Path) -> Description:

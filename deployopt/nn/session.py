@@ -34,7 +34,12 @@ class TorchLoaded:
 
 
 class TorchSession:
-    """Runs a network eagerly. Opening sets the process's number of torch threads."""
+    """Runs a network eagerly, in one stream: Python, which launches its operators, runs in one thread at a time.
+
+    Opening sets the process's number of torch threads.
+    """
+
+    streams = 1
 
     def __init__(self, module: nn.Module, inputs: TensorSpec, outputs: TensorSpec, device: str) -> None:
         self.inputs, self.outputs = (inputs,), (outputs,)
@@ -82,7 +87,7 @@ def open(path: Path, options: SessionOptions) -> TorchSession:
         raise BackendUnavailable(f"torch runs eagerly in fp32 here, wanted {options.precision}", "open the ONNX or engine of that precision")
     if options.device != "cpu" and not torch.cuda.is_available():
         raise DeviceUnavailable(f"wanted {options.device}, torch sees no CUDA device", "--device cpu")
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads * options.streams)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # a 10-bit mantissa is not FP32
     network = checkpoint.load(path if path.is_dir() else path.parent)
     module: nn.Module = network

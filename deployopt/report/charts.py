@@ -280,7 +280,7 @@ def distributions(items: Sequence[Distribution], width: float, x_title: str, lab
 
 
 class Series(NamedTuple):
-    """A curve. `points`: (epoch since the run's start, value, tip); None breaks the line between stages."""
+    """A curve. `points`: (x, value, tip), of training curves the epoch since the run's start; None breaks the line between stages."""
 
     name: str
     colour: int
@@ -293,16 +293,22 @@ def curves(
     bounds: Sequence[tuple[float, str]],
     width: float,
     *,
-    x_title: str = "epoch, all stages",
     y_title: str,
     show_y: Callable[[float], str],
     label: str,
+    x_title: str = "epoch, all stages",
+    x_log_from: float | None = None,
 ) -> Markup:
-    """Curves over epochs, stages side by side. `bounds`: the first epoch of each stage and its name."""
+    """Curves over epochs, stages side by side, or over other whole numbers.
+
+    Args:
+        bounds: the first epoch of each stage and its name.
+        x_log_from: x is logarithmic if it spans more than this factor; None keeps it linear.
+    """
     height = 270.0
     left, right, top, bottom = 58.0, 12.0, 40.0, 40.0
     points = [p for s in series for p in s.points if p is not None]
-    x = Scale([p[0] for p in points], left, width - right, margin=0.03)
+    x = Scale([p[0] for p in points], left, width - right, margin=0.03, log_from=x_log_from)
     y = Scale([p[1] for p in points], height - bottom, top, margin=0.08, log_from=30)
     parts = _axes(x, y, (width, height), (left, right, top, bottom), show_x=lambda v: f"{v:g}" if v == int(v) else "", show_y=show_y)
     starts = [*(first for first, _ in bounds), math.inf]
@@ -318,7 +324,7 @@ def curves(
             parts += [marker(x(px), y(py), 0, f"mark f{s.colour % COLOURS}", tip=tip, radius=3.2) for px, py, tip in run]
     parts += [
         text(4, 13, y_title + (" (logarithmic)" if y.log else ""), css="axis"),
-        text(width - right, height - 6, x_title, anchor="end", css="axis"),
+        text(width - right, height - 6, x_title + (" (logarithmic)" if x.log else ""), anchor="end", css="axis"),
     ]
     return svg(width, height, label, parts)
 

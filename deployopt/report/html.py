@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from deployopt.artifact import INT8_PRECISIONS
-from deployopt.report import charts, pruning, summary, units
+from deployopt.report import charts, pruning, summary, sweeps, units
 from deployopt.report.summary import JsonRow, Report
 from deployopt.report.verdict import headline, limit_sentences
 
@@ -78,7 +78,7 @@ def _row_tip(row: JsonRow, reference: float | None, task: Mapping[str, Any]) -> 
 
 
 def _tradeoff(report: Report, palette: _Palette) -> Section | None:
-    task, rows = summary.task_of(report), summary.measured(report["rows"])
+    task, rows = summary.task_of(report), summary.own(summary.measured(report["rows"]))
     rows = [r for r in rows if summary.primary_score(r, task) is not None]
     if not rows:
         return None
@@ -124,7 +124,7 @@ def _path(report: Report) -> list[JsonRow]:
     for variant in report["variants"]:
         precision = int8 if variant.get("family") == "int8" else "fp32"
         wanted = (variant["name"], best["backend"], precision, best["batch"])
-        found += [r for r in summary.measured(report["rows"]) if (r["variant"], r["backend"], r["precision"], r["batch"]) == wanted]
+        found += [r for r in summary.own(summary.measured(report["rows"])) if (r["variant"], r["backend"], r["precision"], r["batch"]) == wanted]
     return found
 
 
@@ -191,7 +191,7 @@ def _bars(title: str, items: Sequence[charts.Bar], *, zero: bool = True, note: s
 def _distributions(report: Report, palette: _Palette) -> Section | None:
     task = summary.task_of(report)
     reference = summary.dense_score(report["rows"], report["variants"], task)
-    rows = [r for r in summary.measured(report["rows"]) if len(summary.host(r).get("quantiles") or []) == 21]
+    rows = [r for r in summary.own(summary.measured(report["rows"])) if len(summary.host(r).get("quantiles") or []) == 21]
     figures: list[Figure] = []
     for batch in summary.batches(rows):
         here = sorted((r for r in rows if r["batch"] == batch), key=lambda r: summary.p50_ms(r) or 0.0)
@@ -203,6 +203,33 @@ def _distributions(report: Report, palette: _Palette) -> Section | None:
         figures.append(Figure(f"batch {batch}", charts.responsive(draw), palette.legend(here, shapes=False), folded=bool(figures)))
     lead = "Median (tick), middle half (box), 5–95 % (bar) and all runs (hairline)."
     return Section("latency", "Latency distributions", figures, lead) if figures else None
+
+
+def _sweeps(report: Report) -> Section | None:
+    """Curves over batch sizes and threads where several were measured; what every row takes to start and to hold."""
+    figures: list[Figure] = []
+    table = sweeps.table(report["rows"])
+    if table is None:
+        return None
+    axes: tuple[tuple[sweeps.Axis, str], ...] = (("batch", "batch size"), ("threads", "threads"))
+    shown: tuple[tuple[sweeps.Figure, str], ...] = (("throughput", "images/s"), ("latency", "latency p50, ms"))
+    for axis, x_title in axes:
+        for figure, y_title in shown:
+            for variant, found in sweeps.curves(report["rows"], axis, figure).items():
+                figures.append(_sweep(f"{variant}: {figure} by {x_title}", found, x_title, y_title))
+    lead = "Dashed: offline, one stream a thread. Latency is of a single stream." if any(r.get("scenario") == "offline" for r in report["rows"]) else ""
+    return Section("sweeps", "Throughput, start-up and memory", figures, lead, table)
+
+
+def _sweep(title: str, found: Sequence[sweeps.Curve], x_title: str, y_title: str) -> Figure:
+    sessions = list(dict.fromkeys(c.session for c in found))
+    series = [charts.Series(c.session, sessions.index(c.session), c.offline, c.points) for c in found]
+
+    def draw(width: float) -> Markup:
+        half = (width - 40) / 2 if width > charts.NARROW else width
+        return charts.curves(series, [], half, y_title=y_title, show_y=charts.tick_label, label=title, x_title=x_title, x_log_from=4)
+
+    return Figure(title, charts.responsive(draw), charts.legend([(name, charts.stroke(i, False)) for i, name in enumerate(sessions)]))
 
 
 def _sizes(report: Report, palette: _Palette) -> Section | None:
@@ -342,6 +369,7 @@ def _row_table(report: Report) -> list[dict[str, Any]]:
         found.append(
             {
                 **{k: row[k] for k in ("variant", "backend", "precision", "batch", "status")},
+                "sweep": row.get("sweep") or "",
                 "chosen": index == chosen,
                 "accuracy": accuracy if accuracy != units.UNKNOWN else "",
                 "difference": difference,
@@ -397,6 +425,7 @@ def render(report: Report) -> str:
         _tradeoff(report, palette),
         _stages(report),
         _distributions(report, palette),
+        _sweeps(report),
         _sizes(report, palette),
         _curves(report),
         *_pruning(report),

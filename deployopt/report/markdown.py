@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from deployopt.report import pruning, summary, units
+from deployopt.report import pruning, summary, sweeps, units
 from deployopt.report.summary import JsonRow, Report
 from deployopt.report.verdict import headline
 
@@ -43,7 +43,7 @@ def _rows(report: Report) -> str:
     name = units.metric_name(task["primary"])
     headers = ["variant", "backend", "precision", "batch", "status", name, "vs. dense", "p50 ms [95 %]", "p99 ms", "speed-up [95 %]", "INT8 layers", "size"]
     body = []
-    for row in (r for r in rows if r["status"] != "unavailable"):
+    for row in (r for r in summary.own(rows) if r["status"] != "unavailable"):
         accuracy, difference = summary.accuracy_cell(row, reference, task)
         p99 = units.significant(summary.host(row).get("p99")) if summary.host(row) else ""
         body.append(
@@ -112,6 +112,8 @@ def render(report: Report) -> str:
     ]
     parts.append(table(["variant", "params", "MACs", "size", name, "took"], figures) if figures else "")
     parts += [_rows(report), _reasons(report["rows"]), *_pruning(report)]
+    if (costs := sweeps.table(report["rows"])) is not None:
+        parts.append(folded("Throughput, start-up and memory", table(*costs, left=5)))
     for found in summary.sensitivities(variants, task):
         parts.append(folded(f"Sensitivity of each layer: {cell(found.variant)}", f"{cell(found.lead)}\n\n{table(found.headers, found.rows)}"))
     contract = [

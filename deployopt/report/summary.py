@@ -24,8 +24,9 @@ def task_of(report: Report) -> Mapping[str, Any]:
 
 
 def row_key(row: JsonRow) -> str:
-    """variant/backend/precision/bN, as `artifact.Row.key`."""
-    return f"{row['variant']}/{row['backend']}/{row['precision']}/b{row['batch']}"
+    """variant/backend/precision/bN and the sweep, as `artifact.Row.key`."""
+    sweep = row.get("sweep")
+    return f"{row['variant']}/{row['backend']}/{row['precision']}/b{row['batch']}" + (f"/{sweep}" if sweep else "")
 
 
 def host(row: JsonRow) -> Mapping[str, Any]:
@@ -46,6 +47,16 @@ def measured(rows: Iterable[JsonRow]) -> list[JsonRow]:
     return [r for r in rows if r["status"] == "ok" and p50_ms(r) is not None]
 
 
+def own(rows: Iterable[JsonRow]) -> list[JsonRow]:
+    """Rows of the run's own single stream: what is judged, recommended and compared in charts."""
+    return [r for r in rows if not r.get("sweep")]
+
+
+def swept(rows: Iterable[JsonRow]) -> list[JsonRow]:
+    """Rows of the offline scenario and of other numbers of threads."""
+    return [r for r in rows if r.get("sweep")]
+
+
 def batches(rows: Iterable[JsonRow]) -> list[int]:
     return sorted({r["batch"] for r in rows})
 
@@ -62,7 +73,7 @@ def dense_variant(variants: Sequence[Mapping[str, Any]]) -> str | None:
 def dense_row(rows: Iterable[JsonRow], variants: Sequence[Mapping[str, Any]], backend: str, batch: int) -> JsonRow | None:
     """The dense FP32 row of a backend and batch: the base of its speed-ups."""
     wanted = (dense_variant(variants), backend, "fp32", batch)
-    return next((r for r in rows if (r["variant"], r["backend"], r["precision"], r["batch"]) == wanted), None)
+    return next((r for r in own(rows) if (r["variant"], r["backend"], r["precision"], r["batch"]) == wanted), None)
 
 
 def dense_score(rows: Sequence[JsonRow], variants: Sequence[Mapping[str, Any]], task: Mapping[str, Any]) -> float | None:
@@ -215,7 +226,7 @@ def contract_lines(rows: Sequence[JsonRow], environment: Mapping[str, Any] | Non
     contracts = [r["contract"] for r in rows if r["status"] in {"ok", "invalid"} and r.get("contract")]
     if not contracts:
         return []
-    what = [_clock(contracts), _spans(contracts, "threads", "thread"), _processor(environment) if environment else ""]
+    what = [_clock(contracts), _spans(contracts, "threads", "thread"), _streams(contracts), _processor(environment) if environment else ""]
     lines = [
         SEPARATOR.join(part for part in what if part),
         SEPARATOR.join([_blocks(contracts), *_inputs(contracts)]),
@@ -238,6 +249,12 @@ def _spans(contracts: Iterable[Mapping[str, Any]], key: str, noun: str) -> str:
     """ "2 threads", "1–2 threads", or "" if it is not recorded."""
     text = _span(c.get(key) for c in contracts)
     return f"{text} {noun}{'' if text == '1' else 's'}" if text else ""
+
+
+def _streams(contracts: Iterable[Mapping[str, Any]]) -> str:
+    """ "offline 1–2 streams", or "" where every row is of a single stream."""
+    text = _spans([c for c in contracts if c.get("scenario") == "offline"], "streams", "stream")
+    return f"offline {text}" if text else ""
 
 
 def _processor(environment: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from deployopt.report import summary, units
+from deployopt.report import summary, sweeps, units
 from deployopt.report.summary import JsonRow, Report
 from deployopt.report.verdict import headline
 
@@ -102,7 +102,7 @@ def _rows(report: Report, console: Console) -> None:
     reference = summary.dense_score(rows, variants, task)
     recommended = (report.get("recommended") or {}).get("row")
     for batch in summary.batches(rows):
-        shown = [(index, r) for index, r in enumerate(rows) if r["batch"] == batch and r["status"] != "unavailable"]
+        shown = [(index, r) for index, r in enumerate(rows) if r["batch"] == batch and r["status"] != "unavailable" and not r.get("sweep")]
         if not shown:
             continue
         console.print(Text.assemble((f"batch {batch}", "bold"), ("  ms (host clock); speed-up over its dense FP32; ±, [ ]: 95 % CI", "dim")))
@@ -110,6 +110,26 @@ def _rows(report: Report, console: Console) -> None:
         columns = _row_columns([r for _, r in shown], bases, reference, task)
         console.print(table(columns, console, ["bold green" if i == recommended else "" for i, _ in shown]))
         console.print()
+
+
+def _swept(rows: Sequence[JsonRow], console: Console) -> None:
+    """Throughput of the offline scenario and of other numbers of threads."""
+    shown = [r for r in summary.swept(rows) if summary.host(r)]
+    if not shown:
+        return
+    console.print(Text.assemble(("other scenarios", "bold"), ("  [ ]: 95 % CI; speed-up over its dense FP32 in the same scenario", "dim")))
+    columns = [
+        Column("variant", [r["variant"] for r in shown], right=False),
+        Column("backend", [r["backend"] for r in shown], right=False),
+        Column("prec", [r["precision"] for r in shown], right=False),
+        Column("batch", [str(r["batch"]) for r in shown]),
+        Column("scenario", [sweeps.scenario_name(r) for r in shown], right=False),
+        Column("images/s [95 %]", [sweeps.throughput(r) if r["status"] == "ok" else r["status"] for r in shown]),
+        Column("p50", [units.significant(summary.p50_ms(r)) for r in shown], 2),
+        Column("speed", [units.factor(r["speedup"]) if r.get("speedup") is not None else "" for r in shown], 1),
+    ]
+    console.print(table(spaced(columns), console))
+    console.print()
 
 
 def _row_columns(rows: Sequence[JsonRow], bases: Sequence[bool], reference: float | None, task: Mapping[str, Any]) -> list[Column]:
@@ -186,6 +206,7 @@ def render(report: Report, console: Console, run_dir: Path | None = None) -> Non
     console.print()
     _variants(report, console)
     _rows(report, console)
+    _swept(rows, console)
     _reasons(rows, console)
     for line in summary.contract_lines(rows, report.get("environment") or {}):
         _print_parts(console, line, "dim")

@@ -75,8 +75,8 @@ def _row_limits(budget: Mapping[str, Any], reference: float | None, task: Mappin
 
 
 def _candidates(rows: Sequence[JsonRow]) -> list[JsonRow]:
-    """Measured rows that can be deployed: PyTorch eager is a baseline, not a candidate."""
-    return [r for r in summary.measured(rows) if r["backend"] != "torch"]
+    """Measured rows that can be deployed: PyTorch eager is a baseline, not a candidate, and budgets mean the run's own single stream."""
+    return [r for r in summary.own(summary.measured(rows)) if r["backend"] != "torch"]
 
 
 def _fastest(rows: Sequence[JsonRow]) -> JsonRow:
@@ -138,7 +138,7 @@ def _quantization_violations(rows: Sequence[JsonRow], share: float | None) -> li
     if share is None:
         return []
     limit = _quantization_limit(share)
-    planned = [r for r in rows if r["precision"] in INT8_PRECISIONS and r["status"] != "unavailable"]
+    planned = [r for r in summary.own(rows) if r["precision"] in INT8_PRECISIONS and r["status"] != "unavailable"]
     verified = [r for r in planned if quantized_share(r) is not None]
     return [limit.violation(r) for r in (verified or planned[:1]) if limit.miss(r)]
 

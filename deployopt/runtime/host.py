@@ -129,6 +129,16 @@ def cpu_times() -> Optional[CpuTimes]:
     return CpuTimes(busy * tick, stolen * tick)
 
 
+def cpu_pressure_s() -> Optional[float]:
+    """Seconds since boot in which a task that could run waited for a CPU: of this control group where it says so, else of the machine.
+
+    Source: "some" of Linux's pressure stall information (Documentation/accounting/psi.rst); None where the kernel keeps none.
+    """
+    lines = (_read("/sys/fs/cgroup/cpu.pressure") or _read("/proc/pressure/cpu") or "").splitlines()
+    totals = [line.rpartition("total=")[2] for line in lines if line.startswith("some ")]
+    return int(totals[0]) * 1e-6 if totals else None
+
+
 def memory() -> Dict[str, Optional[int]]:
     """{"total_bytes", "available_bytes", "limit_bytes" of the control group}."""
     lines = (_read("/proc/meminfo") or "").splitlines()
@@ -195,6 +205,39 @@ _THROTTLE_REASONS = (
 
 class _Memory(ctypes.Structure):
     _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
+
+
+class _Process(ctypes.Structure):  # nvmlProcessInfo_t, as nvmlDeviceGetComputeRunningProcesses_v3 fills it
+    _fields_ = [("pid", ctypes.c_uint), ("used", ctypes.c_ulonglong), ("instance", ctypes.c_uint), ("compute_instance", ctypes.c_uint)]
+
+
+_NOT_AVAILABLE = 0xFFFFFFFFFFFFFFFF  # NVML_VALUE_NOT_AVAILABLE, cast
+_MOST_PROCESSES = 256
+
+
+def device_memory_bytes() -> Optional[int]:
+    """What this process holds on GPUs; None without a driver, before it uses a GPU, and where a container hides its process from NVML."""
+    library = _nvml()
+    if library is None:
+        return None
+    try:
+        count = ctypes.c_uint()
+        library.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        found = [used for index in range(count.value) for used in _own_memory(library, index)]
+    finally:
+        library.nvmlShutdown()
+    return sum(found) if found else None
+
+
+def _own_memory(library: ctypes.CDLL, index: int) -> List[int]:
+    """Bytes of each of this process's contexts on one GPU."""
+    device, processes, count = ctypes.c_void_p(), (_Process * _MOST_PROCESSES)(), ctypes.c_uint(_MOST_PROCESSES)
+    library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(device))
+    if not hasattr(library, "nvmlDeviceGetComputeRunningProcesses_v3"):  # drivers before 510
+        return []
+    if library.nvmlDeviceGetComputeRunningProcesses_v3(device, ctypes.byref(count), processes) != _NVML_SUCCESS:
+        return []
+    return [p.used for p in processes[: count.value] if p.pid == os.getpid() and p.used != _NOT_AVAILABLE]
 
 
 def _nvml() -> Optional[ctypes.CDLL]:

@@ -103,7 +103,7 @@ def open_session(path: Path, options: SessionOptions) -> "OnnxRuntimeSession":
     """
     if options.precision in NOT_OFFERED:
         raise BackendUnavailable(NOT_OFFERED[options.precision], "open the FP32 or INT8 model")
-    return OnnxRuntimeSession(create_exact(path, options.threads))
+    return OnnxRuntimeSession(create_exact(path, options.threads), options.streams)
 
 
 def open_unoptimized(path: Path, threads: int = 1) -> "OnnxRuntimeSession":
@@ -116,10 +116,14 @@ def open_unoptimized(path: Path, threads: int = 1) -> "OnnxRuntimeSession":
 
 
 class OnnxRuntimeSession:
-    """A session on one ONNX file. Outputs of `infer` are new arrays each time."""
+    """A session on one ONNX file. Outputs of `infer` are new arrays each time.
 
-    def __init__(self, session: Any) -> None:
+    ONNX Runtime lets several threads run one session at once. Threads within a run are shared by them, so streams want one thread each.
+    """
+
+    def __init__(self, session: Any, streams: int = 1) -> None:
         self._session = session
+        self.streams = streams
         self.inputs = [_spec(node) for node in session.get_inputs()]  # type: Sequence[TensorSpec]
         self.outputs = [_spec(node) for node in session.get_outputs()]  # type: Sequence[TensorSpec]
         self.provider = session.get_providers()[0]  # type: str

@@ -2,8 +2,11 @@
 
 import gc
 from array import array
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Iterator, List, NamedTuple, Optional
+from itertools import count
+from threading import Barrier
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -118,3 +121,66 @@ def time_block(loaded: Loaded, iterations: int, first_index: int = 0, lead_in: i
             wall = read() - start
     device = np.array(on_device, dtype=np.float64) if on_device else None
     return Block(np.array(samples, dtype=np.int64), device, wall * 1e-9, seconds_since(entered), (cpu_ns() - cpu) * 1e-9)
+
+
+class _Abreast:
+    """Streams as one `Loaded`: a run is one inference on each of them, all at once."""
+
+    def __init__(self, streams: Sequence[Loaded], pool: Executor) -> None:
+        self._streams, self._pool = streams, pool
+
+    def __len__(self) -> int:
+        return len(self._streams[0])
+
+    def run(self, index: int) -> None:
+        for running in [self._pool.submit(stream.run, index) for stream in self._streams]:
+            running.result()
+
+    def device_ms(self) -> Optional[float]:
+        return None
+
+
+def warm_up_streams(streams: Sequence[Loaded], min_seconds: float = 0.2, min_runs: int = 10, max_seconds: float = 2.0) -> WarmUp:
+    """As `warm_up`, with an inference on each stream at once. `estimate_ms` is the time that one takes of the whole: wall time / inferences."""
+    if len(streams) == 1:
+        return warm_up(streams[0], min_seconds, min_runs, max_seconds)
+    with ThreadPoolExecutor(len(streams)) as pool:
+        found = warm_up(_Abreast(streams, pool), min_seconds, min_runs, max_seconds)
+    return found._replace(runs=found.runs * len(streams), estimate_ms=found.estimate_ms / len(streams))
+
+
+def time_streams(streams: Sequence[Loaded], iterations: int, first_index: int = 0, lead_in: int = 0) -> Block:
+    """Time `iterations` runs over several streams, each kept busy by a thread of its own that takes the next feed when it is done with one.
+
+    `wall_s` runs from the start of the first to the end of the last: runs / `wall_s` is the throughput. `host_ns` is each run's latency under this
+    load, stream by stream. One stream is `time_block`.
+    """
+    if len(streams) == 1:
+        return time_block(streams[0], iterations, first_index, lead_in)
+    entered, cpu = now_ns(), cpu_ns()
+    indices, ready = count(), Barrier(len(streams))
+
+    def lead(stream: Loaded) -> None:
+        for index in range(first_index - lead_in, first_index):
+            stream.run(index)
+
+    def keep_busy(stream: Loaded) -> Tuple[int, int, List[int]]:
+        run, read = stream.run, now_ns
+        durations: List[int] = []
+        ready.wait()
+        start = end = read()
+        for index in indices:  # one counter for all: `next` of it is atomic
+            if index >= iterations:
+                break
+            before = read()
+            run(first_index + index)
+            end = read()
+            durations.append(end - before)
+        return start, end, durations
+
+    with _no_garbage_collection(), ThreadPoolExecutor(len(streams)) as pool:
+        list(pool.map(lead, streams))  # what fails mostly fails here, and not where others wait for it
+        done = [busy.result() for busy in [pool.submit(keep_busy, stream) for stream in streams]]
+    wall = max(end for _, end, _ in done) - min(start for start, _, _ in done)
+    host = np.concatenate([np.array(durations, dtype=np.int64) for _, _, durations in done])
+    return Block(host, None, wall * 1e-9, seconds_since(entered), (cpu_ns() - cpu) * 1e-9)

@@ -25,12 +25,16 @@ class TensorSpec(NamedTuple):
 
 
 class SessionOptions(NamedTuple):
-    """How a session is opened. `threads` counts CPU threads of one stream; `device` is "cpu" or "cuda:N"."""
+    """How a session is opened.
+
+    `threads` counts CPU threads of one stream; `device` is "cpu" or "cuda:N"; `streams` is how many inferences are to run at once.
+    """
 
     threads: int = 1
     device: str = "cpu"
     precision: str = "fp32"
     extra: Mapping[str, Any] = {}
+    streams: int = 1
 
 
 class Loaded(Protocol):
@@ -52,11 +56,14 @@ class Session(Protocol):
     Attributes:
         inputs, outputs: specs in the artifact's order.
         provider: what really executes, as the runtime names it ("CPU", "CUDAExecutionProvider").
+        streams: so many `Loaded`s may run at once, each in a thread of its own: as many as were asked for, or 1 where the runtime has one stream
+            only, which then has the threads of all.
     """
 
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
     provider: str
+    streams: int
 
     def infer(self, feed: Feed) -> Dict[str, Array]:
         """Outputs by name. The arrays belong to the caller: a later call does not overwrite them."""

@@ -16,7 +16,8 @@ Shape = Tuple[int, ...]
 
 
 class TensorRTSession:
-    """A session on one engine. Device buffers hold the profile's largest shapes, so no shape allocates anew.
+    """A session on one engine, with one execution context on one CUDA stream. Device buffers hold the profile's largest shapes, so no shape
+    allocates anew.
 
     Args:
         trt: the vendor module.
@@ -33,6 +34,7 @@ class TensorRTSession:
         self.inputs: Sequence[TensorSpec] = manifest.inputs
         self.outputs: Sequence[TensorSpec] = manifest.outputs
         self.provider = provider
+        self.streams = 1
         self._cuda = Cuda(device)
         self._logger = make_logger(trt)
         self._engine, self._runtime = load_engine(trt, plan, self._logger)

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -45,6 +45,7 @@ class Opened(NamedTuple):
     outputs: Tuple[TensorSpec, ...]
     provider: str
     load_ms: float
+    streams: int
 
 
 def _send(channel: socket.socket, content: Mapping[str, Any], arrays: Arrays) -> None:
@@ -77,6 +78,13 @@ def _receive(channel: socket.socket) -> Answer:
         raw = _receive_exactly(channel, kind.itemsize * int(np.prod(shape, dtype=np.int64)))
         arrays[name] = np.frombuffer(raw, kind).reshape(shape)
     return header["content"], arrays
+
+
+class Memory(NamedTuple):
+    """Bytes of a child: its largest resident set since the last `load`, and what it holds on GPUs now; each None where it cannot be read."""
+
+    peak_bytes: Optional[int]
+    device_bytes: Optional[int]
 
 
 class Worker:
@@ -133,10 +141,10 @@ class Worker:
         if self._process is None:
             self.spawn()
         content, _ = self._ask("open", opener=self._opener, path=str(self._path), options={**self._options._asdict(), "extra": dict(self._options.extra)})
-        return Opened(_specs(content["inputs"]), _specs(content["outputs"]), content["provider"], content["load_ms"])
+        return Opened(_specs(content["inputs"]), _specs(content["outputs"]), content["provider"], content["load_ms"], content["streams"])
 
     def load(self, images: np.ndarray) -> float:
-        """Bind buffers of images, uint8 [buffers, n, H, W, C], for timing; milliseconds of the first inference at this shape.
+        """Bind buffers of images, uint8 [buffers, n, H, W, C], for timing on every stream; milliseconds of the first inference at this shape.
 
         Also starts the measuring of peak memory anew.
 
@@ -151,7 +159,7 @@ class Worker:
         return WarmUp(**content)
 
     def block(self, iterations: int, first: int = 0, lead_in: int = 0) -> Block:
-        """Time runs of the loaded buffers; see `sampler.time_block`."""
+        """Time runs of the loaded buffers; see `sampler.time_streams`."""
         content, arrays = self._ask("block", iterations=iterations, first_index=first, lead_in=lead_in)
         return Block(arrays["host_ns"], arrays.get("device_ms"), **content)
 
@@ -159,11 +167,9 @@ class Worker:
         """Outputs by name for images uint8 [n, H, W, C]."""
         return self._ask("infer", {"images": images})[1]
 
-    def peak_memory(self) -> Optional[int]:
-        """Largest resident set in bytes since the last `load`, None where it cannot be read."""
-        content, _ = self._ask("peak_memory")
-        peak = content["bytes"]
-        return None if peak is None else int(peak)
+    def memory(self) -> Memory:
+        content, _ = self._ask("memory")
+        return Memory(**content)
 
     def kill(self) -> None:
         if self.alive:
@@ -208,7 +214,7 @@ _DOING = {
     "warm_up": "warming up",
     "block": "timing",
     "infer": "running",
-    "peak_memory": "reading the memory of",
+    "memory": "reading the memory of",
 }
 
 
@@ -235,7 +241,7 @@ class _Service:
 
     def __init__(self) -> None:
         self._session: Optional[Session] = None
-        self._loaded: Optional[Loaded] = None
+        self._loaded: List[Loaded] = []  # one a stream
 
     def open(self, arrays: Arrays, opener: str, path: str, options: Mapping[str, Any]) -> Answer:
         module, _, function = opener.partition(":")
@@ -245,20 +251,21 @@ class _Service:
         load_ms = seconds_since(start) * 1e3
         self._session = session
         inputs, outputs = [list(s) for s in session.inputs], [list(s) for s in session.outputs]
-        return {"inputs": inputs, "outputs": outputs, "provider": session.provider, "load_ms": load_ms}, {}
+        return {"inputs": inputs, "outputs": outputs, "provider": session.provider, "load_ms": load_ms, "streams": session.streams}, {}
 
     def load(self, arrays: Arrays) -> Answer:
         session = self._opened()
-        self._loaded = None  # lets go of the last batch size's buffers before new ones are made
+        self._loaded = []  # lets go of the last batch size's buffers before new ones are made
         host.reset_peak_memory()
-        self._loaded = session.load([self._feed(images) for images in arrays["images"]])
-        return {"first_inference_ms": sampler.time_once(self._loaded)}, {}
+        feeds = [self._feed(images) for images in arrays["images"]]
+        self._loaded = [session.load(feeds) for _ in range(session.streams)]
+        return {"first_inference_ms": sampler.time_once(self._loaded[0])}, {}
 
     def warm_up(self, arrays: Arrays, **limits: Any) -> Answer:
-        return sampler.warm_up(self._bound(), **limits)._asdict(), {}
+        return sampler.warm_up_streams(self._bound(), **limits)._asdict(), {}
 
     def block(self, arrays: Arrays, **extent: int) -> Answer:
-        timed = sampler.time_block(self._bound(), **extent)
+        timed = sampler.time_streams(self._bound(), **extent)
         answer = {"host_ns": timed.host_ns}
         if timed.device_ms is not None:
             answer["device_ms"] = timed.device_ms
@@ -267,11 +274,11 @@ class _Service:
     def infer(self, arrays: Arrays) -> Answer:
         return {}, self._opened().infer(self._feed(arrays["images"]))
 
-    def peak_memory(self, arrays: Arrays) -> Answer:
-        return {"bytes": host.peak_memory_bytes()}, {}
+    def memory(self, arrays: Arrays) -> Answer:
+        return Memory(host.peak_memory_bytes(), host.device_memory_bytes())._asdict(), {}
 
     def close(self) -> None:
-        self._loaded = None
+        self._loaded = []
         if self._session is not None:
             self._session.close()
 
@@ -280,8 +287,8 @@ class _Service:
             raise UsageError("no session is open in this worker", "call start() first")
         return self._session
 
-    def _bound(self) -> Loaded:
-        if self._loaded is None:
+    def _bound(self) -> Sequence[Loaded]:
+        if not self._loaded:
             raise UsageError("no inputs are bound in this worker", "call load() first")
         return self._loaded
 

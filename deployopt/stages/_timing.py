@@ -119,7 +119,7 @@ class Candidates:
         for key, artifact in artifacts.items():
             options = SessionOptions(self._threads, context.device, self.precision, dict(artifact.metadata.get("options") or {}))
             subjects.append(Subject(key, opener(self.backend), artifact.path, options))
-        settings = Settings(min_seconds=seconds, seed=context.seed, **({} if blocks is None else {"blocks": blocks}))
+        settings = Settings(min_seconds=seconds, seed=context.seed, blocks=Settings.blocks if blocks is None else blocks)
         shown = images.images(range(min(IMAGES * self.batch, len(images))))
         results = measure(subjects, shown, settings, context.progress, batch=self.batch, source="validation split")
         failed = [f"{key}: {result.reason}" for key, result in results.items() if isinstance(result, Failure)]

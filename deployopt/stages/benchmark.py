@@ -1,6 +1,7 @@
-"""Measure: accuracy and latency of every built artifact and of every torch variant, interleaved, as the report's rows.
+"""Measure: accuracy, latency and throughput of every built artifact and of every torch variant, interleaved, as the report's rows.
 
-One step reads everything. It is never cached: latency is measured anew in every run.
+One step reads everything. Each scenario (the run's own single stream; offline and other numbers of threads where the recipe asks for them) opens all
+sessions, times each batch size and closes them. It is never cached: latency is measured anew in every run.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from deployopt.bench.harness import Failure, Measured, Settings, Subject
+    from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject
+    from deployopt.bench.scenarios import Scenario
 
-version = 1
+version = 2
 not_after: frozenset[str] = frozenset()
 after: frozenset[str] = frozenset({"build"})
 cacheable = False
@@ -34,33 +36,52 @@ from_scratch = False
 distributions: tuple[str, ...] = ("numpy",)
 
 TORCH = "torch"
+SINGLE_STREAM: Literal["single_stream"] = "single_stream"
 
 
 class Config(StageConfig):
     batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1, strict=False)] = (1,)
     """Batch sizes; each is one interleaved comparison. Engines run up to the largest of `build.batch_sizes`."""
+    scenarios: Annotated[tuple[Literal["single_stream", "offline"], ...], Field(min_length=1, strict=False)] = (SINGLE_STREAM,)
+    """As in MLPerf Inference: `single_stream` asks one query after the other and its figure is latency; `offline` keeps a stream a CPU thread busy and its
+    figure is throughput. Budgets and the recommended row go by `single_stream`, which is therefore always measured."""
+    threads: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = ()
+    """Numbers of CPU threads to measure every scenario with beside the run's own."""
     min_seconds: PositiveFloat = 3.0
     """Timed seconds for each row."""
     blocks: int = Field(20, ge=20)
     """Blocks for each row; 20 are the fewest that give an honest interval of a ratio."""
     max_spread: PositiveFloat = 0.25
     """MAD/median of a row's samples above which it is marked invalid."""
+    max_drift: PositiveFloat = 0.15
+    """Relative change of the median from the first to the last third of a row's blocks, above which it is marked invalid."""
     max_contention: PositiveFloat = 0.25
     """Share of a row's threads for which other processes left no core, above which it is marked invalid."""
+    max_pressure: PositiveFloat = 0.5
+    """Share of the time in which something that could run waited for a CPU, by Linux's pressure files, above which a row is marked invalid."""
     max_steal_percent: PositiveFloat = 10.0
     """CPU time that the hypervisor gave to other guests, in percent of the cores, above which a row is marked invalid."""
     aa_repeats: int = Field(0, ge=0)
     """Measure every valid row against itself so many times more, each time in two new processes, and store how far it differed: the noise floor of
     `deployopt compare` between two stored reports. 3 give a usable one."""
+    max_clock_drop: PositiveFloat = 0.1
+    """Relative fall of a GPU's SM clock during the measurement above which its rows are marked invalid."""
     accuracy: bool = True
     """Score every artifact on the test split."""
 
-    @field_validator("batch_sizes")
+    @field_validator("batch_sizes", "scenarios", "threads")
     @classmethod
-    def _each_once(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        if repeated := [str(size) for size, times in Counter(sizes).items() if times > 1]:
+    def _each_once(cls, given: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        if repeated := [str(value) for value, times in Counter(given).items() if times > 1]:
             raise ValueError(f"{', '.join(repeated)} is given more than once")
-        return sizes
+        return given
+
+    @field_validator("scenarios")
+    @classmethod
+    def _with_latency(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if SINGLE_STREAM not in names:
+            raise ValueError(f"wants {SINGLE_STREAM} among them: budgets and the recommended row go by it")
+        return names
 
 
 def expand(config: Config, planning: Planning) -> list[Expansion]:
@@ -90,39 +111,81 @@ class _Candidate:
     def takes(self, batch: int) -> bool:
         return self.max_batch is None or batch <= self.max_batch
 
-    def at(self, batch: int) -> Row:
-        """Its row at one batch size, before it is measured."""
-        row = replace(self.row, batch=batch)
+    def at(self, scenario: Scenario, batch: int) -> Row:
+        """Its row in one scenario at one batch size, before it is measured."""
+        row = replace(self.row, batch=batch, threads=scenario.threads, scenario=scenario.name, sweep=scenario.sweep)
         if self.measurable and not self.takes(batch):
             reason = f"it was built for batches up to {self.max_batch}\n  → add {batch} to build.batch_sizes"
             row.status, row.reason = "failed", reason
         return row
 
 
-def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
-    """Open all sessions, time each batch size, score each artifact once.
+Results = Mapping[int, Mapping[str, "Measured | Failure"]]  # by batch size, then by candidate
 
-    Record: {"rows": [Row …] candidate by candidate, then batch by batch, "details": {variant: the task's details of its torch outputs}}.
+
+def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
+    """Measure every scenario, score each artifact once, in the first.
+
+    Record: {"rows": [Row …] candidate by candidate, then scenario by scenario, then batch by batch, "details": {variant: the task's details of its torch
+    outputs}}.
     """
-    from deployopt.bench.harness import Group, Settings, Subject
+    from deployopt.bench.scenarios import scenarios
 
     candidates = _candidates(context, expansion, inputs)
-    subjects = [Subject(c.key, c.opener, c.artifact.verified().path, c.options) for c in candidates if c.measurable and c.artifact is not None]
-    settings = Settings(
-        min_seconds=config.min_seconds,
-        blocks=config.blocks,
-        max_spread=config.max_spread,
-        max_contention=config.max_contention,
-        max_steal_percent=config.max_steal_percent,
-        seed=context.seed,
-    )
+    settings = _settings(config, context.seed)
     images = _timing_images(context, settings.buffers * max(config.batch_sizes))
-    with Group(subjects, settings, context.progress) as group:
-        results = {b: group.measure({c.key: images for c in candidates if c.measurable and c.takes(b)}, b, "test split") for b in sorted(config.batch_sizes)}
-        accuracies, details = _accuracies(context, config, expansion, candidates, group) if config.accuracy else ({}, {})
-    noise = _noise(context, config, subjects, results, settings, images) if config.aa_repeats else {}
+    results: dict[Scenario, Results] = {}
+    accuracies: dict[str, dict[str, Any]] = {}
+    details: dict[str, Any] = {}
+    noise: dict[tuple[str, int], dict[str, Any]] = {}
+    for scenario in scenarios(config.scenarios, context.threads, config.threads):
+        with _group(scenario, candidates, settings, context) as group:
+            results[scenario] = {b: group.measure(_shown(candidates, b, images), b, "test split") for b in sorted(config.batch_sizes)}
+            if config.accuracy and not scenario.sweep:
+                accuracies, details = _accuracies(context, config, expansion, candidates, group)
+        if config.aa_repeats and not scenario.sweep:
+            noise = _noise(context, config, _subjects(scenario, candidates), results[scenario], settings, images)
     rows = _rows(context, config, candidates, results, accuracies, noise)
     return StepResult(record={"rows": [row.to_json() for row in rows], "details": details})
+
+
+def _settings(config: Config, seed: int) -> Settings:
+    from deployopt.bench.disturbance import Limits
+    from deployopt.bench.harness import Settings
+
+    limits = Limits(
+        max_spread=config.max_spread,
+        max_drift=config.max_drift,
+        max_contention=config.max_contention,
+        max_pressure=config.max_pressure,
+        max_steal_percent=config.max_steal_percent,
+        max_clock_drop=config.max_clock_drop,
+    )
+    return Settings(min_seconds=config.min_seconds, blocks=config.blocks, limits=limits, seed=seed)
+
+
+def _group(scenario: Scenario, candidates: Sequence[_Candidate], settings: Settings, context: StageContext) -> Group:
+    """Sessions of all measurable candidates, to be opened for one scenario."""
+    from deployopt.bench.harness import Group
+
+    if scenario.sweep:
+        context.progress.log(f"{scenario.name} on {scenario.threads} threads")
+    return Group(_subjects(scenario, candidates), settings, context.progress)
+
+
+def _subjects(scenario: Scenario, candidates: Sequence[_Candidate]) -> list[Subject]:
+    from deployopt.bench.harness import Subject
+
+    return [
+        Subject(c.key, c.opener, c.artifact.verified().path, scenario.options(c.options), scenario.name)
+        for c in candidates
+        if c.measurable and c.artifact is not None
+    ]
+
+
+def _shown(candidates: Sequence[_Candidate], batch: int, images: NDArray[np.uint8]) -> dict[str, NDArray[np.uint8]]:
+    """What each candidate that takes this batch size is timed with."""
+    return {c.key: images for c in candidates if c.measurable and c.takes(batch)}
 
 
 def _candidates(context: StageContext, expansion: Expansion, inputs: Sequence[StepOutput]) -> list[_Candidate]:
@@ -166,11 +229,11 @@ def _candidate(context: StageContext, row: Row, artifact: Artifact | None, backe
     from deployopt.bench.artifacts import opener
 
     if artifact is not None:
-        row = replace(row, artifact={"path": _shown(artifact.path, context.run_folder), "sha256": artifact.sha256, "bytes": artifact.size_bytes})
+        row = replace(row, artifact={"path": _inside(artifact.path, context.run_folder), "sha256": artifact.sha256, "bytes": artifact.size_bytes})
     return _Candidate(row, artifact, opener(backend), options)
 
 
-def _shown(path: Path, run_folder: Path) -> str:
+def _inside(path: Path, run_folder: Path) -> str:
     """Relative to the run folder, so that no path of this machine is reported."""
     return path.relative_to(run_folder).as_posix() if path.is_relative_to(run_folder) else path.name
 
@@ -187,11 +250,11 @@ def _noise(
     context: StageContext,
     config: Config,
     subjects: Sequence[Subject],
-    results: Mapping[int, Mapping[str, Measured | Failure]],
+    results: Results,
     settings: Settings,
     images: NDArray[np.uint8],
 ) -> dict[tuple[str, int], dict[str, Any]]:
-    """A/A repeats of every valid row, by (key, batch)."""
+    """A/A repeats of every valid row of the run's own scenario, by (key, batch)."""
     from deployopt.bench.repeats import aa_repeats
 
     found: dict[tuple[str, int], dict[str, Any]] = {}
@@ -257,44 +320,53 @@ def _rows(
     context: StageContext,
     config: Config,
     candidates: Sequence[_Candidate],
-    results: Mapping[int, Mapping[str, Any]],
+    results: Mapping[Scenario, Results],
     accuracies: Mapping[str, dict[str, Any]],
     noise: Mapping[tuple[str, int], dict[str, Any]],
 ) -> list[Row]:
-    """Every candidate at every batch size, measured or with its reason, with its speed-ups and its file of samples."""
-    from deployopt.bench.harness import Measured, with_figures, write_samples
-
+    """Every candidate in every scenario at every batch size, measured or with its reason, with its speed-ups and its file of samples."""
     samples = context.run_folder / "samples"
     samples.mkdir(exist_ok=True)
     rows = []
     for candidate in candidates:
-        for batch in config.batch_sizes:
-            row, result = candidate.at(batch), results[batch].get(candidate.key)
-            if result is not None:
-                row = with_figures(row, result)
-            if isinstance(result, Measured):
-                row.noise = noise.get((candidate.key, batch))
-                row.samples = write_samples(result, row, samples).relative_to(context.run_folder).as_posix()
-            accuracy = accuracies.get(candidate.key)
-            if accuracy is not None and "error" in accuracy:
-                row.status, row.reason = "failed", accuracy["error"]
-            else:
-                row.accuracy = accuracy
-            rows.append(row)
-    return [_with_speedups(row, rows, candidates[0].row.variant, results[row.batch]) for row in rows]
+        for scenario, found in results.items():
+            for batch in config.batch_sizes:
+                row = _measured_row(context, candidate.at(scenario, batch), found[batch].get(candidate.key), samples)
+                if row.status == "ok" and not scenario.sweep:
+                    row.noise = noise.get((candidate.key, batch))
+                accuracy = accuracies.get(candidate.key)
+                if accuracy is not None and "error" in accuracy:
+                    row.status, row.reason = "failed", accuracy["error"]
+                else:
+                    row.accuracy = accuracy
+                rows.append(row)
+    by_sweep = {scenario.sweep: found for scenario, found in results.items()}
+    return [_with_speedups(row, rows, candidates[0].row.variant, by_sweep[row.sweep][row.batch]) for row in rows]
+
+
+def _measured_row(context: StageContext, row: Row, result: Measured | Failure | None, samples: Path) -> Row:
+    """The row with its figures; as it is where nothing was to be measured."""
+    from deployopt.bench.harness import Measured, with_figures, write_samples
+
+    if result is not None:
+        row = with_figures(row, result)
+    if isinstance(result, Measured):
+        row.samples = write_samples(result, row, samples).relative_to(context.run_folder).as_posix()
+    return row
 
 
 def _with_speedups(row: Row, rows: Sequence[Row], dense: str, results: Mapping[str, Any]) -> Row:
-    """Against the dense variant's FP32, and its fastest float precision, on the same backend at the same batch size (both must be valid)."""
+    """Against the dense variant's FP32, and its fastest float precision, on the same backend in the same scenario and batch size (both must be valid)."""
     from deployopt.bench.harness import speedup
 
     def result(of: Row) -> Any:
         return results[f"{of.variant}/{of.backend}/{of.precision}"]
 
-    baselines = [r for r in rows if (r.variant, r.backend, r.batch, r.status) == (dense, row.backend, row.batch, "ok") and r.precision in FLOAT_PRECISIONS]
+    wanted = (dense, row.backend, row.sweep, row.batch, "ok")
+    baselines = [r for r in rows if (r.variant, r.backend, r.sweep, r.batch, r.status) == wanted and r.precision in FLOAT_PRECISIONS]
     if row.status != "ok" or not baselines:
         return row
-    fastest = min(baselines, key=lambda r: result(r).host["p50"])
+    fastest = max(baselines, key=lambda r: speedup(result(row), result(r))[0])
     value_best, _ = speedup(result(fastest), result(row))
     fp32 = next((r for r in baselines if r.precision == "fp32"), None)
     value, interval = speedup(result(fp32), result(row)) if fp32 is not None else (None, None)

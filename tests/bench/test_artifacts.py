@@ -24,6 +24,11 @@ def onnxruntime_opener(monkeypatch):
 
 
 @pytest.fixture
+def no_vendor(monkeypatch):
+    monkeypatch.setattr(bench_files, "opener", lambda backend: "worker_openers:missing")
+
+
+@pytest.fixture
 def model(tmp_path):
     return tiny_onnx.convolution(tmp_path / "tiny.onnx")
 
@@ -260,3 +265,37 @@ def test_a_run_folder_is_everything_that_it_measured(tmp_path, model):
     document["rows"][0]["latency_ms"] = {"host": {"p50": 1.0}}
     (run / "report.json").write_text(json.dumps(document))
     assert [r.variant for r in bench(run)] == ["qat/onnxruntime/fp32"]
+
+
+def test_outputs_that_are_no_numbers_fail_their_row_alone(tmp_path, model):
+    nan = onnx.load(model)
+    head = next(w for w in nan.graph.initializer if w.name == "head")
+    head.CopyFrom(onnx.numpy_helper.from_array(np.full((8, 10), np.nan, np.float32), "head"))
+    onnx.save(nan, tmp_path / "nan.onnx")
+    good, bad = bench(model, tmp_path / "nan.onnx", batch_sizes=(2,))
+    assert good.latency_ms is not None
+    assert (bad.status, bad.reason) == ("failed", "its outputs are NaN or infinite for batches of 2")
+    assert bad.latency_ms is None
+
+
+def test_an_empty_file_is_named(tmp_path):
+    for name in ("empty.onnx", "empty.engine"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ArtifactMismatch, match=r"empty\.onnx is not an ONNX model: it holds no graph"):
+        bench(tmp_path / "empty.onnx")
+    with pytest.raises(ArtifactCorrupt, match=r"empty\.engine"):
+        bench(tmp_path / "empty.engine")
+
+
+def test_offline_compares_throughputs(model):
+    row, same = bench(model, model, scenario="offline", threads=2)
+    assert (row.scenario, row.threads, row.contract["streams"]) == ("offline", 2, 2)
+    assert row.throughput_ci95[0] <= row.throughput_ci95[1]
+    assert same.speedup == pytest.approx(1, abs=0.5)
+
+
+@pytest.mark.usefixtures("no_vendor")
+def test_a_runtime_that_is_lacking_makes_its_row_unavailable(model):
+    row, other = bench(model, model)
+    assert (row.status, other.status) == ("unavailable", "unavailable")
+    assert "nosuch" in row.reason

@@ -1,18 +1,21 @@
 import os
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny_onnx
 
 from deployopt.artifact import Row
+from deployopt.bench.disturbance import Limits
 from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject, make_buffers, measure, speedup, with_figures, write_samples
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
 # tests share the machine with anything: what they assert is the bookkeeping and the ratios, not the quiet
-SETTINGS = Settings(min_seconds=0.2, max_spread=100.0, max_contention=100.0, max_steal_percent=100.0, timeout_s=60.0)
+LENIENT = Limits(max_spread=100.0, max_drift=100.0, max_contention=100.0, max_pressure=100.0, max_steal_percent=100.0)
+SETTINGS = Settings(min_seconds=0.2, limits=LENIENT, timeout_s=60.0)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,7 @@ def test_the_contract_says_how(results):
     assert contract["inputs"] == {"buffers": 8, "shape": [2, 16, 16, 3], "images": 20, "source": "test images"}
     assert contract["spread"]["limit"] == 100.0
     assert contract["duration_s"] >= 0.15
-    assert {"steal_percent", "other_cpu_percent", "load_average", "frequency_mhz", "gpus"} == set(contract["load"])
+    assert {"steal_percent", "other_cpu_percent", "pressure_percent", "drift_percent", "load_average", "frequency_mhz", "gpus"} == set(contract["load"])
 
 
 def test_ratios_across_comparisons_are_refused(results, model):
@@ -92,7 +95,7 @@ def test_ratios_across_comparisons_are_refused(results, model):
 
 
 def test_spread_beyond_the_limit_is_invalid(model):
-    settings = Settings(min_seconds=0.1, max_spread=1e-9, max_contention=100.0, max_steal_percent=100.0)
+    settings = Settings(min_seconds=0.1, limits=replace(LENIENT, max_spread=1e-9))
     found = measure([subject("a", model)], IMAGES, settings, SilentProgress())["a"]
     assert "MAD/median" in found.invalid
     row = with_figures(Row("v", "onnxruntime", "fp32", 1, "ok"), found)
@@ -106,17 +109,19 @@ def test_other_load_is_seen(model):
 
     burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(len(os.sched_getaffinity(0)))]
     try:
-        found = measure([subject("a", model)], IMAGES, Settings(min_seconds=0.5, max_contention=0.25), SilentProgress())["a"]
+        found = measure([subject("a", model)], IMAGES, Settings(min_seconds=0.5), SilentProgress())["a"]
     finally:
         for burner in burners:
             burner.kill()
             burner.wait()
     assert found.contract["load"]["other_cpu_percent"] > 25
+    pressure = found.contract["load"]["pressure_percent"]
+    assert pressure is None or pressure > 25  # None: this kernel keeps no pressure stall information
     assert "other processes used" in found.invalid
 
 
 def test_a_slow_subject_stops_in_time_and_says_so(model):
-    settings = Settings(min_seconds=0.2, max_seconds=0.05, max_spread=100.0)
+    settings = Settings(min_seconds=0.2, max_seconds=0.05, limits=LENIENT)
     found = measure([subject("a", model)], IMAGES, settings, SilentProgress())["a"]
     assert found.contract["blocks"] < 20
     assert any("blocks within" in flag for flag in found.contract["flags"])

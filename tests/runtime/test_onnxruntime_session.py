@@ -8,6 +8,7 @@ from deployopt.graph.canonical import canonicalize
 from deployopt.graph.dialects import to_unsigned
 from deployopt.runtime import host
 from deployopt.runtime.onnxruntime_session import create, create_exact, lacks_vnni, open_session
+from deployopt.runtime.sampler import time_streams
 from deployopt.runtime.session import SessionOptions, TensorSpec
 
 
@@ -101,3 +102,11 @@ def test_vnni_is_read_from_the_isa():
     assert not lacks_vnni(["avx2", "avx_vnni"])
     assert not lacks_vnni(["avx2", "avx512_vnni"])
     assert not lacks_vnni(["neon"])
+
+
+def test_streams_run_one_session_at_once(path):
+    with open_session(path, SessionOptions(threads=1, streams=2)) as session:
+        assert session.streams == 2
+        streams = [session.load([{"image": images(2, seed)}]) for seed in (1, 2)]
+        assert len(time_streams(streams, 20).host_ns) == 20
+        np.testing.assert_allclose(session.infer({"image": images(2)})["logits"], run(residual(), images(2)), atol=1e-4)

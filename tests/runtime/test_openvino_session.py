@@ -10,6 +10,7 @@ from deployopt.errors import ArtifactMismatch, BackendUnavailable, UsageError
 from deployopt.graph.canonical import canonicalize
 from deployopt.graph.dialects import to_openvino
 from deployopt.runtime.openvino_session import compile_model, load_vendor, not_offered, open_session
+from deployopt.runtime.sampler import time_streams
 from deployopt.runtime.session import SessionOptions, TensorSpec
 
 
@@ -104,3 +105,12 @@ def test_importing_openvino_sends_nothing():
         "print(sorted(m for m in sys.modules if m.split('.')[0] == 'openvino_telemetry'))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_streams_are_what_was_asked_for_and_run_at_once(path):
+    compiled = compile_model(path, SessionOptions(threads=1, streams=2))
+    assert (compiled.get_property("NUM_STREAMS"), compiled.get_property("INFERENCE_NUM_THREADS")) == (2, 2)
+    with open_session(path, SessionOptions(threads=1, streams=2)) as session:
+        assert session.streams == 2
+        streams = [session.load([{"image": images(2, seed)}]) for seed in (1, 2)]
+        assert len(time_streams(streams, 20).host_ns) == 20

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from deployopt.runtime.clock import resolution_ns
-from deployopt.runtime.sampler import time_block, time_once, warm_up
+from deployopt.runtime.sampler import time_block, time_once, time_streams, warm_up, warm_up_streams
 
 
 class Steps:
@@ -97,3 +97,40 @@ def test_time_once_is_in_milliseconds():
 
 def test_clock_shows_steps_below_a_microsecond():
     assert 0 < resolution_ns() < 1000
+
+
+def test_streams_run_at_once_and_share_the_runs():
+    streams = [Steps(0.01), Steps(0.01)]
+    block = time_streams(streams, 20, first_index=4, lead_in=1)
+    timed = [stream.indices[1:] for stream in streams]
+    assert [stream.indices[0] for stream in streams] == [3, 3]
+    assert sorted(timed[0] + timed[1]) == list(range(4, 24))
+    assert min(map(len, timed)) >= 5
+    assert len(block.host_ns) == 20
+    assert (block.host_ns >= 10_000_000).all()
+    assert block.wall_s < 0.9 * block.host_ns.sum() * 1e-9
+    assert not any(streams[0].collecting)
+
+
+def test_one_stream_is_a_block():
+    loaded = Steps(device_ms=0.25)
+    block = time_streams([loaded], 3)
+    assert loaded.indices == [0, 1, 2]
+    assert block.device_ms.tolist() == [0.25, 0.25, 0.25]
+
+
+def test_a_stream_that_fails_ends_the_block():
+    class Failing(Nothing):
+        def run(self, index):
+            raise RuntimeError("out of memory")
+
+    for lead_in in (0, 1):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            time_streams([Nothing(), Failing()], 10, first_index=5, lead_in=lead_in)
+
+
+def test_streams_are_warmed_up_together():
+    found = warm_up_streams([Steps(0.004), Steps(0.004)], min_seconds=0.05)
+    assert found.runs >= 20
+    assert 2.0 <= found.estimate_ms < 4.0
+    assert warm_up_streams([Steps(0.002)], min_seconds=0.05).estimate_ms >= 2.0

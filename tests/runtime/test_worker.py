@@ -42,7 +42,7 @@ def test_session_answers_from_its_child(model, opener):
         assert block.host_ns.shape == (50,)
         assert (block.host_ns > 0).all()
         outputs = w.infer(IMAGES[0])
-        assert w.peak_memory() > 10 << 20
+        assert w.memory().peak_bytes > 10 << 20
     expected = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"]).run(None, {"input": to_feed(IMAGES[0])})[0]
     np.testing.assert_allclose(outputs["logits"], expected, rtol=1e-4, atol=1e-5)
 

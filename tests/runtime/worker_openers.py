@@ -26,6 +26,8 @@ class _Loaded:
 
 
 class _Session:
+    streams = 1
+
     def load(self, feeds):
         return _Loaded(self, feeds)
 

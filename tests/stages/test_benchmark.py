@@ -38,9 +38,9 @@ class Split:
 
 @pytest.fixture
 def context(tmp_path, monkeypatch):
-    """A run whose sessions are the tests' own: NaN outputs for the backend "nan", ONNX Runtime's for all others, "torch" included."""
-    names = {"nan": "NanSession"}
-    monkeypatch.setattr(bench_artifacts, "opener", lambda backend: f"worker_openers:{names.get(backend, 'OnnxRuntimeSession')}")
+    """A run whose sessions are the tests' own: NaN outputs for "nan", OpenVINO for "real_openvino", ONNX Runtime for all others, "torch" included."""
+    names = {"nan": "worker_openers:NanSession", "real_openvino": "deployopt.runtime.openvino_session:open_session"}
+    monkeypatch.setattr(bench_artifacts, "opener", lambda backend: names.get(backend, "worker_openers:OnnxRuntimeSession"))
     (tmp_path / "step").mkdir()
     dataset = SimpleNamespace(test=Split(40), classes=tuple("0123456789"))
     return StageContext(
@@ -67,7 +67,8 @@ def output(context, point, record, **model):
 
 
 def config(**options):
-    return benchmark.Config(min_seconds=0.1, max_spread=100.0, max_contention=100.0, max_steal_percent=100.0, **options)  # quiet is not what is tested
+    quiet = ("max_spread", "max_drift", "max_contention", "max_pressure", "max_steal_percent")  # not what is tested
+    return benchmark.Config(min_seconds=0.1, **dict.fromkeys(quiet, 100.0), **options)
 
 
 def test_expand_reads_variants_and_what_was_built():
@@ -184,3 +185,32 @@ def test_a_a_repeats_are_stored_with_the_row(context):
     (row,) = record["rows"]
     assert [len(values) for values in row["noise"].values()] == [3, 3, 1]
     assert row["noise"]["p50_ms"][0] == row["latency_ms"]["host"]["p50"]
+
+
+def test_offline_and_other_threads_are_rows_of_their_own(context):
+    onnxruntime, openvino = built("dense", "fp32", "03"), built("dense", "fp32", "04", "real_openvino")
+    outputs = [
+        output(context, DENSE, {}, layers=1),
+        output(context, onnxruntime, {"status": "ok"}, layers=1),
+        output(context, openvino, {"status": "ok"}, layers=1),
+    ]
+    settings = config(scenarios=["offline", "single_stream"], threads=[2], accuracy=False)
+    record = benchmark.run(context, settings, Expansion(inputs=(DENSE, onnxruntime, openvino)), outputs).record
+    rows = {(r["backend"], r["sweep"]): r for r in record["rows"]}
+    assert [r["sweep"] for r in record["rows"]] == ["", "offline", "t2", "offline-t2"] * 3
+    assert {r["status"] for r in record["rows"]} == {"ok"}
+    offline, single = rows["real_openvino", "offline-t2"], rows["real_openvino", "t2"]
+    assert (offline["scenario"], offline["threads"], offline["contract"]["streams"]) == ("offline", 2, 2)
+    assert (single["scenario"], single["threads"], single["contract"]["streams"]) == ("single_stream", 2, 1)
+    assert offline["notes"] == []
+    assert offline["throughput_ci95"][0] <= offline["throughput_ci95"][1]
+    assert offline["samples"] == "samples/dense-real_openvino-fp32-b1-offline-t2.json"
+    assert rows["onnxruntime", "offline-t2"]["contract"]["streams"] == 1
+    assert "one stream only" in rows["onnxruntime", "offline-t2"]["notes"][0]
+    assert rows["onnxruntime", "offline"]["speedup"] == 1.0
+
+
+@pytest.mark.parametrize("bad", [{"scenarios": ["offline"]}, {"scenarios": ["server"]}, {"threads": [0]}, {"threads": [2, 2]}])
+def test_sweeps_are_strict(bad):
+    with pytest.raises(ValidationError):
+        benchmark.Config(**bad)

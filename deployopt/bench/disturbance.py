@@ -1,0 +1,181 @@
+"""What disturbed a measurement: other load, steal, throttling, falling clocks, drift, spread. Beyond a limit a row is invalid, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deployopt.bench.environment import Condition
+from deployopt.runtime import host
+from deployopt.runtime.host import CpuTimes
+
+DRIFT_BLOCKS = 9  # fewer have no thirds to speak of
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Above which a row is invalid.
+
+    Attributes:
+        max_spread: MAD / median of all samples.
+        max_drift: change of the median of block medians from the first to the last third of the blocks, relative.
+        max_contention: share of its threads for which others left no core.
+        max_pressure: share of the time in which something that could run waited for a CPU.
+        max_steal_percent: CPU time that the hypervisor gave to other guests, percent of the cores.
+        max_clock_drop: fall of a GPU's SM clock from the end of the warm-up to the end of the rounds, relative.
+    """
+
+    max_spread: float = 0.25
+    max_drift: float = 0.15
+    max_contention: float = 0.25
+    max_pressure: float = 0.5
+    max_steal_percent: float = 10.0
+    max_clock_drop: float = 0.1
+
+
+class Counters(NamedTuple):
+    """What the kernel has counted since boot; each None where it does not say."""
+
+    cpu: CpuTimes | None
+    pressure_s: float | None
+
+    @staticmethod
+    def now() -> Counters:
+        return Counters(host.cpu_times(), host.cpu_pressure_s())
+
+
+class Load:
+    """CPU time that others took while blocks of one row were timed. Time between its blocks does not count."""
+
+    def __init__(self) -> None:
+        self._wall_s = self._other_s = self._stolen_s = self._waited_s = 0.0
+        self._cpu_known = self._pressure_known = True
+
+    def add(self, before: Counters, after: Counters, wall_s: float, own_cpu_s: float) -> None:
+        """One block: counters on either side, its wall time, and the CPU time of the timed process."""
+        self._wall_s += wall_s
+        if before.cpu is None or after.cpu is None:
+            self._cpu_known = False
+        else:
+            self._other_s += after.cpu.busy_s - before.cpu.busy_s - own_cpu_s
+            self._stolen_s += after.cpu.stolen_s - before.cpu.stolen_s
+        if before.pressure_s is None or after.pressure_s is None:
+            self._pressure_known = False
+        else:
+            self._waited_s += after.pressure_s - before.pressure_s
+
+    @property
+    def other_cores(self) -> float | None:
+        """Cores' worth of CPU time that other processes used, on average."""
+        return self._share(self._other_s, self._cpu_known)
+
+    @property
+    def stolen_cores(self) -> float | None:
+        """Cores' worth of CPU time that the hypervisor gave to other guests, on average."""
+        return self._share(self._stolen_s, self._cpu_known)
+
+    @property
+    def pressure(self) -> float | None:
+        """Share of the time in which something that could run waited for a CPU."""
+        return self._share(self._waited_s, self._pressure_known)
+
+    def _share(self, seconds: float, known: bool) -> float | None:
+        return max(0.0, seconds) / self._wall_s if known and self._wall_s > 0 else None
+
+
+class Observed(NamedTuple):
+    """All that is known of how a row was measured.
+
+    Attributes:
+        block_medians: in the order of the rounds, any unit.
+        spread: MAD / median of all samples.
+        threads: CPU threads that it computes with. device: that executes, "cpu" or "cuda:N".
+        before, after: the machine at the end of the warm-up and of the rounds.
+    """
+
+    block_medians: Sequence[float]
+    spread: float
+    load: Load
+    threads: int
+    device: str
+    before: Condition
+    after: Condition
+
+
+def drift(block_medians: Sequence[float]) -> float | None:
+    """Change from the first to the last third of the blocks, relative to the first; None with too few blocks."""
+    third = len(block_medians) // 3
+    if len(block_medians) < DRIFT_BLOCKS:
+        return None
+    return float(np.median(block_medians[-third:]) / np.median(block_medians[:third]) - 1)
+
+
+def faults(seen: Observed, limits: Limits, cores: int) -> list[str]:
+    """Reasons why a row is invalid, one sentence each; [] for a quiet machine."""
+    if seen.device == "cpu":
+        found = ["the CPU throttled for heat"] if (seen.after.throttles or 0) > (seen.before.throttles or 0) else []
+    else:
+        found = [f"throttled: {reason}" for reason in _gpu_throttling(seen.before, seen.after)]
+        found += _clock_drops(seen, limits)
+    steal = _percent(seen.load.stolen_cores, cores)
+    if steal is not None and steal > limits.max_steal_percent:
+        found.append(f"the hypervisor took {steal:.0f} % of the CPU time (limit {limits.max_steal_percent:g} %)")
+    lacking = max(0.0, (seen.load.other_cores or 0.0) + seen.threads - max(cores, seen.threads))
+    if lacking / seen.threads > limits.max_contention:
+        found.append(f"other processes used {seen.load.other_cores:.1f} of {cores} cores beside its {seen.threads} threads")
+    pressure = seen.load.pressure
+    if pressure is not None and pressure > limits.max_pressure:
+        found.append(f"processes waited for a CPU {100 * pressure:.0f} % of the time (limit {100 * limits.max_pressure:g} %)")
+    moved = drift(seen.block_medians)
+    if moved is not None and abs(moved) > limits.max_drift:
+        found.append(f"it drifted by {100 * moved:+.0f} % from the first to the last third of its blocks (limit {100 * limits.max_drift:g} %)")
+    if seen.spread > limits.max_spread:
+        found.append(f"MAD/median is {seen.spread:.2f} (limit {limits.max_spread:g})")
+    return found
+
+
+def flags(load: Load, limits: Limits, cores: int) -> list[str]:
+    """What a reader should know of other load, and what does not make a row invalid by itself."""
+    used = _percent(load.other_cores, cores)
+    if used is None:
+        return ["other load unknown"]
+    return [f"other processes used {used:.0f} % of the cores"] if used > 100 * limits.max_contention else []
+
+
+def contract(seen: Observed, cores: int) -> dict[str, Any]:
+    """The contract's `load`: what else used the machine, and its clocks, temperatures and power before and after."""
+    pressure, moved, before, after = seen.load.pressure, drift(seen.block_medians), seen.before, seen.after
+    return {
+        "steal_percent": _percent(seen.load.stolen_cores, cores),
+        "other_cpu_percent": _percent(seen.load.other_cores, cores),
+        "pressure_percent": None if pressure is None else round(100 * pressure, 2),
+        "drift_percent": None if moved is None else round(100 * moved, 2),
+        "load_average": [before.load_average, after.load_average],
+        "frequency_mhz": [before.frequency_mhz, after.frequency_mhz],
+        "gpus": [{"name": gpu["name"], "before": _state(gpu), "after": _state(late)} for gpu, late in zip(before.gpus, after.gpus, strict=True)],
+    }
+
+
+def _gpu_throttling(*conditions: Condition) -> list[str]:
+    """Reasons for which a GPU throttled at any of the moments."""
+    return sorted({f"{gpu['name']}: {reason}" for condition in conditions for gpu in condition.gpus for reason in gpu["throttled"] or []})
+
+
+def _clock_drops(seen: Observed, limits: Limits) -> list[str]:
+    found = []
+    for early, late in zip(seen.before.gpus, seen.after.gpus, strict=True):
+        first, last = early["sm_clock_mhz"], late["sm_clock_mhz"]
+        if first and last is not None and 1 - last / first > limits.max_clock_drop:
+            found.append(f"the SM clock of {early['name']} fell from {first} to {last} MHz (limit {100 * limits.max_clock_drop:g} %)")
+    return found
+
+
+def _percent(used_cores: float | None, cores: int) -> float | None:
+    return None if used_cores is None else round(100 * used_cores / cores, 2)
+
+
+def _state(gpu: dict[str, Any]) -> dict[str, Any]:
+    return {key: gpu[key] for key in ("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "power_w", "throttled")}

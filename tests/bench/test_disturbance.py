@@ -1,0 +1,103 @@
+import pytest
+
+from deployopt.bench import disturbance
+from deployopt.bench.disturbance import Counters, Limits, Load, Observed
+from deployopt.bench.environment import Condition
+from deployopt.runtime.host import CpuTimes
+
+STEADY = [1.0] * 21
+
+
+def condition(clock=1500, *reasons, throttles=0):
+    gpu = {"name": "GPU", "sm_clock_mhz": clock, "memory_clock_mhz": 900, "temperature_c": 60, "power_w": 100.0, "throttled": list(reasons)}
+    return Condition(3000.0, 0.1, throttles, [gpu])
+
+
+def load(*, other_s=0.0, stolen_s=0.0, waited_s=0.0, own_s=2.0, wall_s=2.0):
+    """Of one block in which the timed process itself used `own_s`."""
+    found = Load()
+    found.add(Counters(CpuTimes(100.0, 5.0), 50.0), Counters(CpuTimes(100.0 + own_s + other_s, 5.0 + stolen_s), 50.0 + waited_s), wall_s, own_s)
+    return found
+
+
+def observed(**facts):
+    quiet = {"block_medians": STEADY, "spread": 0.01, "load": load(), "threads": 1, "device": "cpu", "before": condition(), "after": condition()}
+    return Observed(**{**quiet, **facts})
+
+
+def faults(**facts):
+    return disturbance.faults(observed(**facts), Limits(), cores=2)
+
+
+def test_a_quiet_machine_has_no_faults():
+    assert faults() == []
+    assert faults(device="cuda:0") == []
+    assert disturbance.flags(load(), Limits(), cores=2) == []
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"spread": 0.3}, "MAD/median is 0.30 (limit 0.25)"),
+        ({"block_medians": [1.0] * 7 + [1.1] * 7 + [1.2] * 7}, "it drifted by +20 % from the first to the last third of its blocks (limit 15 %)"),
+        ({"block_medians": [1.25] * 7 + [1.1] * 7 + [1.0] * 7}, "it drifted by -20 % from the first to the last third of its blocks (limit 15 %)"),
+        ({"load": load(stolen_s=0.8)}, "the hypervisor took 20 % of the CPU time (limit 10 %)"),
+        ({"load": load(other_s=1.2), "threads": 2}, "other processes used 0.6 of 2 cores beside its 2 threads"),
+        ({"load": load(waited_s=1.2)}, "processes waited for a CPU 60 % of the time (limit 50 %)"),
+        ({"after": condition(throttles=3)}, "the CPU throttled for heat"),
+        ({"device": "cuda:0", "after": condition(1200)}, "the SM clock of GPU fell from 1500 to 1200 MHz (limit 10 %)"),
+        ({"device": "cuda:0", "before": condition(1500, "software power cap")}, "throttled: GPU: software power cap"),
+    ],
+)
+def test_each_disturbance_is_named(facts, said):
+    assert faults(**facts) == [said]
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"block_medians": [1.0, 2.0] * 10},  # unsteady, and not drifting
+        {"block_medians": [1.0, 2.0, 3.0]},  # too few for thirds
+        {"load": load(other_s=1.0), "threads": 1},  # the second core was free for others
+        {"after": condition(1200)},  # a GPU's clock does not concern the CPU
+        {"after": condition(1500, "hardware slowdown")},
+        {"device": "cuda:0", "after": condition(1500, throttles=3)},
+    ],
+)
+def test_what_does_not_concern_a_row_is_no_fault(facts):
+    assert faults(**facts) == []
+
+
+def test_several_disturbances_are_all_named():
+    assert len(faults(spread=1.0, load=load(stolen_s=2.0, waited_s=2.0))) == 3
+
+
+def test_load_leaves_out_the_timed_process():
+    found = Load()
+    found.add(Counters(CpuTimes(100.0, 5.0), 1.0), Counters(CpuTimes(103.0, 5.5), 1.5), wall_s=2.0, own_cpu_s=2.0)
+    found.add(Counters(CpuTimes(110.0, 6.0), 9.0), Counters(CpuTimes(113.0, 6.5), 9.5), wall_s=2.0, own_cpu_s=2.0)
+    assert found.other_cores == pytest.approx(0.5)
+    assert found.stolen_cores == pytest.approx(0.25)
+    assert found.pressure == pytest.approx(0.25)
+
+
+def test_what_cannot_be_read_is_unknown_and_no_fault():
+    found = Load()
+    found.add(Counters(None, None), Counters(None, None), wall_s=1.0, own_cpu_s=1.0)
+    assert (found.other_cores, found.stolen_cores, found.pressure) == (None, None, None)
+    assert faults(load=found) == []
+    assert disturbance.flags(found, Limits(), cores=2) == ["other load unknown"]
+    contract = disturbance.contract(observed(load=found), cores=2)
+    assert (contract["steal_percent"], contract["pressure_percent"], contract["drift_percent"]) == (None, None, 0.0)
+
+
+def test_the_contract_holds_the_gpu_before_and_after():
+    found = disturbance.contract(observed(after=condition(1400, "hardware slowdown")), cores=2)
+    assert found["gpus"][0]["before"]["sm_clock_mhz"] == 1500
+    assert found["gpus"][0]["after"] == {
+        "sm_clock_mhz": 1400,
+        "memory_clock_mhz": 900,
+        "temperature_c": 60,
+        "power_w": 100.0,
+        "throttled": ["hardware slowdown"],
+    }
