@@ -29,7 +29,7 @@ class Limits:
     """
 
     max_spread: float = 0.25
-    max_drift: float = 0.15
+    max_drift: float = 0.3
     max_contention: float = 0.25
     max_pressure: float = 0.5
     max_steal_percent: float = 10.0

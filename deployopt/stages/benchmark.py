@@ -53,7 +53,7 @@ class Config(StageConfig):
     """Blocks for each row; 20 are the fewest that give an honest interval of a ratio."""
     max_spread: PositiveFloat = 0.25
     """MAD/median of a row's samples above which it is marked invalid."""
-    max_drift: PositiveFloat = 0.15
+    max_drift: PositiveFloat = 0.3
     """Relative change of the median from the first to the last third of a row's blocks, above which it is marked invalid."""
     max_contention: PositiveFloat = 0.25
     """Share of a row's threads for which other processes left no core, above which it is marked invalid."""
