@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= recipes/resnet18_int8.yaml
 
-.PHONY: demo test test-recipes check setup setup-test lint format types layers docker schema clean
+.PHONY: demo test test-main-recipe test-recipes check setup setup-test lint format types layers docker schema clean
 
 demo: $(VENV)/.installed
 	$(BIN)/deployopt run $(RECIPE)
@@ -12,12 +12,16 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/pytest -n 2 --dist loadfile -m "not recipe"
 
-# Shipped recipes to their end: the main one trained as shipped on all cores, then three others on small data.
+# The main recipe to its end, trained as shipped, on all cores.
+test-main-recipe: $(VENV)/.installed-test
+	$(BIN)/pytest tests/pipeline/test_main_recipe.py
+
+# Every shipped recipe to its end, the others on small data: before a release, since CI has time for the main one only.
 test-recipes: $(VENV)/.installed-test
 	$(BIN)/pytest -m recipe
 
 # The same checks as .ci/run.
-check: lint types layers docker test test-recipes
+check: lint types layers docker test test-main-recipe
 
 setup: $(VENV)/.installed
 setup-test: $(VENV)/.installed-test

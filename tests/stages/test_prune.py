@@ -82,7 +82,11 @@ def test_a_latency_that_nothing_reaches_says_the_best(start: list[StepOutput]) -
 
 @pytest.mark.slow  # each candidate is exported, built and timed
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
-def test_a_latency_is_reached_by_real_sessions_and_the_choice_is_reused(run_stages, start: list[StepOutput], tmp_path: Path, backend: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_latency_is_reached_by_real_sessions_and_the_choice_is_reused(  # type: ignore[no-untyped-def]
+    run_stages, start: list[StepOutput], tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_latency, "TOLERANCE", 0.15)  # a search of few candidates
+    monkeypatch.setattr(_latency, "CONFIRMING_SECONDS", 1.0)
     wanted = config(target={"latency": {"backend": backend, "ratio": 0.85}}, if_not_faster="warn")  # of a network whose channels are not all that takes time
     stored = tmp_path / "choices.json"
     first = run_stages(tmp_path / "first", [(prune, wanted)], start, choices=StoredChoices(stored))[-1]
