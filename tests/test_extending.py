@@ -33,6 +33,8 @@ TINY = DATA + overrides(
     "stages.benchmark.min_seconds=0.1",
     "stages.benchmark.max_spread=100",  # other tests run beside this one: what is tested is that it measures, not how fast it is
     "stages.benchmark.max_contention=100",
+    "stages.benchmark.max_drift=100",
+    "stages.benchmark.max_pressure=100",
     "stages.benchmark.max_steal_percent=100",
 )
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import tiny_onnx
@@ -7,6 +8,7 @@ from deployopt import report as reports
 from deployopt.artifact import Row
 from deployopt.bench.artifacts import natural_noise
 from deployopt.bench.comparison import Gates, compare
+from deployopt.bench.disturbance import Limits
 from deployopt.bench.harness import Settings, Subject, measure, with_figures, write_samples
 from deployopt.bench.repeats import aa_repeats
 from deployopt.bench.rerun import Plan, measure_pair, rerun, summarize
@@ -15,7 +17,8 @@ from deployopt.runtime.hashing import sha256_file
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
 
-LOUD = Settings(min_seconds=0.05, max_spread=100.0, max_contention=100.0, max_steal_percent=100.0)  # quiet is not what is tested
+ANY = Limits(max_spread=100.0, max_drift=100.0, max_contention=100.0, max_pressure=100.0, max_steal_percent=100.0)  # quiet is not what is tested
+LOUD = Settings(min_seconds=0.05, limits=ANY)
 IMAGES = natural_noise(8, 16, 16, 3, 0)
 QUICK = Plan(lifetimes=3, precision=100.0, seconds=0.05, settings=LOUD)
 
@@ -75,7 +78,7 @@ def test_what_cannot_be_measured_again_says_why(runs, tmp_path):
 def test_lifetimes_are_added_until_the_interval_is_narrow_and_noise_is_said(runs):
     path = runs[0].folder / "model.onnx"
     pair = tuple(Subject(side, "worker_openers:OnnxRuntimeSession", path) for side in ("base", "new"))
-    strict = Settings(max_spread=1e-9, max_contention=100.0, max_steal_percent=100.0)
+    strict = Settings(limits=replace(ANY, max_spread=1e-9))
     narrow, wide = (measure_pair(pair, 1, Plan(3, precision, 0.02, settings=strict), SilentProgress()) for precision in (0.0, 100.0))
     assert (len(narrow), len(wide)) == (6, 3)
     assert summarize(wide).noise.startswith("3 of 3 lifetimes were noisy, as the interval shows: MAD/median")
