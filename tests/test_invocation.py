@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from distributions import install
 
 from deployopt import load_recipe, pipeline
 from deployopt.errors import DeviceUnavailable, RecipeError, UsageError
@@ -147,17 +148,9 @@ def test_only_steps_that_train_are_keyed_by_the_processes(recipe: Path) -> None:
 @pytest.fixture
 def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Installed stages: `mimic`, which trains from scratch as finetune does, and `hollow`, which is none."""
-    info = tmp_path / "trainers-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: trainers\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[deployopt.stages]\nmimic = trainers.mimic\nhollow = trainers.hollow\n")
-    package = tmp_path / "trainers"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "mimic.py").write_text("from deployopt.stages.finetune import *\n")
-    (package / "hollow.py").write_text(
-        "from deployopt.stages.finetune import Config, after, cacheable, distributions, expand, not_after, run, timed, version\n"
-    )
+    hollow = "from deployopt.stages.finetune import Config, after, cacheable, distributions, expand, not_after, run, timed, version\n"
+    modules = {"mimic": "from deployopt.stages.finetune import *\n", "hollow": hollow}
+    install(tmp_path, "trainers", "[deployopt.stages]\nmimic = trainers.mimic\nhollow = trainers.hollow\n", modules)
     monkeypatch.syspath_prepend(tmp_path)
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from distributions import install
 
 from deployopt import plugins
 from deployopt.errors import UsageError
@@ -15,15 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An installed distribution whose entry point is the stage `distill`."""
-    info = tmp_path / "teacher-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: teacher\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[deployopt.stages]\ndistill = teacher.distill\n\n[deployopt.models]\ntiny = teacher.nets:Tiny\n")
-    package = tmp_path / "teacher"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "distill.py").write_text("version = 3\n")
-    (package / "nets.py").write_text("class Tiny: ...\n")
+    entry_points = "[deployopt.stages]\ndistill = teacher.distill\n\n[deployopt.models]\ntiny = teacher.nets:Tiny\n"
+    install(tmp_path, "teacher", entry_points, {"distill": "version = 3\n", "nets": "class Tiny: ...\n"})
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
