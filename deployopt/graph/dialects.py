@@ -29,14 +29,7 @@ def to_unsigned(model: ModelProto) -> ModelProto:
     Raises:
         ExportFailed: a scale is missing; names the layer.
     """
-    model = clone(model)
-    graph = Graph(model.graph)
-    trained = graph.nodes("QuantizeLinear")
-    quantize_outputs(graph, stored_scales(model), adds_fuse=False)
-    make_unsigned(graph, keep_signed=False)
-    clip_to_signed_range(graph, trained)
-    quantize_biases(graph)
-    return _finished(model, graph)
+    return _for_x86(model, float_sums=False)
 
 
 def to_openvino(model: ModelProto) -> ModelProto:
@@ -52,17 +45,23 @@ def to_openvino(model: ModelProto) -> ModelProto:
     Raises:
         ExportFailed: a scale is missing; names the layer.
     """
+    return _for_x86(model, float_sums=True)
+
+
+def _for_x86(model: ModelProto, *, float_sums: bool) -> ModelProto:
+    """Canonical INT8 with unsigned activations, pooling on integers, and the layers that may saturate named in its metadata.
+
+    Args:
+        float_sums: the runtime adds to a convolution's int32 sums in float, before it rounds; else what it adds has to be integers too.
+    """
     model = clone(model)
     graph = Graph(model.graph)
     trained = graph.nodes("QuantizeLinear")
-    quantize_outputs(graph, stored_scales(model), adds_fuse=True)
-    make_unsigned(graph, keep_signed=True)
+    quantize_outputs(graph, stored_scales(model), adds_fuse=float_sums)
+    make_unsigned(graph, keep_signed=float_sums)
     clip_to_signed_range(graph, trained)
-    return _finished(model, graph)
-
-
-def _finished(model: ModelProto, graph: Graph) -> ModelProto:
-    """The model of an edited graph, with pooling on integers and the layers that may saturate named in its metadata."""
+    if not float_sums:
+        quantize_biases(graph)
     saturating = saturating_layers(graph)
     hoist_quantizers(graph)
     graph.finish()
