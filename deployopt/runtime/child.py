@@ -216,7 +216,7 @@ def _relay(lines: IO[str], progress: Progress) -> Any:
 def _remedy(returncode: int) -> str:
     if returncode == -signal.SIGKILL:
         return "SIGKILL is most often the kernel's out-of-memory killer: free memory or choose smaller batch sizes, then run the same command again"
-    return "a crash of the vendor's library: try another version of it; running the same command again tries once more"
+    return "native code crashed, of the runtime or of PyTorch: try another version of it; running the same command again tries once more"
 
 
 class _Sender:

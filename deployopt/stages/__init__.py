@@ -34,6 +34,7 @@ __all__ = [
     "finish",
     "load_parent",
     "next_point",
+    "train",
 ]
 
 Family = Literal["float", "int8"]
@@ -187,7 +188,7 @@ class Stage(Protocol):
         after: at least one of these must stand before it (empty: none needed).
         cacheable: False if it must run every time (anything that reports latency).
         timed: True if its result depends on timing, and so on this CPU or GPU; its key then names them.
-        trains: True if it calls `nn.training.fit`: `--nproc N` then calls its `run` in N processes, in which `fit` shares every batch, and its key
+        trains: True if it calls `train` (`nn.training.fit`): `--nproc N` then calls its `run` in N processes, in which `fit` shares every batch, and its key
             names N. Nothing else changes for the stage; the first process's result is taken.
         from_scratch: True if it can train a network whose head is untrained. As the recipe's first stage it makes the first variant worth measuring;
             before any other first stage the network as `model` describes it is measured too.
@@ -212,4 +213,4 @@ class Stage(Protocol):
 
 
 # what every trunk stage begins and ends with; it needs the types above
-from deployopt.stages._training import finish, load_parent, next_point  # noqa: E402
+from deployopt.stages._training import finish, load_parent, next_point, train  # noqa: E402

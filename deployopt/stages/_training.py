@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from deployopt.nn.models import Network
+    from deployopt.nn.training import History
 
-__all__ = ["Augment", "TrainingConfig", "finish", "load_parent", "next_point"]
+__all__ = ["Augment", "TrainingConfig", "finish", "load_parent", "next_point", "train"]
 
 DISTRIBUTIONS = ("torch", "torchvision", "numpy", "pillow")
 
@@ -31,6 +32,28 @@ def load_parent(inputs: Sequence[StepOutput], threads: int) -> Network:
 
     torch.set_num_threads(threads)
     return checkpoint.load(inputs[0].artifacts["model"].verified().path.parent)
+
+
+def train(context: StageContext, module: nn.Module, schedule: TrainingConfig, phase: str = "", **more: Any) -> History:
+    """Train a module in place as `nn.training.fit` does, on the context's data, task, seed and device.
+
+    Args:
+        phase: names the training in curves and seeds its order of images; "" is the stage instance's name.
+        more: other arguments of `fit`.
+    """
+    from deployopt.nn import training
+
+    return training.fit(
+        module,
+        context.dataset(),
+        context.task,
+        schedule,
+        device=context.device,
+        seed=context.seed,
+        progress=context.progress,
+        phase=phase or context.name,
+        **more,
+    )
 
 
 def finish(context: StageContext, network: Network, parent: str | None, family: str, *, scored: nn.Module | None = None, **facts: Any) -> StepResult:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from deployopt.nn.schedule import TrainingConfig
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
-from deployopt.stages._training import DISTRIBUTIONS, finish, load_parent
+from deployopt.stages._training import DISTRIBUTIONS, finish, load_parent, train
 
 version = 1
 not_after: frozenset[str] = frozenset({"qat", "ptq", "export", "build", "benchmark"})
@@ -27,11 +27,7 @@ def expand(config: Config, planning: Planning) -> list[Expansion]:
 
 
 def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
-    from deployopt.nn import training
-
     network = load_parent(inputs, context.threads)
-    history = training.fit(
-        network, context.dataset(), context.task, config, device=context.device, seed=context.seed, progress=context.progress, phase=context.name
-    )
+    history = train(context, network, config)
     parent = expansion.inputs[0].variant
     return finish(context, network, parent, "float", curves=history.records, validation=history.validation, kept_epoch=history.epoch)

@@ -15,12 +15,11 @@ from deployopt.nn.schedule import TrainingConfig
 from deployopt.stages import Expansion, Planning, StageConfig, StageContext, StepOutput, StepResult
 from deployopt.stages._latency import CONFIRMING_SECONDS, Search, Timing, fastest
 from deployopt.stages._timing import TimedOn, key_parts
-from deployopt.stages._training import DISTRIBUTIONS, finish, load_parent, next_point
+from deployopt.stages._training import DISTRIBUTIONS, finish, load_parent, next_point, train
 
 if TYPE_CHECKING:
     from deployopt.nn.models import Network
     from deployopt.nn.pruning import Cuts, Metric
-    from deployopt.nn.training import History
 
 version = 2
 not_after: frozenset[str] = frozenset({"qat", "ptq", "export", "build", "benchmark"})
@@ -371,19 +370,6 @@ class _Pruning:
             self._train(schedule, self._context.name if config.iterations == 1 else f"{self._context.name} {iteration}/{config.iterations}")
 
     def _train(self, schedule: TrainingConfig, phase: str, after_backward: Callable[[], None] | None = None) -> None:
-        from deployopt.nn import training
-
-        context = self._context
-        history: History = training.fit(
-            self._network,
-            context.dataset(),
-            context.task,
-            schedule,
-            device=context.device,
-            seed=context.seed,
-            progress=context.progress,
-            phase=phase,
-            after_backward=after_backward,
-        )
+        history = train(self._context, self._network, schedule, phase, after_backward=after_backward)
         self.curves += history.records
         self.validation = history.validation

@@ -12,7 +12,7 @@ from deployopt.errors import UsageError
 from deployopt.stages import Expansion, StageConfig, StageContext, StepOutput, StepResult
 from deployopt.stages._mixed_precision import check, decide
 from deployopt.stages._quantize import DISTRIBUTIONS, Observer, Quantization, calibrated, expand, parent_outputs, validation_outputs
-from deployopt.stages._training import TrainingConfig, finish, load_parent
+from deployopt.stages._training import TrainingConfig, finish, load_parent, train
 
 if TYPE_CHECKING:
     from deployopt.nn.prepared import Prepared
@@ -63,7 +63,6 @@ class Config(TrainingConfig, Quantization):
 
 
 def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
-    from deployopt.nn import training
     from deployopt.nn.losses import Distillation
     from deployopt.nn.quantizer import fake_quantized
 
@@ -73,15 +72,10 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     prepared, reference = calibrated(context, config, network), parent_outputs(context, config, network)
     if config.learn_scales:
         prepared.learn_scales()
-    history = training.fit(
+    history = train(
+        context,
         prepared,
-        context.dataset(),
-        context.task,
         config,
-        device=context.device,
-        seed=context.seed,
-        progress=context.progress,
-        phase=context.name,
         teacher=network if config.distill else None,
         distillation=Distillation(config.distill.weight, config.distill.temperature) if config.distill else None,
         on_epoch=lambda epoch: _freeze(prepared, config, epoch),
