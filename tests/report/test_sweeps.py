@@ -7,9 +7,9 @@ from deployopt.report import html, markdown, render, summary, sweeps, verdict
 
 @pytest.fixture
 def swept(report: dict[str, Any]) -> dict[str, Any]:
-    """The report with offline rows of OpenVINO on the run's two threads and on one, five times as fast as its single stream."""
-    rows = []
-    for row in summary.measured(report["rows"]):
+    """The report with batch 2 too, and offline rows of OpenVINO on the run's two threads and on one, five times as fast as its single stream."""
+    rows: list[dict[str, Any]] = [{**r, "batch": 2} for r in summary.measured(report["rows"]) if r["batch"] == 1]
+    for row in [*summary.measured(report["rows"]), *rows]:
         if row["backend"] == "openvino":
             facts = {"scenario": "offline", "throughput_per_s": 5 * row["throughput_per_s"], "throughput_ci95": [1000.0, 1010.0]}
             rows += [{**row, **facts, "sweep": "offline"}, {**row, **facts, "sweep": "offline-t1", "threads": 1}]
@@ -22,8 +22,12 @@ def test_curves_go_over_batch_sizes_with_the_runs_own_threads(swept: dict[str, A
     sessions = [("torch fp32", False), ("onnxruntime int8", False), ("openvino int8", False), ("openvino int8", True)]
     assert [(c.session, c.offline) for c in found["qat"]] == sessions
     single, offline = ({x: y for x, y, _ in c.points} for c in found["qat"][2:])
-    assert sorted(single) == [1, 8]
+    assert sorted(single) == [1, 2, 8]
     assert offline[8] == pytest.approx(5 * single[8])
+
+
+def test_two_batch_sizes_make_no_curve(report: dict[str, Any]) -> None:
+    assert sweeps.curves(report["rows"], "batch", "throughput") == {}
 
 
 def test_latency_is_of_single_streams_only(swept: dict[str, Any]) -> None:
