@@ -45,8 +45,9 @@ def network(arch: str, image_size: int, seed: int = 0) -> tuple[Network, torch.T
     return made.eval(), images
 
 
-def fp32(made: Network) -> ModelProto:
-    return canonicalize(to_onnx(deployed(made), example_input(made.preprocessing), OPSET))
+def exported(made: Network) -> ModelProto:
+    """The canonical file of a network, quantised or not."""
+    return canonicalize(to_onnx(deployed(made), example_input(made.preprocessing), OPSET), scales=recorded_scales(made))
 
 
 def int8(made: Network, images: torch.Tensor) -> ModelProto:
@@ -55,9 +56,9 @@ def int8(made: Network, images: torch.Tensor) -> ModelProto:
     prepared = Prepared(made, Scheme())
     prepared.calibrate(iter(images.split(8)))  # type: ignore[no-untyped-call]
     prepared.write_back(made)
-    return canonicalize(to_onnx(deployed(made), example_input(made.preprocessing), OPSET), scales=recorded_scales(made))
+    return exported(made)
 
 
 def canonical(arch: str, image_size: int, seed: int = 0) -> Canonical:
     made, images = network(arch, image_size, seed)
-    return Canonical(fp32(made), int8(made, images))
+    return Canonical(exported(made), int8(made, images))

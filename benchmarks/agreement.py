@@ -133,7 +133,7 @@ def main() -> int:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         made, _ = _networks.network(arguments.arch, arguments.image_size)
-        path.write_bytes(_networks.fp32(made).SerializeToString())
+        path.write_bytes(_networks.exported(made).SerializeToString())
         medians = rounds(path, arguments)
     ratios: dict[str, Ratio] = {}
     for name in (name for name in medians if " " in name):

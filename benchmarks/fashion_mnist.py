@@ -5,6 +5,7 @@
 
 Both networks see the same number of images: the dense one all epochs in one schedule, the other fine-tune + recovery + QAT. The loss is paired: both
 networks' predictions on the same images, its interval a bootstrap over images, and so says nothing about the spread over seeds, which is listed.
+The same two networks are also timed on 64-pixel inputs, batch 1, two threads: the dense one's FP32 on ONNX Runtime against INT8, interleaved.
 Adds to benchmarks/results/fashion_mnist.json; a finished (limit, seed) is not run again, and trained stages come from the cache.
 """
 
@@ -17,15 +18,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import _networks
 import numpy as np
+from _timing import Pair, interleaved
 from numpy.typing import NDArray
 
 import deployopt
+from deployopt.backends import onnxruntime, openvino
+from deployopt.nn import checkpoint
 from deployopt.report import Report
 from deployopt.runtime.preprocessing import to_feed
 
 RESULT = Path(__file__).resolve().parent / "results" / "fashion_mnist.json"
 RUNTIMES = ("onnxruntime", "openvino")
+PAIRS = [Pair(f"dense FP32 on ONNX Runtime / pruned INT8 on {runtime}", "onnxruntime/fp32", f"{runtime}/int8") for runtime in RUNTIMES]
 EPOCHS = {"finetune": 2, "recovery": 3, "qat": 1}  # chosen beforehand, for two cores; not tuned
 RECIPE = """
 name: {name}
@@ -79,12 +85,29 @@ def paired_loss(dense: NDArray[np.float64], compressed: NDArray[np.float64]) -> 
     return {"loss_pp": float(difference.mean()), "loss_ci95": [float(low), float(high)], "n": len(difference)}
 
 
+def speed(folders: dict[str, Path], size: int = 64, rounds: int = 3) -> list[dict[str, Any]]:
+    """The trained networks exported for inputs of another size, and timed in `rounds` sets of new processes."""
+    with TemporaryDirectory() as temporary:
+        paths = {}
+        for kind, variant, precision, runtimes in (("dense", "finetune", "fp32", (onnxruntime,)), ("compressed", "qat", "int8", (onnxruntime, openvino))):
+            (stage,) = (folders[kind] / "run").glob(f"[0-9][0-9]-{variant}")
+            network = checkpoint.load(stage)
+            network.preprocessing = network.preprocessing._replace(image_size=size)
+            canonical = Path(temporary) / f"{kind}.onnx"
+            canonical.write_bytes(_networks.exported(network).SerializeToString())
+            for runtime in runtimes:
+                name = runtime.__name__.rpartition(".")[2]
+                paths[f"{name}/{precision}"] = runtime.prepare(canonical, precision, Path(temporary) / f"{kind}-{name}.onnx")
+        channels = network.preprocessing.channels
+        return [interleaved(paths, PAIRS, size, channels=channels, threads=2, seconds=5, seed=seed) for seed in range(rounds)]
+
+
 def experiment(limit: int, seed: int) -> dict[str, Any]:
     """Both networks with one seed on `limit` training images (a tenth of them held out for validation)."""
     with TemporaryDirectory() as temporary:
         folders = {kind: Path(temporary) / kind for kind in ("dense", "compressed")}
         reports = {kind: run(folder, limit, seed, compressed=kind == "compressed") for kind, folder in folders.items()}
-        rows = {}
+        faster, rows = speed(folders), {}
         for runtime in RUNTIMES:
             dense = correct(folders["dense"], f"finetune/{runtime}/fp32/b1")
             compressed = correct(folders["compressed"], f"qat/{runtime}/int8/b1")
@@ -104,6 +127,7 @@ def experiment(limit: int, seed: int) -> dict[str, Any]:
         "macs": macs,
         "macs_ratio": macs["dense"] / macs["compressed"],
         "rows": rows,
+        "speed_64px": faster,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": reports["compressed"]["environment"],
     }
@@ -129,6 +153,9 @@ def main() -> None:
                 f"{entry['limit']:>7} {entry['seed']:>4} {runtime:12} {1 / entry['macs_ratio']:6.2f} {100 * row['dense_top1']:8.2f} "
                 f"{100 * row['compressed_top1']:13.2f}  {row['loss_pp']:+.2f} [{low:+.2f}, {high:+.2f}]"
             )
+        for label, _, _ in PAIRS:
+            ratios = [f"{r['ratios'][label][0]:.2f}" for r in entry["speed_64px"] if label in r["ratios"]]
+            print(f"{'':13}{label}, 64 px: {', '.join(ratios)}")
 
 
 if __name__ == "__main__":

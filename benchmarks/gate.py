@@ -1,8 +1,8 @@
 """Does the gate of `deployopt compare --rerun` hold? False alarms, slowdowns found, and coverage of the interval, live and resampled.
 
-    python benchmarks/gate.py                                        # about 100 minutes on two cores, which should have nothing else to do
+    python benchmarks/gate.py                # about 100 minutes on two cores, which should have nothing else to do; goes on where it was interrupted
     python benchmarks/gate.py --aa 2 --slow 2 --longer 1 --resamples 200    # a try, five minutes
-    python benchmarks/gate.py --replay                               # resamples what the last run recorded, under a minute
+    python benchmarks/gate.py --aa 0 --slow 0 --longer 0    # resamples what was recorded, under a minute
 
 Every comparison is what `--rerun` does: a ResNet-20's FP32 on ONNX Runtime, both sides in new processes for each lifetime, interleaved. "A/A" has the
 same artifact twice; the slowed side spins 5 % (or 3 %) longer in its own process after each inference. A regression is found where the whole interval
@@ -31,11 +31,14 @@ from deployopt.bench.environment import environment
 from deployopt.bench.harness import Settings, Subject
 from deployopt.bench.rerun import Plan, half_width, measure_pair
 from deployopt.bench.targets import opener
+from deployopt.runtime.files import atomic_write
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
 from deployopt.runtime.statistics import Ratio, paired_ratio, ratio_over_lifetimes
 
 RESULTS = Path(__file__).resolve().parent / "results"
+STORED = RESULTS / "gate.json"
+COUNTS = ("aa", "slow", "longer", "resamples")  # options that may differ between calls
 Lifetime = tuple[list[float], list[float]]  # block medians in ms: base, new
 
 
@@ -148,22 +151,33 @@ def evaluate(recorded: dict[str, list[dict[str, Any]]], arguments: argparse.Name
     return rows
 
 
-def record(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+def record(document: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Make the comparisons that `document` still lacks; it is stored after each."""
     plan = Plan(arguments.lifetimes, arguments.precision, arguments.seconds, arguments.threads)
     longer = Plan(arguments.longer_lifetimes, arguments.longer_precision, arguments.longer_seconds, arguments.threads)
     # kinds take turns, so that a noisy hour hits all of them
     kinds = [("aa", 0.0, plan, arguments.aa), ("slow", 0.05, plan, arguments.slow), ("longer", 0.03, longer, arguments.longer)]
-    recorded: dict[str, list[dict[str, Any]]] = {name: [] for name, *_ in kinds}
+    recorded: dict[str, list[dict[str, Any]]] = document["recorded"]
     with TemporaryDirectory() as folder:
         model = Path(folder) / "model.onnx"
-        onnx.save(_networks.fp32(_networks.network("resnet20", 32)[0]), str(model))
+        onnx.save(_networks.exported(_networks.network("resnet20", 32)[0]), str(model))
         for number in range(max(wanted for *_, wanted in kinds)):
             for name, slowdown, how, wanted in kinds:
-                if number < wanted:
-                    seeded = replace(how, settings=Settings(seed=1000 * number))
-                    recorded[name].append(trial(model, slowdown, seeded))
+                if len(recorded[name]) <= number < wanted:
+                    recorded[name].append(trial(model, slowdown, replace(how, settings=Settings(seed=1000 * number))))
+                    atomic_write(STORED, json.dumps(document).encode() + b"\n")
                     print(name, {k: v for k, v in recorded[name][-1].items() if k != "lifetimes"}, flush=True)
-    return recorded
+
+
+def stored(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What earlier calls recorded with these options on this machine, or nothing yet."""
+    here = {"environment": environment(("onnxruntime",)), "options": {k: v for k, v in vars(arguments).items() if k not in COUNTS}}
+    if not STORED.exists():
+        return {**here, "recorded": {"aa": [], "slow": [], "longer": []}}
+    found: dict[str, Any] = json.loads(STORED.read_text())
+    if found["options"] != here["options"] or found["environment"]["cpu"] != here["environment"]["cpu"]:
+        raise SystemExit(f"{STORED.name} was recorded with other options or on another CPU; move it away to begin anew")
+    return found
 
 
 def main() -> None:
@@ -180,15 +194,10 @@ def main() -> None:
     parser.add_argument("--longer-seconds", type=float, default=2.0)
     parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--replay", action="store_true", help="evaluate what results/gate.json holds")
     arguments = parser.parse_args()
-    stored = RESULTS / "gate.json"
-    if arguments.replay:
-        document = json.loads(stored.read_text())
-    else:
-        document = {"environment": environment(("onnxruntime",)), "options": vars(arguments), "recorded": record(arguments)}
-        RESULTS.mkdir(exist_ok=True)
-        stored.write_text(json.dumps(document) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    document = stored(arguments)
+    record(document, arguments)
     rows = evaluate(document["recorded"], arguments)
     table = "\n".join(["| what | found | wanted |", "|---|---|---|", *(f"| {what} | {found} | {wanted} |" for what, found, wanted in rows)]) + "\n"
     (RESULTS / "gate.md").write_text(table)

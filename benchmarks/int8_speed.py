@@ -20,21 +20,19 @@ from typing import Any
 
 import _networks
 import numpy as np
+from _timing import Pair, interleaved
 
 from deployopt.backends import onnxruntime, openvino
-from deployopt.bench.artifacts import natural_noise, opener
+from deployopt.bench.artifacts import natural_noise
 from deployopt.bench.environment import environment
-from deployopt.bench.harness import Failure, Measured, Settings, Subject, measure, speedup
 from deployopt.runtime.preprocessing import to_feed
-from deployopt.runtime.progress import SilentProgress
-from deployopt.runtime.session import SessionOptions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NNCF = Path(__file__).resolve().parent / "nncf_quantize.py"
-PAIRS = (  # (what the ratio says, slower, faster)
-    ("ONNX Runtime FP32 / INT8", "onnxruntime/fp32", "onnxruntime/int8"),
-    ("OpenVINO FP32 / INT8", "openvino/fp32", "openvino/int8"),
-    ("OpenVINO INT8, NNCF's / ours", "openvino/nncf", "openvino/int8"),
+PAIRS = (
+    Pair("ONNX Runtime FP32 / INT8", "onnxruntime/fp32", "onnxruntime/int8"),
+    Pair("OpenVINO FP32 / INT8", "openvino/fp32", "openvino/int8"),
+    Pair("OpenVINO INT8, NNCF's / ours", "openvino/nncf", "openvino/int8"),
 )
 CALIBRATION_IMAGES = 16
 
@@ -55,29 +53,6 @@ def files(arch: str, image_size: int, folder: Path, nncf_python: str) -> tuple[d
     if done.returncode != 0:
         return found, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     return {**found, "openvino/nncf": folder / "nncf.xml"}, None
-
-
-def ratios(paths: dict[str, Path], image_size: int, batch: int, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One round: every file at one batch size, interleaved."""
-    subjects = []
-    for key, path in paths.items():
-        backend, precision = key.split("/")
-        options = SessionOptions(arguments.threads, precision="int8" if precision == "nncf" else precision)
-        subjects.append(Subject(key, opener(backend), path, options))
-    images = natural_noise(8 * batch, image_size, image_size, 3, seed)
-    measured = measure(subjects, images, Settings(min_seconds=arguments.seconds, seed=seed), SilentProgress(), batch=batch, source="synthetic 1/f noise")
-    found: dict[str, Any] = {"seed": seed, "batch": batch, "rows": {key: _row(result) for key, result in measured.items()}, "ratios": {}}
-    for label, slow, fast in PAIRS:
-        a, b = measured.get(slow), measured.get(fast)
-        if isinstance(a, Measured) and isinstance(b, Measured):
-            found["ratios"][label] = speedup(a, b, seed)
-    return found
-
-
-def _row(result: Measured | Failure) -> dict[str, Any]:
-    if isinstance(result, Failure):
-        return {"failed": result.reason}
-    return {"p50_ms": result.host["p50"], "n": result.host["n"], "invalid": result.invalid, "block_medians_ms": result.block_medians_ms}
 
 
 def markdown(networks: dict[str, Any], threads: int) -> str:
@@ -116,7 +91,12 @@ def main() -> None:
     for arch in arguments.archs:
         with TemporaryDirectory() as folder:
             paths, no_nncf = files(arch, arguments.image_size, Path(folder), arguments.nncf_python)
-            rounds = [ratios(paths, arguments.image_size, batch, seed, arguments) for seed in range(arguments.rounds) for batch in arguments.batch_sizes]
+            settings: dict[str, Any] = {"threads": arguments.threads, "seconds": arguments.seconds}
+            rounds = [
+                interleaved(paths, PAIRS, arguments.image_size, batch=batch, seed=seed, **settings)
+                for seed in range(arguments.rounds)
+                for batch in arguments.batch_sizes
+            ]
         networks[arch] = {"rounds": rounds, "no_nncf": no_nncf}
         print(arch, *(f"b{r['batch']} {r['ratios']}" for r in rounds), no_nncf or "", sep="\n  ", flush=True)
     facts = {"threads": arguments.threads, "image_size": arguments.image_size, "environment": environment(("onnxruntime", "openvino"))}

@@ -56,7 +56,7 @@ def build(model: ModelProto, precision: str, capability: float) -> Artifact:
 
 def sizes(arch: str, macs_ratio: float, capability: float) -> Sizes:
     made, images = _networks.network(arch, 32 if arch in CIFAR_ARCHITECTURES else 224)
-    dense = build(_networks.fp32(made), "fp32", capability)
+    dense = build(_networks.exported(made), "fp32", capability)
     whole = macs.count(made, made.input_shape)[1]
     prune(made, int(macs_ratio * whole), Rules(round_to=8))
     int8 = build(_networks.int8(made, images), "int8", capability)

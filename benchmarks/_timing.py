@@ -1,0 +1,49 @@
+"""What the benchmarks of speed share: sessions on files, timed against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deployopt.bench.artifacts import natural_noise, opener
+from deployopt.bench.harness import Failure, Measured, Settings, Subject, measure, speedup
+from deployopt.runtime.progress import SilentProgress
+from deployopt.runtime.session import SessionOptions
+
+
+class Pair(NamedTuple):
+    """A ratio to tell: `slow`'s latency over `fast`'s, both keys of what was timed."""
+
+    label: str
+    slow: str
+    fast: str
+
+
+def interleaved(
+    paths: Mapping[str, Path], pairs: Sequence[Pair], image_size: int, *, channels: int = 3, batch: int = 1, threads: int, seconds: float, seed: int
+) -> dict[str, Any]:
+    """One round: every file in a new process at one batch size, interleaved, and the ratios paired by block.
+
+    Args:
+        paths: by "backend/precision"; a precision that is none of ours names an INT8 file.
+    """
+    subjects = []
+    for key, path in paths.items():
+        backend, precision = key.split("/")
+        options = SessionOptions(threads, precision="fp32" if precision == "fp32" else "int8")
+        subjects.append(Subject(key, opener(backend), path, options))
+    images = natural_noise(8 * batch, image_size, image_size, channels, seed)
+    measured = measure(subjects, images, Settings(min_seconds=seconds, seed=seed), SilentProgress(), batch=batch, source="synthetic 1/f noise")
+    found: dict[str, Any] = {"seed": seed, "batch": batch, "rows": {key: _row(result) for key, result in measured.items()}, "ratios": {}}
+    for label, slow, fast in pairs:
+        a, b = measured.get(slow), measured.get(fast)
+        if isinstance(a, Measured) and isinstance(b, Measured):
+            found["ratios"][label] = speedup(a, b, seed)
+    return found
+
+
+def _row(result: Measured | Failure) -> dict[str, Any]:
+    if isinstance(result, Failure):
+        return {"failed": result.reason}
+    return {"p50_ms": result.host["p50"], "n": result.host["n"], "invalid": result.invalid, "block_medians_ms": result.block_medians_ms}
