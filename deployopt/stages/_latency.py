@@ -6,6 +6,7 @@ A candidate is exported, prepared and built as `export` and `build` would, as FP
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,18 +25,20 @@ if TYPE_CHECKING:
 ALIGNMENTS = (1, 4, 8, 16)
 PRECISION: Literal["fp32"] = "fp32"
 PARENT = "parent"
-CONFIRMING_SECONDS = 4.0  # timed for the candidate that is taken
+CONFIRMING_LIFETIMES = 4  # of its sessions' processes, for the candidate that is taken: each keeps its luck in memory layout for life
 BLOCKS = 40  # of candidate and parent in turn: more than reports need, since each decision costs or saves a build
 TOLERANCE = 0.03  # a candidate this far below the target is close enough
-CONFIRMED = 0.01  # the last, longer measurement may be so far above it: intervals are about as wide
+CONFIRMED = 0.01  # the confirming measurement may be so far above it: intervals are about as wide
 TRIES = 14
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A candidate's p50 latency, and its ratio to the parent's from the rounds they share (95 % interval; None below 20 rounds).
+    """A candidate's p50 latency, and its ratio to the parent's from the rounds they share.
 
     Attributes:
+        ratio_ci95: of a single lifetime a bootstrap over rounds, None below 20 of them; of several, Student's over lifetimes.
+        blocks: rounds, of all lifetimes.
         invalid: why the machine was too disturbed for a reported row; the ratio, being taken inside rounds, suffers less.
     """
 
@@ -56,34 +59,40 @@ class Timing(Candidates):
 
     def parent_ms(self) -> float:
         """p50 of the parent alone."""
-        return float(self._measured({}, SECONDS)[PARENT].host["p50"])
+        return float(self._measured({}, 0)[PARENT].host["p50"])
 
-    def compare(self, candidates: Mapping[str, Network], seconds: float = SECONDS) -> dict[str, Reading]:
-        """Time candidates and the parent in shuffled rounds.
+    def compare(self, candidates: Mapping[str, Network], lifetimes: int = 1) -> dict[str, Reading]:
+        """Time candidates and the parent in shuffled rounds, in new processes for each of `lifetimes`.
 
         Raises:
             BuildFailed, ExportFailed: of a candidate. StageFailed: one could not be timed.
         """
-        from deployopt.bench.harness import speedup
+        found = [self._measured(candidates, seed) for seed in range(lifetimes)]
+        return {key: _reading([(results[key], results[PARENT]) for results in found]) for key in candidates}
 
-        results = self._measured(candidates, seconds)
-        parent = results[PARENT]
-        found = {}
-        for key in candidates:
-            ratio, interval = speedup(results[key], parent)  # of the parent over the candidate: the share of its latency that is left
-            invalid = results[key].invalid or parent.invalid
-            blocks = min(len(results[key].block_medians_ms), len(parent.block_medians_ms))
-            found[key] = Reading(ratio, interval, float(results[key].host["p50"]), float(parent.host["p50"]), blocks, invalid)
-        return found
-
-    def _measured(self, candidates: Mapping[str, Network], seconds: float) -> dict[str, Measured]:
+    def _measured(self, candidates: Mapping[str, Network], seed: int) -> dict[str, Measured]:
         networks = {PARENT: self._parent, **candidates}
-        return self.measure({key: self._artifact(network) for key, network in networks.items()}, seconds, BLOCKS)
+        return self.measure({key: self._artifact(network) for key, network in networks.items()}, SECONDS, BLOCKS, seed)
 
     def _artifact(self, network: Network) -> Artifact:
         from deployopt.nn.export import deployed
 
         return self.built(_architecture(network), lambda: canonical(deployed(network), network))
+
+
+def _reading(lifetimes: Sequence[tuple[Measured, Measured]]) -> Reading:
+    """What (candidate, parent) of each lifetime say together."""
+    from deployopt.bench.harness import speedup
+    from deployopt.runtime.statistics import ratio_over_lifetimes
+
+    shares = [speedup(candidate, parent) for candidate, parent in lifetimes]  # of the parent over the candidate: the share of its latency that is left
+    ratio, interval = shares[0]
+    if len(shares) > 1:
+        ratio, *interval = ratio_over_lifetimes([share for share, _ in shares])
+    ms, parent_ms = (statistics.median(float(pair[side].host["p50"]) for pair in lifetimes) for side in (0, 1))
+    blocks = sum(min(len(candidate.block_medians_ms), len(parent.block_medians_ms)) for candidate, parent in lifetimes)
+    invalid = next((measured.invalid for pair in lifetimes for measured in pair if measured.invalid), None)
+    return Reading(ratio, interval, ms, parent_ms, blocks, invalid)
 
 
 def _architecture(network: Network) -> str:
@@ -148,7 +157,7 @@ class Search:
 
     The search runs over the share of MACs that is kept, of which latency is a rising, if bumpy, function: candidates lie close together, since any
     MACs can be reached closely. Each step interpolates between the nearest candidates on either side of the target. What is taken is measured
-    again, longer; if that says otherwise, the search goes on from there.
+    again, over several lifetimes of its process; if that says otherwise, the search goes on from there.
 
     Args:
         metric: what is aimed at: "ratio" to the parent, or "ms".
@@ -182,27 +191,27 @@ class Search:
                 best = self._best()
                 budget = None if best is not None and self._close(best) else self._next(best)
                 if budget is not None:
-                    self._read(budget, SECONDS)
+                    self._read(budget)
                 elif best is not None and not best.confirmed:
-                    self._read(best.kept, CONFIRMING_SECONDS)
+                    self._read(best.kept, CONFIRMING_LIFETIMES)
                 else:
                     break
                 bar.advance(1, f"{self._trace[-1]['ratio']:.3f} of the parent's")
         best = self._best()
         if best is not None and not best.confirmed:  # out of tries
-            self._read(best.kept, CONFIRMING_SECONDS)
+            self._read(best.kept, CONFIRMING_LIFETIMES)
         best = self._best(confirmed=True)
         if best is None:
             raise self._impossible()
         names = [g.name for g in self._cuts.groups]
         return {"kept": dict(zip(names, best.kept, strict=True)), "reached": asdict(best.reading), "trace": self._trace}
 
-    def _read(self, kept: tuple[int, ...], seconds: float) -> None:
+    def _read(self, kept: tuple[int, ...], lifetimes: int = 1) -> None:
         candidate = {"candidate": _candidate(self._network, self._cuts, kept)}
-        reading = self._timing.compare(candidate, seconds)["candidate"]
+        reading = self._timing.compare(candidate, lifetimes)["candidate"]
         confirming = kept in self._tried
         if not confirming and self._undecided(reading):
-            reading = self._timing.compare(candidate, CONFIRMING_SECONDS)["candidate"]
+            reading = self._timing.compare(candidate, CONFIRMING_LIFETIMES)["candidate"]
         tried = _Tried(kept, self._cuts.cost(kept)["macs"], reading, confirming)
         self._tried[kept] = tried
         self._trace.append({"macs_ratio": tried.macs / self._parent_macs, **asdict(reading), "confirming": confirming})

@@ -102,11 +102,12 @@ class Candidates:
             self._built[name] = build_prepared(backend, folder / "canonical.onnx", folder, request, context.progress)
         return self._built[name]
 
-    def measure(self, artifacts: Mapping[str, Artifact], seconds: float, blocks: int | None = None) -> dict[str, Measured]:
-        """Time artifacts in shuffled rounds over validation images.
+    def measure(self, artifacts: Mapping[str, Artifact], seconds: float, blocks: int | None = None, seed: int = 0) -> dict[str, Measured]:
+        """Time artifacts, each in a new process, in shuffled rounds over validation images.
 
         Args:
             seconds: for each of them, at least. blocks: at least; None takes the harness's own.
+            seed: of the order of the rounds, beside the run's.
 
         Raises:
             StageFailed: one could not be timed.
@@ -119,7 +120,7 @@ class Candidates:
         for key, artifact in artifacts.items():
             options = SessionOptions(self._threads, context.device, self.precision, dict(artifact.metadata.get("options") or {}))
             subjects.append(Subject(key, opener(self.backend), artifact.path, options))
-        settings = Settings(min_seconds=seconds, seed=context.seed, blocks=Settings.blocks if blocks is None else blocks)
+        settings = Settings(min_seconds=seconds, seed=context.seed + seed, blocks=Settings.blocks if blocks is None else blocks)
         shown = images.images(range(min(IMAGES * self.batch, len(images))))
         results = measure(subjects, shown, settings, context.progress, batch=self.batch, source="validation split")
         failed = [f"{key}: {result.reason}" for key, result in results.items() if isinstance(result, Failure)]

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from deployopt.errors import DeployoptError, PruningImpossible
 from deployopt.nn.schedule import TrainingConfig
 from deployopt.stages import Expansion, Planning, StageConfig, StageContext, StepOutput, StepResult
-from deployopt.stages._latency import CONFIRMING_SECONDS, Search, Timing, fastest
+from deployopt.stages._latency import CONFIRMING_LIFETIMES, Search, Timing, fastest
 from deployopt.stages._timing import TimedOn, key_parts
 from deployopt.stages._training import DISTRIBUTIONS, finish, load_parent, next_point, train
 
@@ -349,7 +349,7 @@ class _Pruning:
             try:
                 reading = timing.compare({"cut": self._network})["cut"]
                 if reading.invalid:  # the machine was disturbed: once more, for longer
-                    reading = timing.compare({"cut": self._network}, CONFIRMING_SECONDS)["cut"]
+                    reading = timing.compare({"cut": self._network}, CONFIRMING_LIFETIMES)["cut"]
                 return {**where, **asdict(reading)}
             except DeployoptError as error:
                 if config.if_not_faster == "refuse":

@@ -38,7 +38,7 @@ class FakeTiming:
         self.whole, self.fixed, self.noise = whole_macs, fixed, dict(noise or {})
         self.calls = 0
 
-    def compare(self, candidates: Mapping[str, Any], seconds: float = 1.0) -> dict[str, Reading]:
+    def compare(self, candidates: Mapping[str, Any], lifetimes: int = 1) -> dict[str, Reading]:
         from deployopt.nn import macs
 
         ((key, network),) = candidates.items()
@@ -86,7 +86,7 @@ def test_a_latency_is_reached_by_real_sessions_and_the_choice_is_reused(  # type
     run_stages, start: list[StepOutput], tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_latency, "TOLERANCE", 0.15)  # a search of few candidates
-    monkeypatch.setattr(_latency, "CONFIRMING_SECONDS", 1.0)
+    monkeypatch.setattr(_latency, "CONFIRMING_LIFETIMES", 2)
     wanted = config(target={"latency": {"backend": backend, "ratio": 0.85}}, if_not_faster="warn")  # of a network whose channels are not all that takes time
     stored = tmp_path / "choices.json"
     first = run_stages(tmp_path / "first", [(prune, wanted)], start, choices=StoredChoices(stored))[-1]
