@@ -36,7 +36,7 @@ def results(model):
         subject("slow", model, slowdown=0.3),
         subject("openvino", model, "OpenVinoSession"),
         subject("unopened", model, "segfault"),
-        subject("crashing", model, "CrashingSession", crash_at=2000),
+        subject("crashing", model, "CrashingSession", crash_at=400),
     ]
     return measure(subjects, IMAGES, SETTINGS, SilentProgress(), batch=2, source="test images")
 
