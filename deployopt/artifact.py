@@ -168,12 +168,18 @@ class Row:
     speedup: float | None = None  # against the dense FP32 row of the same backend and batch
     speedup_ci95: list[float] | None = None
     speedup_best_float: float | None = None  # against that variant's best float row on the same backend and batch
+    profile: dict[str, Any] | None = None  # where its time goes: see `bench.profiles.summarize`
     contract: dict[str, Any] | None = None
 
     @property
     def key(self) -> str:
         """The row's address inside a run: variant/backend/precision/bN."""
         return f"{self.variant}/{self.backend}/{self.precision}/b{self.batch}"
+
+    @property
+    def file_name(self) -> str:
+        """Of files about this row, without suffix."""
+        return self.key.replace("/", "-")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -253,6 +253,7 @@ def bench(
     batch: Annotated[str, typer.Option(metavar="N[,N...]", help="Batch sizes.")] = "1",
     seconds: Annotated[float, typer.Option(min=0.1, help="At least so long for each artifact and batch size.")] = 3.0,
     threads: ThreadsOption = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Then time each layer: where the time goes, and in which precision.")] = False,
     json_: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
@@ -264,7 +265,9 @@ def bench(
 
     sizes = _integers("--batch", batch)
     with LiveProgress(_console(stderr=True), [], quiet=quiet) as live:
-        rows = bench_artifacts(artifacts, backend=backend, batch_sizes=sizes, seconds=seconds, threads=threads or host.usable_cores(), progress=live)
+        rows = bench_artifacts(
+            artifacts, backend=backend, batch_sizes=sizes, seconds=seconds, threads=threads or host.usable_cores(), progress=live, profile=profile
+        )
     document = [row.to_json() for row in rows]
     if json_:
         _print_json(document)

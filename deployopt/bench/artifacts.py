@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deployopt.artifact import Artifact, Row
+from deployopt.bench import profiles
 from deployopt.bench.accuracy import outputs_of, score
 from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject, speedup, with_figures
+from deployopt.bench.profiles import Profile
 from deployopt.bench.targets import Description, Target, describe, measured_rows, opener, precision_of, resolve
 from deployopt.data import Dataset
 from deployopt.errors import ArtifactMismatch, UsageError
@@ -41,6 +43,7 @@ def bench_artifacts(
     device: str = "cpu",
     images: NDArray[np.uint8] | None = None,
     seed: int = 0,
+    profile: bool = False,
 ) -> list[Row]:
     """Time artifacts against each other; the first is the baseline of the speed-ups.
 
@@ -48,6 +51,7 @@ def bench_artifacts(
         artifacts: as `targets.resolve` takes them; a run folder stands for everything that the run measured.
         backend: opens all of them; None takes the one of each file's kind or row.
         images: real samples uint8 [n, H, W, C]; None makes natural-looking noise of each model's size and the contract says so.
+        profile: then time the layers of each, where its runtime can.
 
     Returns:
         A row for each artifact and batch size, artifact by artifact. `variant` is the file's name without suffix or the row's address, numbered
@@ -64,18 +68,22 @@ def bench_artifacts(
             target.name, target.backend, target.precision, 0, "failed", options=dict(target.options), threads=threads, artifact=_facts(target)
         )
     with Group(subjects, Settings(min_seconds=seconds, seed=seed), progress) as group:
-        results = {batch: _measure(group, batch, images, seed) for batch in batch_sizes}
-    return [_row(rows[key], batch, results[batch], subjects[0].key) for key in rows for batch in batch_sizes]
+        source = SYNTHETIC if images is None else "images that were given"
+        given = {batch: _given(group, batch, images, seed) for batch in batch_sizes}
+        results = {batch: group.measure(given[batch], batch, source) for batch in batch_sizes}
+        taken = {batch: profiles.take(group, given[batch], batch, results[batch], progress) for batch in batch_sizes} if profile else {}
+    return [_row(rows[key], batch, results[batch], subjects[0].key, taken.get(batch, {})) for key in rows for batch in batch_sizes]
 
 
-def _measure(group: Group, batch: int, images: NDArray[np.uint8] | None, seed: int) -> dict[str, Measured | Failure]:
-    given = {key: _images_for(opened.inputs, batch, seed) if images is None else images for key, opened in group.opened.items()}
-    return group.measure(given, batch, SYNTHETIC if images is None else "images that were given")
+def _given(group: Group, batch: int, images: NDArray[np.uint8] | None, seed: int) -> dict[str, NDArray[np.uint8]]:
+    return {key: _images_for(opened.inputs, batch, seed) if images is None else images for key, opened in group.opened.items()}
 
 
-def _row(row: Row, batch: int, results: dict[str, Measured | Failure], baseline_key: str) -> Row:
+def _row(row: Row, batch: int, results: dict[str, Measured | Failure], baseline_key: str, taken: Mapping[str, Profile]) -> Row:
     result, baseline = results[row.variant], results[baseline_key]
     row = with_figures(replace(row, batch=batch), result)
+    if row.variant in taken:
+        row.profile = profiles.summarize(taken[row.variant])
     if isinstance(result, Measured) and isinstance(baseline, Measured):
         row.speedup, row.speedup_ci95 = speedup(baseline, result)
     return row

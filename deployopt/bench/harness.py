@@ -26,7 +26,7 @@ from deployopt.runtime import host
 from deployopt.runtime.files import atomic_write_json
 from deployopt.runtime.progress import Bar, Progress
 from deployopt.runtime.sampler import Block, WarmUp
-from deployopt.runtime.session import SessionOptions
+from deployopt.runtime.session import LayerTime, SessionOptions
 from deployopt.runtime.statistics import MINIMUM_BLOCKS, bootstrap_median, bootstrap_ratio, median_absolute_deviation, summary
 from deployopt.runtime.worker import Opened, Worker
 
@@ -198,6 +198,20 @@ class Group:
         """First output of a live subject for images uint8 [n, H, W, C]. Raises what `Worker.infer` does."""
         outputs = self._workers[key].infer(images)
         return outputs[self.opened[key].outputs[0].name]
+
+    def profile(self, key: str, images: Images, batch: int, runs: int) -> list[LayerTime] | None:
+        """Each layer's time in a live subject, None where its runtime does not tell or profiling failed (which is logged).
+
+        It is slow and takes memory: profile when everything has been measured.
+        """
+        if key not in self._workers or not self.opened[key].profiles:
+            return None
+        buffers = make_buffers(images, self._settings.buffers, batch, self._settings.seed)
+        try:
+            return self._workers[key].profile(buffers, runs)
+        except DeployoptError as exc:
+            self._fail(key, exc)
+            return None
 
     def measure(self, images: Mapping[str, Images], batch: int, source: str) -> dict[str, Measured | Failure]:
         """Time live subjects at one batch size.
@@ -380,7 +394,7 @@ def with_figures(row: Row, result: Measured | Failure) -> Row:
 
 def write_samples(measured: Measured, row: Row, folder: Path) -> Path:
     """Write the raw block medians of a row, for `compare`; returns the file."""
-    path = folder / f"{row.key.replace('/', '-')}.json"
+    path = folder / f"{row.file_name}.json"
     content = {
         "row": row.key,
         "unit": "ms",

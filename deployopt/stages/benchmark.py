@@ -49,6 +49,8 @@ class Config(StageConfig):
     """CPU time that the hypervisor gave to other guests, in percent of the cores, above which a row is marked invalid."""
     accuracy: bool = True
     """Score every artifact on the test split."""
+    profile: bool = True
+    """Time each layer of every artifact, after the timed rounds, on runtimes that can: about a second a row."""
 
     @field_validator("batch_sizes")
     @classmethod
@@ -95,10 +97,11 @@ class _Candidate:
 
 
 def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
-    """Open all sessions, time each batch size, score each artifact once.
+    """Open all sessions, time each batch size, profile what was timed, score each artifact once.
 
     Record: {"rows": [Row …] candidate by candidate, then batch by batch, "details": {variant: the task's details of its torch outputs}}.
     """
+    from deployopt.bench import profiles
     from deployopt.bench.harness import Group, Settings, Subject
 
     candidates = _candidates(context, expansion, inputs)
@@ -113,9 +116,13 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     )
     images = _timing_images(context, settings.buffers * max(config.batch_sizes))
     with Group(subjects, settings, context.progress) as group:
-        results = {b: group.measure({c.key: images for c in candidates if c.measurable and c.takes(b)}, b, "test split") for b in sorted(config.batch_sizes)}
+        given = {b: {c.key: images for c in candidates if c.measurable and c.takes(b)} for b in sorted(config.batch_sizes)}
+        results = {b: group.measure(timed, b, "test split") for b, timed in given.items()}
+        taken = {b: profiles.take(group, timed, b, results[b], context.progress) for b, timed in given.items()} if config.profile else {}
         accuracies, details = _accuracies(context, config, expansion, candidates, group) if config.accuracy else ({}, {})
     rows = _rows(context, config, candidates, results, accuracies)
+    for row in rows:
+        _add_profile(row, taken.get(row.batch, {}), context.run_folder)
     return StepResult(record={"rows": [row.to_json() for row in rows], "details": details})
 
 
@@ -253,6 +260,18 @@ def _rows(
                 row.accuracy = accuracy
             rows.append(row)
     return [_with_speedups(row, rows, candidates[0].row.variant, results[row.batch]) for row in rows]
+
+
+def _add_profile(row: Row, taken: Mapping[str, Any], run_folder: Path) -> None:
+    from deployopt.bench import profiles
+
+    found = taken.get(f"{row.variant}/{row.backend}/{row.precision}")
+    if found is None:
+        return
+    folder = run_folder / "profiles"
+    folder.mkdir(exist_ok=True)
+    file = profiles.write(found, row, folder).relative_to(run_folder).as_posix()
+    row.profile = {"file": file, **profiles.summarize(found, profiles.SHOWN)}
 
 
 def _with_speedups(row: Row, rows: Sequence[Row], dense: str, results: Mapping[str, Any]) -> Row:
