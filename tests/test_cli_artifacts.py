@@ -125,3 +125,15 @@ def test_report_and_compare_read_a_run(run_folder: Path) -> None:
     missed = deployopt("compare", run_folder, slower, "--max-latency-regression", "5%")
     assert missed.returncode == 1, missed.stderr
     assert "2 slower" in missed.stdout
+
+
+def test_bench_profiles_layers(model: Path) -> None:
+    done = deployopt("bench", model, "--seconds", "0.1", "--profile", "--json", "--quiet", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    ((profile),) = [row["profile"] for row in json.loads(done.stdout)]
+    assert [layer["nodes"] for layer in profile["layers"] if layer["kind"] == "MatMul"] == [["output"]]
+    assert profile["precision_us"]["fp32"] == pytest.approx(profile["total_us"], abs=0.1)
+
+
+def test_bench_takes_no_profile_unasked(rows: list[dict[str, Any]]) -> None:
+    assert [row["profile"] for row in rows] == [None, None]

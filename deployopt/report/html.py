@@ -9,12 +9,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from deployopt.artifact import INT8_PRECISIONS
-from deployopt.report import charts, pruning, summary, units
+from deployopt.report import charts, profiles, pruning, summary, units
 from deployopt.report.summary import JsonRow, Report
 from deployopt.report.verdict import headline, limit_sentences
 
 CLASSES_DRAWN = 30  # a confusion matrix with more is unreadable; its worst pairs are listed instead
 WORST_PAIRS = 15
+PRECISION_COLOURS = {"int8": 2, "fp32": 0, "fp16": 4, "bf16": 3, "fp8": 5}  # of the page's palette
+OTHER_COLOUR = 7
 NOTHING = Markup("")
 
 
@@ -205,6 +207,40 @@ def _distributions(report: Report, palette: _Palette) -> Section | None:
     return Section("latency", "Latency distributions", figures, lead) if figures else None
 
 
+def _profiles(report: Report) -> Section | None:
+    """A chart of the layers of each profiled row; the recommended one's is shown, else the first INT8 row's; the others open on a click."""
+    rows = profiles.profiled(report["rows"])
+    if not rows:
+        return None
+    recommended = report.get("recommended")
+    best = report["rows"][recommended["row"]] if recommended else None
+    first = next((r for r in rows if r is best), next((r for r in rows if r["precision"] in INT8_PRECISIONS), rows[0]))
+    figures = [_profile(row)._replace(folded=row is not first) for row in sorted(rows, key=lambda r: r is not first)]
+    table = [[summary.row_key(row), *cells] for row in rows for cells in profiles.layers(row)]
+    return Section("layers", "Where the time goes", figures, profiles.LEAD, (("row", *profiles.LAYERS), table))
+
+
+def _profile(row: JsonRow) -> Figure:
+    """The slowest layers of a row, coloured by the precision that they compute in."""
+    profile = row["profile"]
+    items = []
+    for layer in profile["layers"]:
+        took = f"{units.significant(layer['time_us'])} µs, {profiles.share(layer, profile)}"
+        tip = f"{profiles.called(layer)}\n{layer['kind']}, {layer['precision']}: {took}\n{layer['name']}"
+        items.append(charts.Bar(profiles.called(layer), 0.0, layer["time_us"], took, f"f{_precision_colour(layer['precision'])}", tip))
+    others = profile["others"]
+    if others["layers"]:
+        name = units.plural(others["layers"], "other layer")
+        items.append(charts.Bar(name, 0.0, others["time_us"], f"{units.significant(others['time_us'])} µs", "neutral", name))
+    legend = charts.legend([(name, charts.swatch(_precision_colour(name))) for name in profile["precision_us"]])
+    title = f"{summary.row_key(row)}: {profiles.not_int8(profile)} of the time not in INT8"
+    return _bars(title, items, note=f"{profiles.sums(row)}; {profile['runs']} profiled runs.", legend=legend, half=False)
+
+
+def _precision_colour(precision: str) -> int:
+    return PRECISION_COLOURS.get(precision, OTHER_COLOUR)
+
+
 def _sizes(report: Report, palette: _Palette) -> Section | None:
     variants = report["variants"]
     figures = []
@@ -392,6 +428,7 @@ def render(report: Report) -> str:
         _tradeoff(report, palette),
         _stages(report),
         _distributions(report, palette),
+        _profiles(report),
         _sizes(report, palette),
         _curves(report),
         *_pruning(report),

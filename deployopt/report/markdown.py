@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from deployopt.report import pruning, summary, units
+from deployopt.report import profiles, pruning, summary, units
 from deployopt.report.summary import JsonRow, Report
 from deployopt.report.verdict import headline
 
@@ -114,6 +114,9 @@ def render(report: Report) -> str:
     parts += [_rows(report), _reasons(report["rows"]), *_pruning(report)]
     for found in summary.sensitivities(variants, task):
         parts.append(folded(f"Sensitivity of each layer: {cell(found.variant)}", f"{cell(found.lead)}\n\n{table(found.headers, found.rows)}"))
+    overview = profiles.overview(report["rows"])
+    if overview:
+        parts.append(folded("Where the time goes", f"{cell(profiles.LEAD)}\n\n{table(profiles.OVERVIEW, overview)}"))
     contract = [
         *(cell(line) for line in summary.contract_lines(report["rows"], report.get("environment") or {})),
         cell(summary.environment_line(report.get("environment") or {})),

@@ -14,11 +14,12 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from deployopt.report import summary, units
+from deployopt.report import profiles, summary, units
 from deployopt.report.summary import JsonRow, Report
 from deployopt.report.verdict import headline
 
 STATUS_STYLE = {"ok": "green", "built": "cyan", "unavailable": "yellow", "failed": "red", "invalid": "magenta"}
+LAYERS_SHOWN, NODES_WIDTH = 12, 52  # of a profile
 
 
 class Column(NamedTuple):
@@ -146,6 +147,15 @@ def _row_columns(rows: Sequence[JsonRow], bases: Sequence[bool], reference: floa
     )
 
 
+def _where_time_goes(rows: Sequence[JsonRow], console: Console) -> None:
+    """One line for each profiled INT8 row, cut where it would not fit."""
+    told = profiles.lines(rows)
+    for where, what in told:
+        console.print(Text.assemble((where, "bold"), f": {what}"), no_wrap=True, overflow="ellipsis")
+    if told:
+        console.print()
+
+
 def _half_width(row: JsonRow) -> str:
     """The wider half of the median's 95 % interval, relative to the median."""
     median, bounds = summary.p50_ms(row), summary.host(row).get("p50_ci95")
@@ -186,6 +196,7 @@ def render(report: Report, console: Console, run_dir: Path | None = None) -> Non
     console.print()
     _variants(report, console)
     _rows(report, console)
+    _where_time_goes(rows, console)
     _reasons(rows, console)
     for line in summary.contract_lines(rows, report.get("environment") or {}):
         _print_parts(console, line, "dim")
@@ -219,9 +230,27 @@ def render_bench(rows: Sequence[JsonRow], console: Console) -> None:
         for row in shown[1:]:
             console.print(Text(bench_verdict(row, shown[0])))
         console.print()
+    for row in profiles.profiled(rows):
+        _layers(row, console)
     _reasons(rows, console, lambda r: f"{r['variant']} b{r['batch']}")
     for line in summary.contract_lines(rows):
         _print_parts(console, line, "dim")
+
+
+def _layers(row: JsonRow, console: Console) -> None:
+    """A profiled artifact's slowest layers."""
+    told = f"{profiles.sums(row)}; {profiles.not_int8(row['profile'])} of the layers' time not in INT8"
+    _print_item(console, Text(f"{row['variant']} b{row['batch']}:", style="bold"), told)
+    cells = [list(column) for column in zip(*profiles.layers(row, LAYERS_SHOWN), strict=True)]
+    nodes, *others = (Column(header, column, right=False) for header, column in zip(profiles.LAYERS[:3], cells[:3], strict=True))
+    figures = [Column(header, column) for header, column in zip(profiles.LAYERS[3:], cells[3:], strict=True)]
+    clipped = nodes._replace(cells=[_clipped(text, NODES_WIDTH) for text in nodes.cells])
+    console.print(table(spaced([clipped, others[0]._replace(shed=1), *others[1:], *figures]), console))
+    console.print()
+
+
+def _clipped(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def _bench_columns(rows: Sequence[JsonRow]) -> list[Column]:

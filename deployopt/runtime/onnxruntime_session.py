@@ -179,7 +179,7 @@ class OnnxRuntimeSession:
             nodes = self._origins(optimized) if self._origins is not None else []
         if len(nodes) != len(layers):  # untold, or subgraphs: their nodes run too and are in no list of the graph's
             return layers
-        return [layer._replace(nodes=tuple(of)) for layer, of in zip(layers, nodes)]
+        return [layer._replace(nodes=tuple(nodes[i])) for i, layer in enumerate(layers)]
 
     def close(self) -> None:
         self._session = None

@@ -164,7 +164,7 @@ class OpenVINOSession:
         layers = [layer for layer in executed_layers(compiled) if layer.name in times]
         names = [layer.origins for layer in layers]
         nodes = self._origins(names) if self._origins is not None else names
-        return [LayerTime(layer.name, layer.kind, tuple(of), layer.precision, times[layer.name]) for layer, of in zip(layers, nodes)]
+        return [LayerTime(layer.name, layer.kind, tuple(nodes[i]), layer.precision, times[layer.name]) for i, layer in enumerate(layers)]
 
     def close(self) -> None:
         self._request = None

@@ -91,7 +91,7 @@ class TensorRTSession:
             found = []
             for index in range(WARM_UP_RUNS + runs):
                 loaded.run(index)
-                found.append([_layer_time(layers.get(name), name, ms) for name, ms in profiler.take()])
+                found.append([layer_time(layers.get(name), name, ms) for name, ms in profiler.take()])
         finally:
             self._context, self._shapes = measured, {}
         return typical(found[WARM_UP_RUNS:])
@@ -168,7 +168,7 @@ class TensorRTSession:
         return float(milliseconds.value)
 
 
-def _layer_time(layer: Optional[Layer], name: str, ms: float) -> LayerTime:
+def layer_time(layer: Optional[Layer], name: str, ms: float) -> LayerTime:
     """A time under its layer's facts; what an engine hides of a layer is "?"."""
     if layer is None:
         return LayerTime(name, "?", (), "?", ms * 1e3)

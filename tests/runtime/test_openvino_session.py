@@ -105,3 +105,15 @@ def test_importing_openvino_sends_nothing():
         "print(sorted(m for m in sys.modules if m.split('.')[0] == 'openvino_telemetry'))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_a_profile_leaves_the_first_runs_out(path):
+    feeds = [{"image": images(1)}]
+    compiled = compile_model(path, SessionOptions(), profiling=True)
+    request = compiled.create_infer_request()
+    for _ in range(10):
+        request.infer([images(1)])
+    averages_us = sum(entry.real_time.total_seconds() * 1e6 for entry in request.get_profiling_info())
+    with open_session(path, SessionOptions()) as session:
+        totals_us = [sum(layer.time_us for layer in session.profile(feeds, runs=20)) for _ in range(3)]
+    assert 0 < min(totals_us) < averages_us

@@ -177,3 +177,22 @@ def test_an_engine_is_timed_and_scored_only_at_batches_it_was_built_for(context)
     assert rows["tensorrt", 2]["accuracy"]["n"] == 40
     assert rows["tensorrt", 2]["notes"] == ["a note"]
     assert rows["onnxruntime", 4]["contract"]["interleaved_with"] == ["dense/torch/fp32"]
+
+
+def test_each_row_says_where_its_time_goes(context, monkeypatch):
+    monkeypatch.setattr(bench_artifacts, "opener", lambda backend: "deployopt.backends.onnxruntime:open")
+    free = built("dense", "fp32", "03")
+    outputs = [output(context, DENSE, {}, layers=1), output(context, free, {"status": "ok"}, layers=2)]
+    record = benchmark.run(context, config(batch_sizes=(1, 2), accuracy=False), Expansion(inputs=(DENSE, free)), outputs).record
+    profiles = {(r["backend"], r["batch"]): r["profile"] for r in record["rows"]}
+    assert profiles["onnxruntime", 2]["file"] == "profiles/dense-onnxruntime-fp32-b2.json"
+    written = json.loads((context.run_folder / profiles["onnxruntime", 2]["file"]).read_text())
+    assert {"c0", "c1"} <= {name for layer in written["layers"] for name in layer["nodes"]}
+    assert sum(layer["time_us"] for layer in written["layers"]) == pytest.approx(profiles["onnxruntime", 2]["total_us"], abs=0.1)
+
+
+def test_profiles_can_be_left_out(context, monkeypatch):
+    monkeypatch.setattr(bench_artifacts, "opener", lambda backend: "deployopt.backends.onnxruntime:open")
+    record = benchmark.run(context, config(accuracy=False, profile=False), Expansion(inputs=(DENSE,)), [output(context, DENSE, {}, layers=1)]).record
+    assert record["rows"][0]["profile"] is None
+    assert not (context.run_folder / "profiles").exists()
