@@ -83,7 +83,7 @@ class TensorRTSession:
         """As `session.Profiling`, with an execution context of its own. TensorRT times a layer from one CUDA event to the next, copies excluded."""
         loaded, measured = self.load(feeds), self._context
         profiler = make_profiler(self._trt)
-        self._context = self._new_context()
+        self._context, self._shapes = self._new_context(), {}  # no shape is set in it yet
         try:
             self._context.profiler = profiler
             for name, buffer in self._device.items():
