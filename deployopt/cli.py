@@ -256,6 +256,7 @@ def bench(
     scenario: Annotated[
         Literal["single_stream", "offline"], typer.Option(help="offline keeps a stream a thread busy and compares throughputs.")
     ] = "single_stream",
+    profile: Annotated[bool, typer.Option("--profile", help="Then time each layer: where the time goes, and in which precision.")] = False,
     json_: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> int:
@@ -268,7 +269,14 @@ def bench(
     sizes = _integers("--batch", batch)
     with LiveProgress(_console(stderr=True), [], quiet=quiet) as live:
         rows = bench_artifacts(
-            artifacts, backend=backend, batch_sizes=sizes, seconds=seconds, threads=threads or host.usable_cores(), scenario=scenario, progress=live
+            artifacts,
+            backend=backend,
+            batch_sizes=sizes,
+            seconds=seconds,
+            threads=threads or host.usable_cores(),
+            scenario=scenario,
+            profile=profile,
+            progress=live,
         )
     document = [row.to_json() for row in rows]
     if json_:

@@ -149,3 +149,22 @@ def test_bench_refuses_what_is_no_artifact(tmp_path: Path, name: str, code: int,
     assert done.returncode == code
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_bench_profiles_layers(model: Path) -> None:
+    done = deployopt("bench", model, "--seconds", "0.1", "--profile", "--json", "--quiet", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    (profile,) = [row["profile"] for row in json.loads(done.stdout)]
+    assert [layer["nodes"] for layer in profile["layers"] if layer["kind"] == "MatMul"] == [["output"]]
+    assert profile["precision_us"]["fp32"] == pytest.approx(profile["total_us"], abs=0.1)
+
+
+def test_bench_profiles_no_streams(model: Path) -> None:
+    done = deployopt("bench", model, "--profile", "--scenario", "offline")
+    assert done.returncode == 2
+    assert "one inference at a time" in done.stderr
+    assert "leave out --profile or --scenario" in done.stderr
+
+
+def test_bench_takes_no_profile_unasked(rows: list[dict[str, Any]]) -> None:
+    assert [row["profile"] for row in rows] == [None, None]

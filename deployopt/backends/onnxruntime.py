@@ -6,22 +6,17 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from deployopt.artifact import Artifact, Availability, Precision
+from deployopt.artifact import Artifact, Availability
 from deployopt.backends import BuildRequest, _onnx
 from deployopt.backends._shared import load, sentence
 from deployopt.errors import BackendUnavailable
 from deployopt.runtime import host
-from deployopt.runtime.onnxruntime_session import NOT_OFFERED, PROVIDER, create_exact, load_vendor, open_session
+from deployopt.runtime.onnxruntime_session import NOT_OFFERED, PRODUCTS, PROVIDER, create_exact, load_vendor, open_session
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
 
 distributions = ("onnxruntime", "onnxruntime-gpu", "onnx")
 build_depends_on_machine = False
-
-_PRECISION_OF: dict[str, Precision] = {  # operators of ONNX Runtime's optimised graphs (docs/ContribOperators.md); other operators carry no weights
-    **dict.fromkeys(("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm"), "int8"),
-    **dict.fromkeys(("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"), "fp32"),
-}
 
 
 def probe() -> Availability:
@@ -43,7 +38,13 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) 
 
 
 def open(path: Path, options: SessionOptions) -> Session:
-    return open_session(path, options)
+    return open_session(path, options, _origins)
+
+
+def _origins(path: Path, optimized: Path) -> list[tuple[str, ...]]:
+    from deployopt.graph import origins
+
+    return origins.of_optimized(load(path).graph, load(optimized).graph)
 
 
 def count_layers(path: str, precision: str, progress: Progress) -> dict[str, int]:
@@ -52,4 +53,4 @@ def count_layers(path: str, precision: str, progress: Progress) -> dict[str, int
         optimized = Path(folder) / "optimized.onnx"
         create_exact(Path(path), threads=1, optimized=optimized)
         kinds = [node.op_type for node in load(optimized).graph.node]
-    return dict(Counter(_PRECISION_OF[kind] for kind in kinds if kind in _PRECISION_OF))
+    return dict(Counter(PRODUCTS[kind] for kind in kinds if kind in PRODUCTS))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact, Availability
 from deployopt.backends import BuildRequest, _onnx
-from deployopt.backends._shared import sentence
+from deployopt.backends._shared import load, sentence
 from deployopt.errors import BackendUnavailable
-from deployopt.runtime.openvino_session import DEVICE, compile_model, load_vendor, not_offered, open_session
+from deployopt.runtime.openvino_session import DEVICE, compile_model, executed_layers, load_vendor, not_offered, open_session
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
 
@@ -18,7 +18,6 @@ distributions = ("openvino", "onnx")
 build_depends_on_machine = False
 
 _LAYERS = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul"})  # CPU plugin's layerType
-_NAMES = {"i8": "int8", "u8": "int8", "f32": "fp32", "f16": "fp16", "bf16": "bf16"}
 
 
 def probe() -> Availability:
@@ -45,17 +44,16 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) 
 
 
 def open(path: Path, options: SessionOptions) -> Session:
-    return open_session(path, options)
+    return open_session(path, options, _origins)
+
+
+def _origins(path: Path, names: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    from deployopt.graph import origins
+
+    return origins.of_names(load(path).graph, names)
 
 
 def count_layers(path: str, precision: str, progress: Progress) -> dict[str, int]:
     """Convolutions and matrix products of the compiled model, by the precision the CPU plugin chose for each."""
     compiled = compile_model(Path(path), SessionOptions(precision=precision))
-    info = [op.get_rt_info() for op in compiled.get_runtime_model().get_ordered_ops()]
-    chosen = [_text(i["runtimePrecision"]) for i in info if "layerType" in i and _text(i["layerType"]) in _LAYERS]
-    return dict(Counter(_NAMES.get(name, name) for name in chosen))
-
-
-def _text(value: Any) -> str:
-    """An entry of rt_info: an OVAny in some versions, a string in others."""
-    return str(value.astype(str)) if hasattr(value, "astype") else str(value)
+    return dict(Counter(layer.precision for layer in executed_layers(compiled) if layer.kind in _LAYERS))

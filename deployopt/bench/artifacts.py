@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deployopt.artifact import Artifact, Row
+from deployopt.bench import profiles
 from deployopt.bench.accuracy import outputs_of, score
 from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject, speedup, with_figures
 from deployopt.bench.scenarios import Scenario, ScenarioName
@@ -43,6 +44,7 @@ def bench_artifacts(
     device: str = "cpu",
     images: NDArray[np.uint8] | None = None,
     seed: int = 0,
+    profile: bool = False,
 ) -> list[Row]:
     """Time artifacts against each other; the first is the baseline of the speed-ups.
 
@@ -51,6 +53,7 @@ def bench_artifacts(
         backend: opens all of them; None takes the one of each file's kind or row.
         scenario: "offline" compares throughputs, with a stream for each of `threads`.
         images: real samples uint8 [n, H, W, C]; None makes natural-looking noise of each model's size and the contract says so.
+        profile: then time the layers of each at each batch size, where its runtime can.
 
     Returns:
         A row for each artifact and batch size, artifact by artifact. `variant` is the file's name without suffix or the row's address, numbered
@@ -58,8 +61,10 @@ def bench_artifacts(
         computes NaN, "unavailable" where this machine lacks the runtime or the device.
 
     Raises:
-        UsageError, ArtifactError: as `targets.resolve`.
+        UsageError: layers are to be timed in the offline scenario, or as `targets.resolve`. ArtifactError: as `targets.resolve`.
     """
+    if profile and scenario != "single_stream":
+        raise UsageError(f"layers are timed one inference at a time, and the scenario is {scenario}", "leave out --profile or --scenario")
     targets = _numbered([resolve(each, backend) for a in artifacts for each in _expanded(a)])
     subjects, rows, asked = [], {}, Scenario(scenario, threads)
     for target in targets:
@@ -77,13 +82,21 @@ def bench_artifacts(
             artifact=_facts(target),
         )
     with Group(subjects, Settings(min_seconds=seconds, seed=seed), progress) as group:
-        results = {batch: _measure(group, batch, images, seed) for batch in batch_sizes}
-    return [_row(rows[key], batch, results[batch], subjects[0].key) for key in rows for batch in batch_sizes]
+        source = SYNTHETIC if images is None else "images that were given"
+        given = {batch: _given(group, batch, images, seed) for batch in batch_sizes}
+        results = {batch: _measure(group, batch, given[batch], source) for batch in batch_sizes}
+        profiled = {batch: profiles.take(group, given[batch], batch, results[batch], progress) for batch in batch_sizes if profile}
+    measured = [_row(rows[key], batch, results[batch], subjects[0].key) for key in rows for batch in batch_sizes]
+    return [profiles.with_profile(row, profiled.get(row.batch, {}).get(row.variant)) for row in measured]
 
 
-def _measure(group: Group, batch: int, images: NDArray[np.uint8] | None, seed: int) -> dict[str, Measured | Failure]:
-    given = {key: images_for(opened.inputs, batch, seed) if images is None else images for key, opened in group.opened.items()}
-    found = group.measure(given, batch, SYNTHETIC if images is None else "images that were given")
+def _given(group: Group, batch: int, images: NDArray[np.uint8] | None, seed: int) -> dict[str, NDArray[np.uint8]]:
+    """What each open session is timed with."""
+    return {key: images_for(opened.inputs, batch, seed) if images is None else images for key, opened in group.opened.items()}
+
+
+def _measure(group: Group, batch: int, given: Mapping[str, NDArray[np.uint8]], source: str) -> dict[str, Measured | Failure]:
+    found = group.measure(given, batch, source)
     return {key: result if isinstance(result, Failure) else _checked(group, key, given[key][:batch], result) for key, result in found.items()}
 
 

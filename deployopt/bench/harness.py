@@ -29,7 +29,7 @@ from deployopt.runtime import host
 from deployopt.runtime.files import atomic_write_json
 from deployopt.runtime.progress import Bar, Progress
 from deployopt.runtime.sampler import Block, WarmUp
-from deployopt.runtime.session import SessionOptions
+from deployopt.runtime.session import LayerTime, SessionOptions
 from deployopt.runtime.statistics import MINIMUM_BLOCKS, bootstrap_median, bootstrap_ratio, median_absolute_deviation, summary
 from deployopt.runtime.worker import Memory, Opened, Worker
 
@@ -212,6 +212,19 @@ class Group:
         """First output of a live subject for images uint8 [n, H, W, C]. Raises what `Worker.infer` does."""
         outputs = self._workers[key].infer(images)
         return outputs[self.opened[key].outputs[0].name]
+
+    def profile(self, key: str, images: Images, batch: int, runs: int) -> list[LayerTime] | Failure | None:
+        """Each layer's time in a live subject, or why it could not be taken; None where the subject is gone or its runtime does not tell.
+
+        It takes memory and may take the child's life: profile when everything has been measured and scored.
+        """
+        if key not in self._workers or not self.opened[key].profiles:
+            return None
+        buffers = make_buffers(images, self._settings.buffers, batch, self._settings.seed)
+        try:
+            return self._workers[key].profile(buffers, runs)
+        except DeployoptError as exc:
+            return self._fail(key, exc)
 
     def measure(self, images: Mapping[str, Images], batch: int, source: str) -> dict[str, Measured | Failure]:
         """Time live subjects at one batch size.

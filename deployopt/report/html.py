@@ -9,12 +9,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from deployopt.artifact import INT8_PRECISIONS
-from deployopt.report import charts, pruning, summary, sweeps, units
+from deployopt.report import charts, profiles, pruning, summary, sweeps, units
 from deployopt.report.summary import JsonRow, Report
 from deployopt.report.verdict import headline, limit_sentences
 
 CLASSES_DRAWN = 30  # a confusion matrix with more is unreadable; its worst pairs are listed instead
 WORST_PAIRS = 15
+LAYERS_DRAWN, FLOATS_NAMED = 20, 12  # of a profile, the slowest; the table has all
+PRECISION_COLOURS = {"int8": 2, "fp32": 0, "fp16": 4, "bf16": 3, "fp8": 5}  # of the page's palette
+OTHER_COLOUR = 7
 NOTHING = Markup("")
 
 
@@ -232,6 +235,42 @@ def _sweep(title: str, found: Sequence[sweeps.Curve], x_title: str, y_title: str
     return Figure(title, charts.responsive(draw), charts.legend([(name, charts.stroke(i, False)) for i, name in enumerate(sessions)]))
 
 
+def _profiles(report: Report) -> Section | None:
+    """A chart of the layers of each profiled row; the recommended artifact's is shown, else that of the first INT8 row; the others open on a click."""
+    rows = profiles.profiled(report["rows"])
+    if not rows:
+        return None
+    recommended = report.get("recommended")
+    best = _short(report["rows"][recommended["row"]]) if recommended else ""
+    rows.sort(key=lambda r: (_short(r) != best, not profiles.quantized(r)))
+    figures = [_profile(row)._replace(folded=bool(index)) for index, row in enumerate(rows)]
+    table = [[summary.row_key(row), *cells] for row in rows for cells in profiles.table(row["profile"])]
+    return Section("layers", "Where the time goes", figures, profiles.LEAD, (("row", *profiles.LAYERS), table))
+
+
+def _profile(row: JsonRow) -> Figure:
+    """The slowest layers of a row, coloured by the precision that they compute in."""
+    profile = row["profile"]
+    kept, others = profiles.parted(profile, LAYERS_DRAWN)
+    items = []
+    for layer in kept:
+        name, precision, share = profiles.called(layer), layer["precision"], profiles.share(layer["time_us"], profile)
+        tip = f"{name}\n{layer['kind']}, {precision}: {units.significant(layer['time_us'])} µs, {share}\n{layer['name']}"
+        text = f"{share}, {precision}" if profiles.quantized(row) and precision != "int8" else share  # said without colour too
+        items.append(charts.Bar(name, 0.0, layer["time_us"], text, f"f{_precision_colour(precision)}", tip))
+    if others:
+        name, rest_us = units.plural(len(others), "other layer"), profiles.sum_us(others)
+        share = profiles.share(rest_us, profile)
+        items.append(charts.Bar(name, 0.0, rest_us, share, "neutral", f"{name}: {units.significant(rest_us)} µs, {share}"))
+    legend = charts.legend([(name, charts.swatch(_precision_colour(name))) for name in profile["precision_us"]])
+    floats = f"Not INT8: {profiles.not_int8(profile, FLOATS_NAMED)}. " if profiles.quantized(row) else ""
+    return _bars(profiles.caption(row), items, note=f"{floats}{profiles.sums(row).capitalize()}.", legend=legend, half=False)
+
+
+def _precision_colour(precision: str) -> int:
+    return PRECISION_COLOURS.get(precision, OTHER_COLOUR)
+
+
 def _sizes(report: Report, palette: _Palette) -> Section | None:
     variants = report["variants"]
     figures = []
@@ -426,6 +465,7 @@ def render(report: Report) -> str:
         _stages(report),
         _distributions(report, palette),
         _sweeps(report),
+        _profiles(report),
         _sizes(report, palette),
         _curves(report),
         *_pruning(report),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from deployopt.report import pruning, summary, sweeps, units
+from deployopt.report import profiles, pruning, summary, sweeps, units
 from deployopt.report.summary import JsonRow, Report
 from deployopt.report.verdict import headline
 
@@ -116,6 +116,8 @@ def render(report: Report) -> str:
         parts.append(folded("Throughput, start-up and memory", table(*costs, left=5)))
     for found in summary.sensitivities(variants, task):
         parts.append(folded(f"Sensitivity of each layer: {cell(found.variant)}", f"{cell(found.lead)}\n\n{table(found.headers, found.rows)}"))
+    if overview := profiles.overview(report["rows"]):
+        parts.append(folded("Where the time goes", f"{cell(profiles.LEAD)}\n\n{table(profiles.OVERVIEW, overview, left=4)}"))
     contract = [
         *(cell(line) for line in summary.contract_lines(report["rows"], report.get("environment") or {})),
         cell(summary.environment_line(report.get("environment") or {})),

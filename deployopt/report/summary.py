@@ -218,7 +218,7 @@ def _span(values: Iterable[Any], show: Any = str) -> str:
 
 
 def contract_lines(rows: Sequence[JsonRow], environment: Mapping[str, Any] | None = None) -> list[str]:
-    """The measurement contract of all measured rows: what was timed, how long, and how steady the machine was; one line each.
+    """The measurement contract of all measured rows: what was timed, how long, how steady the machine was, and how layers were timed; one line each.
 
     Args:
         environment: where; None leaves the processor out.
@@ -232,6 +232,9 @@ def contract_lines(rows: Sequence[JsonRow], environment: Mapping[str, Any] | Non
         SEPARATOR.join([_blocks(contracts), *_inputs(contracts)]),
         SEPARATOR.join([_warm_up(contracts), *_load(contracts), "intervals: 95 % bootstrap of block medians"]),
     ]
+    if profiled := [row["profile"] for row in rows if row.get("profile")]:
+        how = SEPARATOR.join(dict.fromkeys(part for profile in profiled for part in str(profile["how"]).split(", ")))
+        lines.append(f"layers: {_span(profile['runs'] for profile in profiled)} runs {how}")
     flags = list(dict.fromkeys(str(f) for c in contracts for f in c.get("flags") or [] if not str(f).startswith(SAID_BY_FIGURES)))
     if flags:
         more = f" and {len(flags) - FLAGS_SHOWN} more" if len(flags) > FLAGS_SHOWN else ""

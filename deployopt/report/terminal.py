@@ -14,11 +14,13 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from deployopt.report import summary, sweeps, units
+from deployopt.report import profiles, summary, sweeps, units
 from deployopt.report.summary import JsonRow, Report
 from deployopt.report.verdict import headline
 
 STATUS_STYLE = {"ok": "green", "built": "cyan", "unavailable": "yellow", "failed": "red", "invalid": "magenta"}
+LAYERS_SHOWN = 12  # of a profile, the slowest
+NODES_LEAVE = 44  # columns beside their names, for the others of that table
 
 
 class Column(NamedTuple):
@@ -166,6 +168,17 @@ def _row_columns(rows: Sequence[JsonRow], bases: Sequence[bool], reference: floa
     )
 
 
+def _where_time_goes(rows: Sequence[JsonRow], console: Console) -> None:
+    """What takes the time of each profiled INT8 row, and what of it is not INT8."""
+    told = profiles.sentences(rows)
+    if not told:
+        return
+    console.print(Text.assemble(("where the time goes", "bold"), ("  INT8 rows, by the runtimes' own profilers", "dim")))
+    for where, what in told:
+        _print_item(console, Text(f"{where}:"), what)
+    console.print()
+
+
 def _half_width(row: JsonRow) -> str:
     """The wider half of the median's 95 % interval, relative to the median."""
     median, bounds = summary.p50_ms(row), summary.host(row).get("p50_ci95")
@@ -207,6 +220,7 @@ def render(report: Report, console: Console, run_dir: Path | None = None) -> Non
     _variants(report, console)
     _rows(report, console)
     _swept(rows, console)
+    _where_time_goes(rows, console)
     _reasons(rows, console)
     for line in summary.contract_lines(rows, report.get("environment") or {}):
         _print_parts(console, line, "dim")
@@ -240,9 +254,30 @@ def render_bench(rows: Sequence[JsonRow], console: Console) -> None:
         for row in shown[1:]:
             console.print(Text(bench_verdict(row, shown[0])))
         console.print()
+    for row in profiles.profiled(rows):
+        _layers(row, console)
     _reasons(rows, console, lambda r: f"{r['variant']} b{r['batch']}")
     for line in summary.contract_lines(rows):
         _print_parts(console, line, "dim")
+
+
+def _layers(row: JsonRow, console: Console) -> None:
+    """A profiled artifact's slowest layers."""
+    profile = row["profile"]
+    console.print(Text.assemble((f"{row['variant']} b{row['batch']}: where the time goes", "bold"), (f"  {profiles.by_kind(profile)}", "dim")))
+    if profiles.quantized(row):
+        _print_item(console, Text("not INT8:"), profiles.not_int8(profile))
+    columns = zip(profiles.LAYERS, zip(*profiles.table(profile, LAYERS_SHOWN), strict=True), strict=True)
+    nodes, kind, *others = (Column(header, cells, right=header in profiles.LAYERS[3:]) for header, cells in columns)
+    room = max(20, console.width - NODES_LEAVE)
+    clipped = nodes._replace(cells=[_clipped(text, room) for text in nodes.cells])
+    console.print(table(spaced([clipped, kind._replace(shed=1), *others]), console))
+    console.print(Text(profiles.sums(row), style="dim"))
+    console.print()
+
+
+def _clipped(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def _bench_columns(rows: Sequence[JsonRow]) -> list[Column]:

@@ -1,14 +1,18 @@
 """Sessions of ONNX Runtime's CPU provider."""
 
+import json
+import tempfile
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
 from deployopt.errors import ArtifactMismatch, BackendUnavailable
 from deployopt.runtime import host
 from deployopt.runtime.feeds import check_feed, check_feeds
-from deployopt.runtime.session import Array, Feed, Loaded, SessionOptions, TensorSpec
+from deployopt.runtime.profile import WARM_UP_RUNS, typical
+from deployopt.runtime.session import Array, Feed, LayerTime, Loaded, SessionOptions, TensorSpec
 
 PROVIDER = "CPUExecutionProvider"
 SATURATION_KEY = "deployopt.int16_saturation"  # written by graph/dialects.py
@@ -17,6 +21,14 @@ NOT_OFFERED = {  # ONNX Runtime inserts casts around its FP32 kernels: right res
     "bf16": "ONNX Runtime has no BF16 convolution on CPUs",
     "int8_fp16": "ONNX Runtime's CPU kernels compute in FP32 what is not INT8: that is precision int8",
 }
+PRODUCTS = {  # convolutions and matrix products of optimised graphs (docs/ContribOperators.md), and what they compute in
+    **dict.fromkeys(("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm"), "int8"),
+    **dict.fromkeys(("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"), "fp32"),
+}
+_PRECISIONS = {"float": "fp32", "float16": "fp16", "int8": "int8", "uint8": "int8"}  # by an input's type, as profiles name it
+Origins = Callable[[Path, Path], Sequence[Tuple[str, ...]]]  # (file, optimised file) → the file's nodes that each optimised node stands for
+Create = Callable[..., Any]
+_KERNEL = "_kernel_time"  # ends the name of an operator's event
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -42,7 +54,14 @@ def load_vendor() -> Any:
     return onnxruntime
 
 
-def create(path: Path, threads: int, config: Optional[Mapping[str, str]] = None, optimized: Optional[Path] = None, optimize: bool = True) -> Any:
+def create(
+    path: Path,
+    threads: int,
+    config: Optional[Mapping[str, str]] = None,
+    optimized: Optional[Path] = None,
+    profile: Optional[Path] = None,
+    optimize: bool = True,
+) -> Any:
     """An `onnxruntime.InferenceSession`, all graph optimisations on unless told otherwise.
 
     Its threads spin between operators and for a moment after a run, which is ONNX Runtime's default: on a two-core machine that is worth 15-27 % of
@@ -52,6 +71,7 @@ def create(path: Path, threads: int, config: Optional[Mapping[str, str]] = None,
         threads: that one inference uses, the caller's among them.
         config: further session configuration entries.
         optimized: where to write the graph that is really executed.
+        profile: how the path begins of the file that its `end_profiling` writes; None times no operators.
 
     Raises:
         ArtifactMismatch: not a model that this version of ONNX Runtime can run.
@@ -66,20 +86,23 @@ def create(path: Path, threads: int, config: Optional[Mapping[str, str]] = None,
         options.add_session_config_entry(key, value)
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     try:
         return ort.InferenceSession(str(path), options, providers=[PROVIDER])
     except _vendor_errors(ort) as exc:
         raise ArtifactMismatch(f"ONNX Runtime {ort.__version__} cannot run {path.name}: {exc}", "deployopt run RECIPE --fresh --until build") from exc
 
 
-def create_exact(path: Path, threads: int, optimized: Optional[Path] = None) -> Any:
+def create_exact(path: Path, threads: int, optimized: Optional[Path] = None, profile: Optional[Path] = None) -> Any:
     """As `create`, with slower kernels that cannot saturate where the model says that the fast ones might, and this CPU is one on which they do.
 
     Source: onnxruntime_session_options_config_keys.h, x64quantprecision.
     """
-    session = create(path, threads, optimized=optimized)
+    session = create(path, threads, optimized=optimized, profile=profile)
     if lacks_vnni(host.cpu()["isa"]) and SATURATION_KEY in session.get_modelmeta().custom_metadata_map:
-        return create(path, threads, {"session.x64quantprecision": "1"}, optimized)
+        del session  # its profile is written when it goes, under the name that the next one's may get
+        return create(path, threads, {"session.x64quantprecision": "1"}, optimized, profile)
     return session
 
 
@@ -94,8 +117,11 @@ def _vendor_errors(ort: Any) -> Any:
     return tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
 
 
-def open_session(path: Path, options: SessionOptions) -> "OnnxRuntimeSession":
+def open_session(path: Path, options: SessionOptions, origins: Optional[Origins] = None) -> "OnnxRuntimeSession":
     """Open an ONNX file.
+
+    Args:
+        origins: tells a profile's ONNX nodes; where it is None they are not told.
 
     Raises:
         BackendUnavailable: ONNX Runtime is not installed, or does not execute this precision.
@@ -103,7 +129,7 @@ def open_session(path: Path, options: SessionOptions) -> "OnnxRuntimeSession":
     """
     if options.precision in NOT_OFFERED:
         raise BackendUnavailable(NOT_OFFERED[options.precision], "open the FP32 or INT8 model")
-    return OnnxRuntimeSession(create_exact(path, options.threads), options.streams)
+    return OnnxRuntimeSession(partial(create_exact, path, options.threads), options.streams, partial(origins, path) if origins else None)
 
 
 def open_unoptimized(path: Path, threads: int = 1) -> "OnnxRuntimeSession":
@@ -112,17 +138,22 @@ def open_unoptimized(path: Path, threads: int = 1) -> "OnnxRuntimeSession":
     Raises:
         BackendUnavailable, ArtifactMismatch: as `open_session`.
     """
-    return OnnxRuntimeSession(create(path, threads, optimize=False))
+    return OnnxRuntimeSession(partial(create, path, threads, optimize=False))
 
 
 class OnnxRuntimeSession:
     """A session on one ONNX file. Outputs of `infer` are new arrays each time.
 
     ONNX Runtime lets several threads run one session at once. Threads within a run are shared by them, so streams want one thread each.
+
+    Args:
+        create: makes an `InferenceSession`; takes `optimized` and `profile` as `create` does.
+        origins: as `Origins`, of an optimised file.
     """
 
-    def __init__(self, session: Any, streams: int = 1) -> None:
-        self._session = session
+    def __init__(self, create: Create, streams: int = 1, origins: Optional[Callable[[Path], Sequence[Tuple[str, ...]]]] = None) -> None:
+        self._create, self._origins = create, origins
+        session = self._session = create()
         self.streams = streams
         self.inputs = [_spec(node) for node in session.get_inputs()]  # type: Sequence[TensorSpec]
         self.outputs = [_spec(node) for node in session.get_outputs()]  # type: Sequence[TensorSpec]
@@ -137,6 +168,22 @@ class OnnxRuntimeSession:
     def load(self, feeds: Sequence[Feed]) -> Loaded:
         check_feeds(feeds, self.inputs)
         return _Loaded(self._session, feeds, self.infer(feeds[0]))
+
+    def profile(self, feeds: Sequence[Feed], runs: int) -> List[LayerTime]:
+        """As `session.Profiling`. Kernels are timed by ONNX Runtime's own profiler, in whole microseconds."""
+        check_feeds(feeds, self.inputs)
+        with tempfile.TemporaryDirectory() as folder:
+            optimized = Path(folder) / "optimized.onnx"
+            session = self._create(optimized=optimized, profile=Path(folder) / "profile")
+            names = [spec.name for spec in self.outputs]
+            for index in range(WARM_UP_RUNS + runs):
+                session.run(names, dict(feeds[index % len(feeds)]))
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+            layers = typical(_runs(events)[WARM_UP_RUNS:])
+            nodes = self._origins(optimized) if self._origins is not None else []
+        if len(nodes) != len(layers):  # untold, or subgraphs: their nodes run too and are in no list of the graph's
+            return layers
+        return [layer._replace(nodes=tuple(nodes[i])) for i, layer in enumerate(layers)]
 
     def close(self) -> None:
         self._session = None
@@ -173,6 +220,24 @@ class _Loaded:
 
     def device_ms(self) -> Optional[float]:
         return None
+
+
+def _runs(events: Sequence[Mapping[str, Any]]) -> List[List[LayerTime]]:
+    """The kernels of each inference in the order in which they ran; an event "model_run" closes each."""
+    runs: List[List[LayerTime]] = [[]]
+    for event in events:
+        if event["name"] == "model_run":
+            runs.append([])
+        elif event["cat"] == "Node" and event["name"].endswith(_KERNEL):
+            runs[-1].append(_layer(event))
+    return runs[:-1]
+
+
+def _layer(event: Mapping[str, Any]) -> LayerTime:
+    kind = event["args"]["op_name"]
+    types = [name for entry in event["args"].get("input_type_shape") or [] for name in entry]
+    read = _PRECISIONS.get(types[0], types[0]) if types else "none"
+    return LayerTime(event["name"][: -len(_KERNEL)], kind, (), PRODUCTS.get(kind, read), float(event["dur"]))
 
 
 def _spec(node: Any) -> TensorSpec:

@@ -2,18 +2,21 @@
 
 import sys
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from deployopt.errors import ArtifactMismatch, BackendUnavailable
 from deployopt.runtime.feeds import check_feed, check_feeds
-from deployopt.runtime.session import Array, Feed, Loaded, SessionOptions, TensorSpec
+from deployopt.runtime.profile import WARM_UP_RUNS
+from deployopt.runtime.session import Array, Feed, LayerTime, Loaded, SessionOptions, TensorSpec
 
 DEVICE = "CPU"
 _TELEMETRY = "openvino_telemetry"
 _HINTS = {"fp32": "f32", "int8": "f32", "fp16": "f16", "bf16": "bf16"}  # of what is not INT8; without it AMX machines run FP32 in BF16
 _CAPABILITIES = {"int8": "INT8", "fp16": "FP16", "bf16": "BF16"}
+_PRECISIONS = {"i8": "int8", "u8": "int8", "f32": "fp32", "f16": "fp16", "bf16": "bf16"}
+Origins = Callable[[Path, Sequence[Sequence[str]]], Sequence[Tuple[str, ...]]]  # (file, what OpenVINO fused by layer) → the file's nodes by layer
 _MIXED = "OpenVINO's CPU plugin takes the INT8 dialect with FP32 around it: that is precision int8"
 
 
@@ -50,8 +53,27 @@ def not_offered(capabilities: Sequence[str], precision: str) -> Optional[str]:
     return f"OpenVINO has no {needed} kernels for this CPU and would compute in FP32 (its capabilities: {', '.join(capabilities)})"
 
 
-def compile_model(path: Path, options: SessionOptions) -> Any:
+class Executed(NamedTuple):
+    """A layer of a compiled model.
+
+    Attributes:
+        name: as OpenVINO calls it.
+        kind: the CPU plugin's `layerType`.
+        precision: that the plugin chose.
+        origins: names of what was fused into it, after ONNX nodes or tensors or made up by OpenVINO.
+    """
+
+    name: str
+    kind: str
+    precision: str
+    origins: Tuple[str, ...]
+
+
+def compile_model(path: Path, options: SessionOptions, profiling: bool = False) -> Any:
     """An `openvino.CompiledModel` for the lowest latency of one stream, or the throughput of several; no precision that was not asked for.
+
+    Args:
+        profiling: have every layer timed, which slows inference down.
 
     Raises:
         BackendUnavailable: OpenVINO is not installed, or does not execute this precision here.
@@ -67,6 +89,7 @@ def compile_model(path: Path, options: SessionOptions) -> Any:
         "PERFORMANCE_HINT": "LATENCY" if options.streams == 1 else "THROUGHPUT",
         "NUM_STREAMS": options.streams,
         "INFERENCE_NUM_THREADS": options.threads * options.streams,
+        "PERF_COUNT": profiling,
     }
     try:
         return core.compile_model(core.read_model(str(path)), DEVICE, properties)
@@ -74,19 +97,43 @@ def compile_model(path: Path, options: SessionOptions) -> Any:
         raise ArtifactMismatch(f"OpenVINO {ov.__version__} cannot run {path.name}: {exc}", "deployopt run RECIPE --fresh --until build") from exc
 
 
-def open_session(path: Path, options: SessionOptions) -> "OpenVINOSession":
-    """Open an ONNX (or OpenVINO IR) file. Raises as `compile_model`."""
-    return OpenVINOSession(load_vendor(), compile_model(path, options), options.streams)
+def executed_layers(compiled: Any) -> List[Executed]:
+    """What the CPU plugin really runs, constants and the like among it, read from the compiled model's runtime graph."""
+    layers = []
+    for op in compiled.get_runtime_model().get_ordered_ops():
+        info = {key: _text(value) for key, value in op.get_rt_info().items()}
+        if "layerType" in info:
+            chosen, fused = info["runtimePrecision"], info.get("originalLayersNames", "")
+            layers.append(Executed(op.friendly_name, info["layerType"], _PRECISIONS.get(chosen, chosen), tuple(name for name in fused.split(",") if name)))
+    return layers
+
+
+def _text(value: Any) -> str:
+    """An entry of rt_info: an OVAny in some versions, a string in others."""
+    return str(value.astype(str)) if hasattr(value, "astype") else str(value)
+
+
+def open_session(path: Path, options: SessionOptions, origins: Optional[Origins] = None) -> "OpenVINOSession":
+    """Open an ONNX (or OpenVINO IR) file. Raises as `compile_model`.
+
+    Args:
+        origins: finds a profile's ONNX nodes; where it is None they are called as OpenVINO calls them.
+    """
+    return OpenVINOSession(path, options, origins)
 
 
 class OpenVINOSession:
-    """A session on one compiled model. Outputs of `infer` are copies each time; everything loaded has an infer request of its own."""
+    """A session on one compiled model. Outputs of `infer` are copies each time; everything loaded has an infer request of its own.
 
-    def __init__(self, ov: Any, compiled: Any, streams: int = 1) -> None:
-        self._tensor = ov.Tensor
-        self._compiled = compiled
+    Args: as of `open_session`.
+    """
+
+    def __init__(self, path: Path, options: SessionOptions, origins: Optional[Origins] = None) -> None:
+        compiled = self._compiled = compile_model(path, options)
+        self._path, self._options, self._origins = path, options, origins
+        self._tensor = load_vendor().Tensor
         self._request = compiled.create_infer_request()
-        self.streams = streams
+        self.streams = options.streams
         self.inputs = [_spec(port) for port in compiled.inputs]  # type: Sequence[TensorSpec]
         self.outputs = [_spec(port) for port in compiled.outputs]  # type: Sequence[TensorSpec]
         self.provider = DEVICE
@@ -99,6 +146,23 @@ class OpenVINOSession:
     def load(self, feeds: Sequence[Feed]) -> Loaded:
         check_feeds(feeds, self.inputs)
         return _Loaded(self._tensor, self._compiled.create_infer_request(), self.inputs, feeds)
+
+    def profile(self, feeds: Sequence[Feed], runs: int) -> List[LayerTime]:
+        """As `session.Profiling`. Layers are timed by OpenVINO's performance counters, in whole microseconds.
+
+        A counter gives the mean over all runs since the model was compiled, the first one included, which packs weights and compiles kernels and can
+        take a hundred times as long (perf_count.h of the CPU plugin). So what the warm-up took is subtracted.
+        """
+        check_feeds(feeds, self.inputs)
+        compiled = compile_model(self._path, self._options._replace(streams=1), profiling=True)
+        request = compiled.create_infer_request()
+        loaded = _Loaded(self._tensor, request, self.inputs, feeds)
+        totals = [_totals_us(loaded, request, 0, WARM_UP_RUNS), _totals_us(loaded, request, WARM_UP_RUNS, WARM_UP_RUNS + runs)]
+        times = {name: max(0.0, (total - totals[0].get(name, 0.0)) / runs) for name, total in totals[1].items()}
+        layers = [layer for layer in executed_layers(compiled) if layer.name in times]
+        names = [layer.origins for layer in layers]
+        nodes = self._origins(self._path, names) if self._origins is not None else names
+        return [LayerTime(layer.name, layer.kind, tuple(nodes[i]), layer.precision, times[layer.name]) for i, layer in enumerate(layers)]
 
     def close(self) -> None:
         self._request = self._compiled = None
@@ -132,6 +196,14 @@ class _Loaded:
 
     def device_ms(self) -> Optional[float]:
         return None
+
+
+def _totals_us(loaded: _Loaded, request: Any, done: int, until: int) -> Dict[str, float]:
+    """Run from `done` to `until` inferences and give each executed layer's time in all `until` of them; what was fused away is listed as not run."""
+    for index in range(done, until):
+        loaded.run(index)
+    ran = [entry for entry in request.get_profiling_info() if entry.status.name == "EXECUTED"]
+    return {entry.node_name: until * entry.real_time.total_seconds() * 1e6 for entry in ran}
 
 
 def _spec(port: Any) -> TensorSpec:

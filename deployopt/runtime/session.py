@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, Mapping, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, NamedTuple, Optional, Protocol, Sequence, Tuple, Union, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +35,25 @@ class SessionOptions(NamedTuple):
     precision: str = "fp32"
     extra: Mapping[str, Any] = {}
     streams: int = 1
+
+
+class LayerTime(NamedTuple):
+    """What one layer of an executed graph takes.
+
+    Attributes:
+        name, kind: as the runtime names it.
+        nodes: the ONNX nodes it stands for, by name (a nameless one by its first output); () for what the runtime added, as a change of layout.
+        precision: that it computes in ("int8", "fp32" …), in the runtime's own word where we have none.
+        time_us: of one inference, in microseconds: the median of several, or with OpenVINO, whose counters only average, their mean.
+        calls: in one inference.
+    """
+
+    name: str
+    kind: str
+    nodes: Tuple[str, ...]
+    precision: str
+    time_us: float
+    calls: int = 1
 
 
 class Loaded(Protocol):
@@ -76,3 +95,15 @@ class Session(Protocol):
     def __enter__(self) -> "Session": ...
 
     def __exit__(self, *exc: Any) -> None: ...
+
+
+@runtime_checkable
+class Profiling(Protocol):
+    """A `Session` whose runtime can time its layers."""
+
+    def profile(self, feeds: Sequence[Feed], runs: int) -> List[LayerTime]:
+        """Each executed layer's time over `runs` inferences, after a few that do not count, of feeds of one shape in rotation; in the order of execution.
+
+        Profiling slows inference down, so it happens in a native session of its own, opened with profiling on and closed again: what `infer` and
+        `load` use is left as it is.
+        """

@@ -21,7 +21,7 @@ from deployopt.runtime.hashing import sha256_bytes
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import Progress, SilentProgress
 from deployopt.runtime.session import TensorSpec
-from deployopt.runtime.tensorrt_layers import Execution, Network, execution, layers_of_inspector, layers_of_log, network_of
+from deployopt.runtime.tensorrt_layers import Execution, Layer, Network, execution, layers_of_inspector, layers_of_log, network_of
 from deployopt.runtime.tensorrt_versions import is_rtx, product
 
 Shape = Tuple[int, ...]
@@ -128,6 +128,24 @@ def make_logger(trt: Any, verbose: bool = False) -> Any:
             return [text for text in texts if _DRIVER_NOISE not in text] or texts
 
     return Logger()
+
+
+def make_profiler(trt: Any) -> Any:
+    """A profiler that keeps (layer's name, milliseconds) of every layer that ran since `take` was called."""
+
+    class Profiler(trt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self._times: List[Tuple[str, float]] = []
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:  # called from native code: it must not raise
+            self._times.append((layer_name, ms))
+
+        def take(self) -> List[Tuple[str, float]]:
+            times, self._times = self._times, []
+            return times
+
+    return Profiler()
 
 
 def make_monitor(trt: Any, advance: Callable[[float, str], None]) -> Any:
@@ -330,19 +348,29 @@ def load_engine(trt: Any, plan: bytes, logger: Any) -> Tuple[Any, Any]:
     return engine, runtime
 
 
+def inspect(trt: Any, engine: Any, context: Any) -> List[Layer]:
+    """Layers as the engine inspector shows them. The context's input shapes must be set: with the batch left open it shows no types.
+
+    Raises:
+        ValueError: what it says is no JSON.
+    """
+    inspector = engine.create_engine_inspector()
+    inspector.execution_context = context
+    return layers_of_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
 def _verify(trt: Any, network: Network, logger: Any, plan: bytes, ranges: Ranges) -> Tuple[Optional[Execution], Optional[str]]:
     """What runs in which precision, or why that cannot be told. RTX lists its layers while building; TensorRT shows them in the engine."""
     try:
         if is_rtx(trt):
             return execution(network, layers_of_log(logger.messages)), None
         engine, runtime = load_engine(trt, plan, logger)
-        inspector, context = engine.create_engine_inspector(), engine.create_execution_context()
-        for name, bounds in ranges.items():  # with the batch left open, the inspector shows no types ("N/A due to dynamic shapes")
+        context = engine.create_execution_context()
+        for name, bounds in ranges.items():
             context.set_input_shape(name, bounds["opt"])
-        inspector.execution_context = context
-        listing = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-        del inspector, context, engine, runtime  # in this order
-        return execution(network, layers_of_inspector(listing)), None
+        layers = inspect(trt, engine, context)
+        del context, engine, runtime  # in this order
+        return execution(network, layers), None
     except (ValueError, ArtifactMismatch) as exc:
         return None, f"the layers of the engine could not be read: {exc}"
 

@@ -8,8 +8,10 @@ import numpy as np
 from deployopt.errors import ArtifactMismatch, UsageError
 from deployopt.runtime.cuda import Cuda, Device, Pinned
 from deployopt.runtime.manifest import REBUILD, Manifest
-from deployopt.runtime.session import Array, Feed, Loaded, TensorSpec
-from deployopt.runtime.tensorrt import load_engine, make_logger
+from deployopt.runtime.profile import WARM_UP_RUNS, typical
+from deployopt.runtime.session import Array, Feed, LayerTime, Loaded, TensorSpec
+from deployopt.runtime.tensorrt import inspect, load_engine, make_logger, make_profiler
+from deployopt.runtime.tensorrt_layers import Layer
 
 _TO_DEVICE, _TO_HOST, _NON_BLOCKING = 1, 2, 1  # cudaMemcpyKind, cudaStreamNonBlocking
 Shape = Tuple[int, ...]
@@ -35,12 +37,11 @@ class TensorRTSession:
         self.outputs: Sequence[TensorSpec] = manifest.outputs
         self.provider = provider
         self.streams = 1
+        self._trt = trt
         self._cuda = Cuda(device)
         self._logger = make_logger(trt)
         self._engine, self._runtime = load_engine(trt, plan, self._logger)
-        self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise ArtifactMismatch(f"no execution context for the engine: {'; '.join(self._logger.errors())}", REBUILD)
+        self._context = self._new_context()
         self._stream = self._cuda.make("cudaStreamCreateWithFlags", _NON_BLOCKING)
         self._start, self._stop = self._cuda.make("cudaEventCreate"), self._cuda.make("cudaEventCreate")
         self._limits = {s.name: [tuple(shape) for shape in self._engine.get_tensor_profile_shape(s.name, 0)] for s in self.inputs}
@@ -78,6 +79,25 @@ class TensorRTSession:
         self._bound.append(loaded)
         return loaded
 
+    def profile(self, feeds: Sequence[Feed], runs: int) -> List[LayerTime]:
+        """As `session.Profiling`, with an execution context of its own. TensorRT times a layer from one CUDA event to the next, copies excluded."""
+        loaded, measured = self.load(feeds), self._context
+        profiler = make_profiler(self._trt)
+        self._context, self._shapes = self._new_context(), {}  # no shape is set in it yet
+        try:
+            self._context.profiler = profiler
+            for name, buffer in self._device.items():
+                self._context.set_tensor_address(name, buffer.address.value)
+            self._set_shapes(self._checked(feeds[0]))
+            layers = {layer.name: layer for layer in self._layers()}
+            found = []
+            for index in range(WARM_UP_RUNS + runs):
+                loaded.run(index)
+                found.append([layer_time(layers.get(name), name, ms) for name, ms in profiler.take()])
+        finally:
+            self._context, self._shapes = measured, {}
+        return typical(found[WARM_UP_RUNS:])
+
     def close(self) -> None:
         for loaded in self._bound:
             loaded.close()
@@ -97,6 +117,19 @@ class TensorRTSession:
 
     def __exit__(self, *exc: Any) -> None:
         self.close()
+
+    def _new_context(self) -> Any:
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise ArtifactMismatch(f"no execution context for the engine: {'; '.join(self._logger.errors())}", REBUILD)
+        return context
+
+    def _layers(self) -> List[Layer]:
+        """What the engine runs at the shapes that are set; [] where its inspector does not tell."""
+        try:
+            return inspect(self._trt, self._engine, self._context)
+        except ValueError:
+            return []
 
     def _checked(self, feed: Feed) -> Dict[str, Shape]:
         names = [spec.name for spec in self.inputs]
@@ -135,6 +168,13 @@ class TensorRTSession:
         milliseconds = ctypes.c_float()
         self._cuda.call("cudaEventElapsedTime", ctypes.byref(milliseconds), self._start, self._stop)
         return float(milliseconds.value)
+
+
+def layer_time(layer: Optional[Layer], name: str, ms: float) -> LayerTime:
+    """A time under its layer's facts; what an engine hides of a layer is "?"."""
+    if layer is None:
+        return LayerTime(name, "?", (), "?", ms * 1e3)
+    return LayerTime(name, layer.kind, layer.nodes, layer.inputs[0] if layer.inputs else "?", ms * 1e3)
 
 
 class _Loaded:

@@ -27,7 +27,7 @@ from deployopt.runtime.clock import now_ns, seconds_since
 from deployopt.runtime.preprocessing import to_feed
 from deployopt.runtime.process import describe_exit, error_from_json, error_to_json, tail
 from deployopt.runtime.sampler import Block, WarmUp
-from deployopt.runtime.session import Feed, Loaded, Session, SessionOptions, TensorSpec
+from deployopt.runtime.session import Feed, LayerTime, Loaded, Profiling, Session, SessionOptions, TensorSpec
 
 _LENGTH = struct.Struct("!Q")
 _PR_SET_PDEATHSIG = 1
@@ -39,13 +39,14 @@ _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from deployop
 
 
 class Opened(NamedTuple):
-    """A session as the child opened it."""
+    """A session as the child opened it. `profiles`: its runtime can time layers."""
 
     inputs: Tuple[TensorSpec, ...]
     outputs: Tuple[TensorSpec, ...]
     provider: str
     load_ms: float
     streams: int
+    profiles: bool
 
 
 def _send(channel: socket.socket, content: Mapping[str, Any], arrays: Arrays) -> None:
@@ -141,7 +142,7 @@ class Worker:
         if self._process is None:
             self.spawn()
         content, _ = self._ask("open", opener=self._opener, path=str(self._path), options={**self._options._asdict(), "extra": dict(self._options.extra)})
-        return Opened(_specs(content["inputs"]), _specs(content["outputs"]), content["provider"], content["load_ms"], content["streams"])
+        return Opened(_specs(content["inputs"]), _specs(content["outputs"]), content["provider"], content["load_ms"], content["streams"], content["profiles"])
 
     def load(self, images: np.ndarray) -> float:
         """Bind buffers of images, uint8 [buffers, n, H, W, C], for timing on every stream; milliseconds of the first inference at this shape.
@@ -162,6 +163,15 @@ class Worker:
         """Time runs of the loaded buffers; see `sampler.time_streams`."""
         content, arrays = self._ask("block", iterations=iterations, first_index=first, lead_in=lead_in)
         return Block(arrays["host_ns"], arrays.get("device_ms"), **content)
+
+    def profile(self, images: np.ndarray, runs: int) -> List[LayerTime]:
+        """Time each layer on buffers of images, uint8 [buffers, n, H, W, C]; see `session.Profiling`.
+
+        Raises:
+            UsageError: the runtime cannot (`Opened.profiles`). ArtifactMismatch: the model does not take such images.
+        """
+        content, _ = self._ask("profile", {"images": images}, runs=runs)
+        return [LayerTime(name, kind, tuple(nodes), precision, time_us, calls) for name, kind, nodes, precision, time_us, calls in content["layers"]]
 
     def infer(self, images: np.ndarray) -> Dict[str, np.ndarray]:
         """Outputs by name for images uint8 [n, H, W, C]."""
@@ -213,6 +223,7 @@ _DOING = {
     "load": "binding inputs of",
     "warm_up": "warming up",
     "block": "timing",
+    "profile": "profiling",
     "infer": "running",
     "memory": "reading the memory of",
 }
@@ -251,7 +262,8 @@ class _Service:
         load_ms = seconds_since(start) * 1e3
         self._session = session
         inputs, outputs = [list(s) for s in session.inputs], [list(s) for s in session.outputs]
-        return {"inputs": inputs, "outputs": outputs, "provider": session.provider, "load_ms": load_ms, "streams": session.streams}, {}
+        facts = {"provider": session.provider, "load_ms": load_ms, "streams": session.streams, "profiles": isinstance(session, Profiling)}
+        return {"inputs": inputs, "outputs": outputs, **facts}, {}
 
     def load(self, arrays: Arrays) -> Answer:
         session = self._opened()
@@ -270,6 +282,12 @@ class _Service:
         if timed.device_ms is not None:
             answer["device_ms"] = timed.device_ms
         return {"wall_s": timed.wall_s, "elapsed_s": timed.elapsed_s, "process_cpu_s": timed.process_cpu_s}, answer
+
+    def profile(self, arrays: Arrays, runs: int) -> Answer:
+        session = self._opened()
+        if not isinstance(session, Profiling):
+            raise UsageError(f"sessions on {session.provider} do not time layers", "profile an ONNX file or an engine")
+        return {"layers": session.profile([self._feed(images) for images in arrays["images"]], runs)}, {}
 
     def infer(self, arrays: Arrays) -> Answer:
         return {}, self._opened().infer(self._feed(arrays["images"]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -68,6 +68,8 @@ class Config(StageConfig):
     """Relative fall of a GPU's SM clock during the measurement above which its rows are marked invalid."""
     accuracy: bool = True
     """Score every artifact on the test split."""
+    profile: bool = True
+    """Time each layer of every artifact once: at the smallest batch size, in a session of its own after the timed rounds, on runtimes that can."""
 
     @field_validator("batch_sizes", "scenarios", "threads")
     @classmethod
@@ -123,8 +125,18 @@ class _Candidate:
 Results = Mapping[int, Mapping[str, "Measured | Failure"]]  # by batch size, then by candidate
 
 
+@dataclass
+class _Own:
+    """What is taken in the run's own single stream alone; of candidates by key, or by key and batch size; the details by variant."""
+
+    accuracies: dict[str, dict[str, Any]] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    profiles: dict[tuple[str, int], dict[str, Any] | Failure] = field(default_factory=dict)
+    noise: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+
+
 def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
-    """Measure every scenario, score each artifact once, in the first.
+    """Measure every scenario; score and profile each artifact once, in the first.
 
     Record: {"rows": [Row …] candidate by candidate, then scenario by scenario, then batch by batch, "details": {variant: the task's details of its torch
     outputs}}.
@@ -135,18 +147,18 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     settings = _settings(config, context.seed)
     images = _timing_images(context, settings.buffers * max(config.batch_sizes))
     results: dict[Scenario, Results] = {}
-    accuracies: dict[str, dict[str, Any]] = {}
-    details: dict[str, Any] = {}
-    noise: dict[tuple[str, int], dict[str, Any]] = {}
+    own = _Own()
     for scenario in scenarios(config.scenarios, context.threads, config.threads):
         with _group(scenario, candidates, settings, context) as group:
             results[scenario] = {b: group.measure(_shown(candidates, b, images), b, "test split") for b in sorted(config.batch_sizes)}
             if config.accuracy and not scenario.sweep:
-                accuracies, details = _accuracies(context, config, expansion, candidates, group)
+                own.accuracies, own.details = _accuracies(context, config, expansion, candidates, group)
+            if config.profile and not scenario.sweep:
+                own.profiles = _profiles(context, candidates, group, results[scenario], images)
         if config.aa_repeats and not scenario.sweep:
-            noise = _noise(context, config, _subjects(scenario, candidates), results[scenario], settings, images)
-    rows = _rows(context, config, candidates, results, accuracies, noise)
-    return StepResult(record={"rows": [row.to_json() for row in rows], "details": details})
+            own.noise = _noise(context, config, _subjects(scenario, candidates), results[scenario], settings, images)
+    rows = _rows(context, config, candidates, results, own)
+    return StepResult(record={"rows": [row.to_json() for row in rows], "details": own.details})
 
 
 def _settings(config: Config, seed: int) -> Settings:
@@ -246,6 +258,17 @@ def _timing_images(context: StageContext, wanted: int) -> NDArray[np.uint8]:
     return test.images(chosen)
 
 
+def _profiles(
+    context: StageContext, candidates: Sequence[_Candidate], group: Group, results: Results, images: NDArray[np.uint8]
+) -> dict[tuple[str, int], dict[str, Any] | Failure]:
+    """Layer times at the smallest batch size, by (key, batch). They come last in the group: a profiler that takes the child along costs nothing else."""
+    from deployopt.bench import profiles
+
+    batch = min(results)
+    taken = profiles.take(group, _shown(candidates, batch, images), batch, results[batch], context.progress)
+    return {(key, batch): found for key, found in taken.items()}
+
+
 def _noise(
     context: StageContext,
     config: Config,
@@ -321,10 +344,11 @@ def _rows(
     config: Config,
     candidates: Sequence[_Candidate],
     results: Mapping[Scenario, Results],
-    accuracies: Mapping[str, dict[str, Any]],
-    noise: Mapping[tuple[str, int], dict[str, Any]],
+    own: _Own,
 ) -> list[Row]:
     """Every candidate in every scenario at every batch size, measured or with its reason, with its speed-ups and its file of samples."""
+    from deployopt.bench.profiles import with_profile
+
     samples = context.run_folder / "samples"
     samples.mkdir(exist_ok=True)
     rows = []
@@ -332,9 +356,10 @@ def _rows(
         for scenario, found in results.items():
             for batch in config.batch_sizes:
                 row = _measured_row(context, candidate.at(scenario, batch), found[batch].get(candidate.key), samples)
-                if row.status == "ok" and not scenario.sweep:
-                    row.noise = noise.get((candidate.key, batch))
-                accuracy = accuracies.get(candidate.key)
+                if not scenario.sweep:
+                    row = with_profile(row, own.profiles.get((candidate.key, batch)))
+                    row.noise = own.noise.get((candidate.key, batch)) if row.status == "ok" else None
+                accuracy = own.accuracies.get(candidate.key)
                 if accuracy is not None and "error" in accuracy:
                     row.status, row.reason = "failed", accuracy["error"]
                 else:

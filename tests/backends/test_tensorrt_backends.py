@@ -386,3 +386,19 @@ def test_engine_computes_what_onnxruntime_computes(tmp_path, precision, toleranc
         assert loaded.device_ms() > 0
         with pytest.raises(DeployoptError, match="outside the engine's"):
             session.infer({"input": np.zeros((5, 3, SIZE, SIZE), np.float32)})
+
+
+@pytest.mark.gpu
+def test_a_profile_tells_the_engines_layers_by_their_onnx_nodes(tmp_path):
+    if not tensorrt_rtx.probe().runs:
+        pytest.skip(f"tensorrt_rtx does not run here: {tensorrt_rtx.probe().reason}")
+    prepared = tensorrt_rtx.prepare(canonical(tmp_path, "fp16"), "fp16", tmp_path / "model.onnx")
+    built = tensorrt_rtx.build(prepared, tmp_path, BuildRequest("fp16", (1, 4)), SilentProgress())
+    feed = {"input": np.random.default_rng(0).random((3, 3, SIZE, SIZE), np.float32)}
+    with tensorrt_rtx.open(built.path, SessionOptions()) as session:
+        before = session.infer(feed)["logits"]
+        layers = session.profile([feed], runs=4)
+        np.testing.assert_array_equal(session.infer(feed)["logits"], before)
+    assert sum(layer.time_us for layer in layers) > 0
+    assert all(layer.calls == 1 for layer in layers)
+    assert {name for layer in layers for name in layer.nodes} <= {node.name for node in onnx.load(prepared).graph.node}

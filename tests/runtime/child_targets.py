@@ -1,4 +1,4 @@
-"""Functions that test_child.py calls in a child."""
+"""Functions that tests call in a child."""
 
 import os
 import signal
@@ -61,3 +61,12 @@ def tell_and_sleep(*, pid_file, progress):
     with progress.track("sleeping", 1) as bar:
         bar.advance(0)
         time.sleep(60)
+
+
+def load_no_engine(*, progress):
+    """In a child, for the vendor's runtime was once seen to hang as it started on a machine without a driver."""
+    import tensorrt_rtx
+
+    from deployopt.runtime import tensorrt
+
+    tensorrt.load_engine(tensorrt_rtx, b"junk" * 100, tensorrt.make_logger(tensorrt_rtx))

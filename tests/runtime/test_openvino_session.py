@@ -114,3 +114,28 @@ def test_streams_are_what_was_asked_for_and_run_at_once(path):
         assert session.streams == 2
         streams = [session.load([{"image": images(2, seed)}]) for seed in (1, 2)]
         assert len(time_streams(streams, 20).host_ns) == 20
+
+
+def test_a_profile_leaves_the_first_runs_out(path):
+    feeds = [{"image": images(1)}]
+    compiled = compile_model(path, SessionOptions(), profiling=True)
+    request = compiled.create_infer_request()
+    for _ in range(10):
+        request.infer([images(1)])
+    averages_us = sum(entry.real_time.total_seconds() * 1e6 for entry in request.get_profiling_info())
+    with open_session(path, SessionOptions()) as session:
+        totals_us = [sum(layer.time_us for layer in session.profile(feeds, runs=20)) for _ in range(3)]
+    assert 0 < min(totals_us) < averages_us
+
+
+def test_a_session_of_several_streams_profiles_one_inference_at_a_time(path):
+    with open_session(path, SessionOptions(threads=1, streams=2)) as session:
+        layers = session.profile([{"image": images(2)}], runs=3)
+        assert session.infer({"image": images(2)})["logits"].shape == (2, 10)
+    assert sum(layer.time_us for layer in layers) > 0
+    assert any("Convolution" in layer.kind for layer in layers)
+
+
+def test_layers_are_counted_only_where_that_is_asked_for(path):
+    counted = [compile_model(path, SessionOptions(), profiling=asked).get_property("PERF_COUNT") for asked in (False, True)]
+    assert counted == ["NO", "YES"]

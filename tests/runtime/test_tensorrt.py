@@ -82,7 +82,7 @@ def test_vendor_calls_exist_in_tensorrt_10_stubs():
         pytest.skip("tensorrt-stubs is not installed")
     known = set(re.findall(r"^\s*(?:def|class)? ?(\w+)\b(?=[(:]| *=)", stubs[0].read_text(), flags=re.MULTILINE))
     source = "".join(Path(sys.modules[name].__file__).read_text() for name in MODULES)
-    used = set(re.findall(r"\b(?:trt|builder|network|parser|config|profile|runtime|engine|error|modes)\.(\w+)", source))
+    used = set(re.findall(r"\b(?:trt|builder|network|parser|config|profile|runtime|engine|context|inspector|profiler|error|modes)\.(\w+)", source))
     rtx_only = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability"}
     ours = {
         "name",
@@ -232,9 +232,10 @@ def test_unsupported_compute_capability_lists_those_there_are(trt):
         rt.build_engine(trt, relu(), rt.BuildOptions((1,), ("9.0",)))
 
 
-def test_bytes_that_are_no_engine_are_a_mismatch(trt):
+@pytest.mark.usefixtures("trt")
+def test_bytes_that_are_no_engine_are_a_mismatch():
     with pytest.raises(ArtifactMismatch, match=r"cannot load the engine: .*magicTag"):
-        rt.load_engine(trt, b"junk" * 100, rt.make_logger(trt))
+        run_in_child("child_targets:load_no_engine", {}, SilentProgress(), "loading", timeout_s=60)
 
 
 @pytest.mark.parametrize(
@@ -310,3 +311,12 @@ def test_the_gpu_is_described_and_cuda_starts():
     with pytest.raises(DeviceUnavailable, match="this machine has"):
         find_gpu(64)
     Cuda()
+
+
+def test_the_profiler_keeps_what_is_reported_until_it_is_taken(trt):
+    profiler = rt.make_profiler(trt)
+    assert isinstance(profiler, trt.IProfiler)
+    profiler.report_layer_time("conv", 0.5)
+    profiler.report_layer_time("head", 0.1)
+    assert profiler.take() == [("conv", 0.5), ("head", 0.1)]
+    assert profiler.take() == []

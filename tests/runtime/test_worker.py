@@ -199,3 +199,19 @@ def test_interrupt_ends_the_child_without_a_word_from_it(model):
     _, said = parent.communicate(timeout=20)
     assert said == ""
     assert _gone(pid)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_profile_comes_from_the_child(model, runtime):
+    with Worker(f"deployopt.backends.{runtime}:open", model, SessionOptions()) as w:
+        assert w.start().profiles
+        layers = w.profile(IMAGES, runs=3)
+    assert ("c0", "r0") in [layer.nodes for layer in layers]
+    assert sum(layer.time_us for layer in layers) > 0
+
+
+def test_a_session_without_a_profiler_says_so(model):
+    with worker(model) as w:
+        assert not w.start().profiles
+        with pytest.raises(UsageError, match="CPUExecutionProvider do not time layers"):
+            w.profile(IMAGES, runs=3)

@@ -95,6 +95,11 @@ class CrashingSession(OnnxRuntimeSession):
         return super().execute(feed)
 
 
+class CrashingProfile(OnnxRuntimeSession):
+    def profile(self, feeds, runs):
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
 class NanSession(OnnxRuntimeSession):
     def execute(self, feed):
         return [output * np.nan for output in super().execute(feed)]

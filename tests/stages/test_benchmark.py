@@ -214,3 +214,39 @@ def test_offline_and_other_threads_are_rows_of_their_own(context):
 def test_sweeps_are_strict(bad):
     with pytest.raises(ValidationError):
         benchmark.Config(**bad)
+
+
+@pytest.fixture
+def profiling(context, monkeypatch):
+    """A run's context, in which backends are those of their names."""
+    monkeypatch.setattr(bench_artifacts, "opener", lambda backend: f"deployopt.backends.{backend}:open")
+    return context
+
+
+def test_each_artifact_is_profiled_once_where_its_runtime_tells(profiling):
+    points = (built("dense", "fp32", "03"), built("dense", "fp32", "04", "openvino"))
+    outputs = [output(profiling, point, {"status": "ok"}, layers=2) for point in points]
+    settings = config(batch_sizes=(2, 1), scenarios=["single_stream", "offline"], accuracy=False)
+    rows = benchmark.run(profiling, settings, Expansion(inputs=points), outputs).record["rows"]
+    found = {(r["backend"], r["batch"], r["sweep"]): r["profile"] for r in rows if r["profile"]}
+    assert list(found) == [("onnxruntime", 1, ""), ("openvino", 1, "")]
+    for profile in found.values():
+        assert {"c0", "c1"} <= {node for layer in profile["layers"] for node in layer["nodes"]}
+        assert sum(layer["time_us"] for layer in profile["layers"]) == pytest.approx(profile["total_us"], abs=0.1)
+
+
+def test_profiles_can_be_left_out(profiling):
+    artifact = built("dense", "fp32", "03")
+    outputs = [output(profiling, artifact, {"status": "ok"}, layers=1)]
+    (row,) = benchmark.run(profiling, config(accuracy=False, profile=False), Expansion(inputs=(artifact,)), outputs).record["rows"]
+    assert row["status"] == "ok"
+    assert row["profile"] is None
+
+
+def test_a_profiler_that_crashes_costs_neither_latency_nor_accuracy(context, monkeypatch):
+    monkeypatch.setattr(bench_artifacts, "opener", lambda backend: "worker_openers:CrashingProfile")
+    (row,) = benchmark.run(context, config(), Expansion(inputs=(DENSE,)), [output(context, DENSE, {}, layers=1)]).record["rows"]
+    assert row["status"] == "ok"
+    assert row["accuracy"]["n"] == 40
+    assert row["profile"] is None
+    assert "its layers could not be timed: profiling" in row["notes"][0]
