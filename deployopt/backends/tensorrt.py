@@ -54,7 +54,9 @@ def prepare(canonical: Path, precision: str, out: Path) -> Path:
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:
     """One optimisation profile: minimum batch 1, optimum and maximum the largest of `request.batch_sizes`."""
     options = _tensorrt.bind(_VENDOR, Options, request.options)
-    wanted = BuildOptions(tuple(request.batch_sizes), (), options.workspace_mib, options.optimization_level)
+    wanted = BuildOptions(
+        tuple(request.batch_sizes), workspace_mib=options.workspace_mib, optimization_level=options.optimization_level, tf32=options.tf32
+    )
     return _tensorrt.build(prepared, out, request, progress, vendor=_VENDOR, options=wanted)
 
 

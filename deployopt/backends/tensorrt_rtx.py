@@ -74,7 +74,8 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) 
             f"INT8 for compute capabilities {', '.join(targets)}: one engine for {_TURING} and others runs its convolutions in FP16 on all of them",
             f"build for {_TURING} in a recipe of its own: take it out of tensorrt_rtx's compute_capabilities here",
         )
-    return _tensorrt.build(prepared, out, request, progress, vendor=_VENDOR, options=BuildOptions(tuple(request.batch_sizes), targets))
+    wanted = BuildOptions(tuple(request.batch_sizes), targets, tf32=options.tf32)
+    return _tensorrt.build(prepared, out, request, progress, vendor=_VENDOR, options=wanted)
 
 
 def _default_targets() -> tuple[str, ...]:

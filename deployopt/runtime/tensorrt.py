@@ -1,7 +1,7 @@
 """Building engines with TensorRT and TensorRT-RTX. They share one API shape, so the vendor module is an argument (`trt`).
 
 Precision is typed in the ONNX (casts, Q/DQ); networks are strongly typed and no builder flag changes it, but for TensorRT 8.x
-(`runtime/tensorrt_versions.py`). TF32 is off: FP32 means FP32.
+(`runtime/tensorrt_versions.py`). TF32 is off unless asked for: FP32 means FP32.
 """
 
 import errno
@@ -10,7 +10,7 @@ import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from deployopt.errors import ArtifactMismatch, BackendUnavailable, BuildFailed
 from deployopt.runtime import manifest
@@ -56,12 +56,22 @@ class BuildOptions(NamedTuple):
         compute_capabilities: GPU classes to build for, as "8.6" (TensorRT-RTX only); empty builds for the GPU of this machine.
         workspace_mib: scratch memory a layer may use; None leaves the vendor's limit, all of the GPU's memory (TensorRT only).
         optimization_level: 0 builds fastest, 5 searches longest; None leaves the vendor's 3 (TensorRT only).
+        tf32: what is FP32 in the graph may be computed in TF32, with 10 bits of mantissa.
     """
 
     batch_sizes: Tuple[int, ...] = (1,)
     compute_capabilities: Tuple[str, ...] = ()
     workspace_mib: Optional[int] = None
     optimization_level: Optional[int] = None
+    tf32: bool = False
+
+    def to_json(self) -> Dict[str, Any]:
+        """Those that are set."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self._asdict().items() if value not in (None, ())}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "BuildOptions":
+        return BuildOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
 
 
 class Build(NamedTuple):
@@ -286,7 +296,7 @@ def build_engine(
 def _configure(trt: Any, builder: Any, logger: Any, options: BuildOptions, precision: str) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.clear_flag(trt.BuilderFlag.TF32)
+    (config.set_flag if options.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
     versions.allow(trt, config, precision)
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
@@ -365,7 +375,7 @@ def build_file(
         onnx, engine: paths of the source and of the engine.
         precision: as typed in the ONNX; recorded.
         device: "cpu" or "cuda:N": the GPU it is built for, where there is one.
-        options: those of `BuildOptions` that are set, as JSON.
+        options: `BuildOptions.to_json`.
         preprocessing: `Preprocessing` as JSON, if known; recorded.
 
     Returns:
@@ -376,7 +386,7 @@ def build_file(
     """
     trt = load_vendor(vendor)
     gpu = _gpu(trt, device)
-    build_options = BuildOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})  # type: ignore[arg-type]
+    build_options = BuildOptions.from_json(options)
     source, target = Path(onnx), Path(engine)
     data = source.read_bytes()
     built = build_engine(trt, data, build_options, progress, f"{product(trt)} builds {target.name}", precision)

@@ -23,7 +23,7 @@ from deployopt.errors import BuildFailed, DeployoptError, UsageError
 from deployopt.runtime.progress import Progress
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
 
-version = 4
+version = 5
 not_after: frozenset[str] = frozenset()
 after = frozenset({"export"})
 cacheable = True
@@ -194,7 +194,7 @@ def _notes(artifact: Artifact, precision: str, shortfall: str | None) -> list[st
     """The INT8 shortfall or why INT8 could not be verified, and what the backend noted."""
     facts = artifact.metadata
     unverified = facts.get("verified_reason") if precision in INT8_PRECISIONS and facts.get("verified") is None else None
-    said = (shortfall, unverified and f"INT8 is not verified: {unverified}", facts.get("note"))
+    said = (shortfall, unverified and f"INT8 is not verified: {unverified}", *facts.get("notes", ()))
     return [without_folders(str(note)) for note in said if note]
 
 

@@ -212,10 +212,20 @@ def test_float_engines_run_as_asked_and_fuse_their_add(tmp_path, precision):
     assert built.metadata["build_seconds"] > 0
 
 
+def test_tf32_is_off_unless_asked_for_and_then_said(tmp_path):
+    plain, allowed = make(tmp_path_of(tmp_path, "fp32"), "fp32"), make(tmp_path_of(tmp_path, "tf32"), "fp32", tf32=True)
+    assert (plain.metadata["options"]["tf32"], plain.metadata["notes"]) == (False, [])
+    assert allowed.metadata["options"]["tf32"]
+    assert allowed.metadata["notes"] == [_tensorrt.TF32]
+    assert manifest.read(allowed.path).options["tf32"]
+    assert plain.metadata["verified"] == allowed.metadata["verified"]  # TensorRT-RTX lists a TF32 layer as Float
+
+
 def test_int8_engine_is_verified_and_its_float_results_are_said(int8):
     assert int8.metadata["verified"] == {"quantized_layers": 4, "quantizable_layers": 4, "executed": {"int8": 4}}
     assert int8.metadata["int8_to_float"] == 4
-    assert int8.metadata["note"].startswith("4 of 4 INT8 layers write floating point")
+    (note,) = int8.metadata["notes"]
+    assert note.startswith("4 of 4 INT8 layers write floating point")
 
 
 def test_int8_with_fp16_around_it_is_built_and_its_layers_still_run_in_int8(tmp_path, int8):
@@ -271,7 +281,7 @@ def test_default_targets_are_this_gpu_or_the_common_ones(tmp_path):
 @pytest.mark.parametrize(
     ("precision", "options", "message"),
     [
-        ("fp32", {"workspace": 3}, r"workspace: Extra inputs are not permitted \(available: compute_capabilities\)"),
+        ("fp32", {"workspace": 3}, r"workspace: Extra inputs are not permitted \(available: tf32, compute_capabilities\)"),
         ("fp32", {"compute_capabilities": ["8.6"]}, "Input should be a valid number"),
         ("fp32", {"compute_capabilities": []}, "at least 1 item"),
         ("fp32", {"compute_capabilities": [8.6, 8.6]}, "each compute capability once"),

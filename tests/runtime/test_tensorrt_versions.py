@@ -56,6 +56,12 @@ def test_a_weakly_typed_builder_is_allowed_the_precision_and_its_own_kernels(old
     assert caught.value.message == f"TensorRT 8.6.1 built no engine: {asked}"
 
 
+def test_tf32_is_allowed_where_it_was_asked_for(old):
+    with pytest.raises(BuildFailed) as caught:
+        rt.build_engine(old, b"model", rt.BuildOptions((1,), tf32=True))
+    assert caught.value.message == f"TensorRT 8.6.1 built no engine: EXPLICIT_BATCH, TF32, {OWN_KERNELS}"
+
+
 def test_a_parser_error_without_a_node_tells_its_description(old):
     with pytest.raises(BuildFailed, match=r"the operator is not supported \(In node 7 \(importNode\)\)"):
         rt.build_engine(old, b"refused", rt.BuildOptions((1,)))
