@@ -85,7 +85,6 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, 
         BuildFailed, BackendUnavailable.
     """
     engine = out / f"{prepared.stem}.engine"
-    given = options.to_json()
     try:
         facts = run_in_child(
             "deployopt.runtime.tensorrt:build_file",
@@ -95,7 +94,7 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, 
                 "engine": str(engine),
                 "precision": request.precision,
                 "device": request.device,
-                "options": given,
+                "options": options.to_json(),
                 "preprocessing": _preprocessing(prepared),
             },
             progress,
@@ -109,7 +108,8 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, 
     verified, notes = _verified(facts)
     if options.tf32:
         notes = [TF32, *notes]
-    metadata = {"precision": request.precision, "build_seconds": facts["seconds"], "options": given, "notes": notes, **verified}
+    told = {"build_seconds": facts["seconds"], "timing_cache": facts["timing_cache"], "options": facts["options"]}
+    metadata = {"precision": request.precision, **told, "notes": notes, **verified}
     return Artifact.of("engine", engine, inputs=_specs(facts["inputs"]), outputs=_specs(facts["outputs"]), metadata=metadata)
 
 

@@ -22,6 +22,7 @@ from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import Progress, SilentProgress
 from deployopt.runtime.session import TensorSpec
 from deployopt.runtime.tensorrt_layers import Execution, Network, execution, layers_of_inspector, layers_of_log, network_of
+from deployopt.runtime.tensorrt_timing import TimingCache, path_of
 from deployopt.runtime.tensorrt_versions import is_rtx, product
 
 Shape = Tuple[int, ...]
@@ -57,6 +58,8 @@ class BuildOptions(NamedTuple):
         workspace_mib: scratch memory a layer may use; None leaves the vendor's limit, all of the GPU's memory (TensorRT only).
         optimization_level: 0 builds fastest, 5 searches longest; None leaves the vendor's 3 (TensorRT only).
         tf32: what is FP32 in the graph may be computed in TF32, with 10 bits of mantissa.
+        timing_cache: folder in which timings of kernels are kept from build to build; None keeps none (TensorRT only).
+        error_on_timing_cache_miss: a build that has to time a kernel fails (with `timing_cache` only).
     """
 
     batch_sizes: Tuple[int, ...] = (1,)
@@ -64,10 +67,18 @@ class BuildOptions(NamedTuple):
     workspace_mib: Optional[int] = None
     optimization_level: Optional[int] = None
     tf32: bool = False
+    timing_cache: Optional[str] = None
+    error_on_timing_cache_miss: bool = False
 
     def to_json(self) -> Dict[str, Any]:
         """Those that are set."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in self._asdict().items() if value not in (None, ())}
+        chosen = {name: value for name, value in self._asdict().items() if value is not None and value is not False and value != ()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
+
+    def recorded(self) -> Dict[str, Any]:
+        """As JSON for manifest and report: without this machine's folders, and with TF32 said either way."""
+        kept = {"timing_cache": True} if self.timing_cache else {}
+        return {**self.to_json(), **kept, "tf32": self.tf32}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "BuildOptions":
@@ -75,7 +86,12 @@ class BuildOptions(NamedTuple):
 
 
 class Build(NamedTuple):
-    """A serialised engine and what the build knows of it. `execution` is None where it cannot be told, and `reason` says why."""
+    """A serialised engine and what the build knows of it.
+
+    Attributes:
+        execution: what it runs in which precision; None where that cannot be told, and `reason` says why.
+        timing_cache: `TimingCache.use`; None without one.
+    """
 
     plan: bytes
     seconds: float
@@ -84,6 +100,7 @@ class Build(NamedTuple):
     outputs: Tuple[TensorSpec, ...]
     execution: Optional[Execution]
     reason: Optional[str]
+    timing_cache: Optional[str]
 
 
 def usable(trt: Any) -> bool:
@@ -254,17 +271,25 @@ def ranges_of(inputs: Sequence[TensorSpec], batch_sizes: Sequence[int]) -> Range
 
 
 def build_engine(
-    trt: Any, onnx: bytes, options: BuildOptions, progress: Optional[Progress] = None, description: str = "building", precision: str = "fp32"
+    trt: Any,
+    onnx: bytes,
+    options: BuildOptions,
+    progress: Optional[Progress] = None,
+    description: str = "building",
+    precision: str = "fp32",
+    gpu: Optional[Gpu] = None,
 ) -> Build:
     """Build an engine in this process. On a machine without a GPU only TensorRT-RTX can, ahead of time.
 
     Args:
         precision: as typed in the ONNX; a weakly typed builder must be allowed it.
+        gpu: of this machine, which it is built for; None builds ahead of time.
 
     Raises:
         BuildFailed: the parser or the builder refused; says the node, what is wrong and what to do.
         KeyboardInterrupt: Ctrl-C; the build stops at its next step.
     """
+    progress = progress or SilentProgress()
     logger = make_logger(trt, verbose=is_rtx(trt))
     builder = trt.Builder(logger)
     network, parser = _parse(trt, builder, logger, onnx)
@@ -273,9 +298,10 @@ def build_engine(
     ranges = ranges_of(inputs, options.batch_sizes)
     config = _configure(trt, builder, logger, options, precision)
     _add_profile(builder, config, logger, ranges)
+    timing = TimingCache(config, path_of(Path(options.timing_cache), trt, gpu)) if options.timing_cache and gpu else None
     start = time.monotonic()
     with ExitStack() as stack:
-        bar = stack.enter_context((progress or SilentProgress()).track(description, 1.0))
+        bar = stack.enter_context(progress.track(description, 1.0))
         monitor = make_monitor(trt, bar.advance) if versions.has_monitor(trt) else None
         if monitor is not None:
             config.progress_monitor = monitor
@@ -287,10 +313,25 @@ def build_engine(
         raise monitor.raised
     if plan is None:
         raise BuildFailed(f"{product(trt)} built no engine: {_clean(' '.join(logger.errors())) or 'it gave no reason'}", _REMEDY_ELSE)
+    if timing is not None:
+        _keep(timing, options, progress)
     data = bytes(memoryview(plan))
     ran, reason = _verify(trt, network_of(trt, network), logger, data, ranges)
     del parser
-    return Build(data, seconds, ranges, inputs, outputs, ran, reason)
+    return Build(data, seconds, ranges, inputs, outputs, ran, reason, timing.use if timing is not None else None)
+
+
+def _keep(timing: TimingCache, options: BuildOptions, progress: Progress) -> None:
+    """Store what was timed, or refuse that anything was."""
+    if timing.missed and options.error_on_timing_cache_miss:
+        raise BuildFailed(
+            f"kernels were timed that the timing cache lacks ({timing.path.name} was {timing.use}), so other ones may have been chosen than before",
+            "build once without error_on_timing_cache_miss, which fills the cache",
+        )
+    try:
+        timing.store()
+    except OSError as exc:  # the engine is whole; only the next build takes as long
+        progress.log(f"the timing cache was not stored: {exc}")
 
 
 def _configure(trt: Any, builder: Any, logger: Any, options: BuildOptions, precision: str) -> Any:
@@ -379,7 +420,7 @@ def build_file(
         preprocessing: `Preprocessing` as JSON, if known; recorded.
 
     Returns:
-        {"inputs", "outputs": [[name, shape, dtype]], "seconds", "execution": {…} | null, "reason"}.
+        {"inputs", "outputs": [[name, shape, dtype]], "seconds", "options": as recorded, "timing_cache", "execution": {…} | null, "reason"}.
 
     Raises:
         BuildFailed, BackendUnavailable, KeyboardInterrupt.
@@ -389,7 +430,7 @@ def build_file(
     build_options = BuildOptions.from_json(options)
     source, target = Path(onnx), Path(engine)
     data = source.read_bytes()
-    built = build_engine(trt, data, build_options, progress, f"{product(trt)} builds {target.name}", precision)
+    built = build_engine(trt, data, build_options, progress, f"{product(trt)} builds {target.name}", precision, gpu)
     _save(target, built.plan)
     manifest.write(
         target,
@@ -406,7 +447,7 @@ def build_file(
             built.inputs,
             built.outputs,
             sha256_bytes(data),
-            options,
+            build_options.recorded(),
             Preprocessing.from_json(preprocessing) if preprocessing else None,
         ),
     )
@@ -414,6 +455,8 @@ def build_file(
         "inputs": built.inputs,
         "outputs": built.outputs,
         "seconds": built.seconds,
+        "options": build_options.recorded(),
+        "timing_cache": built.timing_cache,
         "execution": built.execution._asdict() if built.execution else None,
         "reason": built.reason,
     }

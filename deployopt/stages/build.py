@@ -140,7 +140,7 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     """Build one artifact. Whatever goes wrong in the backend becomes the record's status and reason.
 
     The record: status ("ok"; "built" if it cannot run on this machine; "failed"), reason, and for artifacts max_batch (None: any), notes (what a
-    reader should know of it), verified, provider, options, build_seconds.
+    reader should know of it), verified, provider, options, build_seconds, timing_cache ("new", "extended", or "reused" if nothing was timed; None: has none).
     """
     (source,), (target,) = expansion.inputs, expansion.makes
     name = expansion.parameters["backend"]
@@ -168,7 +168,7 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
         "reason": None if probed.runs else probed.reason,
         "max_batch": max(config.batch_sizes) if artifact.kind == "engine" else None,
         "notes": notes,
-        **{key: artifact.metadata.get(key) for key in ("verified", "provider", "options", "build_seconds")},
+        **{key: artifact.metadata.get(key) for key in ("verified", "provider", "options", "build_seconds", "timing_cache")},
     }
     return StepResult(record, {target.artifact: artifact})
 
