@@ -4,11 +4,12 @@ import ctypes
 import glob
 import importlib.util
 import os
-from typing import Any, List, NamedTuple, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
 from deployopt.errors import BackendUnavailable, DeviceUnavailable
+from deployopt.runtime import host
 
 INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver: this libcudart is newer than the driver
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
@@ -21,11 +22,13 @@ class Gpu(NamedTuple):
         name: e.g. "NVIDIA H100 80GB HBM3".
         compute_capability: e.g. "9.0".
         cuda_driver: newest CUDA version that the driver serves, e.g. "13.0".
+        driver: its own version, e.g. "580.65.06"; None where NVML does not tell it.
     """
 
     name: str
     compute_capability: str
     cuda_driver: str
+    driver: Optional[str] = None
 
 
 def device_index(device: str) -> int:
@@ -62,7 +65,12 @@ def find_gpu(index: int = 0) -> Gpu:
         value = ctypes.c_int()
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         parts.append(str(value.value))
-    return Gpu(name.value.decode(), ".".join(parts), f"{version.value // 1000}.{version.value % 1000 // 10}")
+    return Gpu(name.value.decode(), ".".join(parts), _dotted(version.value), next((gpu["driver"] for gpu in host.gpus()), None))
+
+
+def _dotted(version: int) -> str:
+    """CUDA's 1000 · major + 10 · minor as "13.0"."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _driver() -> ctypes.CDLL:
@@ -86,6 +94,19 @@ def runtime_libraries() -> List[str]:
     for folder in (spec.submodule_search_locations or []) if spec else []:
         found += sorted(glob.glob(os.path.join(folder, "*", "lib", "libcudart.so.*")), reverse=True)
     return found
+
+
+def runtime_version() -> Optional[str]:
+    """Version of the CUDA runtime library that is found first, e.g. "12.9"; None without one. It needs no driver."""
+    for name in runtime_libraries():
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        version = ctypes.c_int()
+        library.cudaRuntimeGetVersion(ctypes.byref(version))
+        return _dotted(version.value)
+    return None
 
 
 class Cuda:

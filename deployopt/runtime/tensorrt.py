@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 from deployopt.errors import ArtifactMismatch, BackendUnavailable, BuildFailed
 from deployopt.runtime import manifest
 from deployopt.runtime import tensorrt_versions as versions
-from deployopt.runtime.cuda import Gpu, device_index, find_gpu
+from deployopt.runtime.cuda import Gpu, device_index, find_gpu, runtime_version
 from deployopt.runtime.files import atomic_write
 from deployopt.runtime.hashing import sha256_bytes
 from deployopt.runtime.preprocessing import Preprocessing
@@ -194,6 +194,17 @@ def make_monitor(trt: Any, advance: Callable[[float, str], None]) -> Any:
     return Monitor()
 
 
+def _started(trt: Any, kind: str, logger: Any) -> Any:
+    """`trt.Builder(logger)` or `trt.Runtime(logger)`. Raises BackendUnavailable where the library cannot start, as with a driver too old for it."""
+    try:
+        return getattr(trt, kind)(logger)
+    except TypeError as exc:  # pybind11: "factory function returned nullptr"
+        said = _clean(" ".join(text for severity, text in logger.messages if severity in ("WARNING", "ERROR", "INTERNAL_ERROR")))
+        raise BackendUnavailable(
+            f"{product(trt)} cannot start: {said or exc}", "update the NVIDIA driver, or install a TensorRT for the CUDA version that it serves (`nvidia-smi`)"
+        ) from exc
+
+
 def _parse(trt: Any, builder: Any, logger: Any, onnx: bytes) -> Tuple[Any, Any]:
     """(network, parser); the parser owns the weights, so it must outlive the build."""
     network = builder.create_network(versions.network_flags(trt))
@@ -291,7 +302,7 @@ def build_engine(
     """
     progress = progress or SilentProgress()
     logger = make_logger(trt, verbose=is_rtx(trt))
-    builder = trt.Builder(logger)
+    builder = _started(trt, "Builder", logger)
     network, parser = _parse(trt, builder, logger, onnx)
     inputs = _specs([network.get_input(i) for i in range(network.num_inputs)])
     outputs = _specs([network.get_output(i) for i in range(network.num_outputs)])
@@ -372,9 +383,10 @@ def load_engine(trt: Any, plan: bytes, logger: Any) -> Tuple[Any, Any]:
     """Deserialise: (engine, runtime). The runtime and the logger must outlive the engine.
 
     Raises:
-        ArtifactMismatch: the vendor's library refuses these bytes, which its manifest vouched for.
+        BackendUnavailable: the vendor's library cannot start here.
+        ArtifactMismatch: it refuses these bytes, which their manifest vouched for.
     """
-    runtime = trt.Runtime(logger)
+    runtime = _started(trt, "Runtime", logger)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise ArtifactMismatch(f"{product(trt)} cannot load the engine: {_clean(' '.join(logger.errors()))}", f"{manifest.REBUILD} (on this machine)")
@@ -439,6 +451,7 @@ def build_file(
             len(built.plan),
             vendor,
             trt.__version__,
+            runtime_version(),
             manifest.this_platform(),
             build_options.compute_capabilities or ((gpu.compute_capability,) if gpu else ()),
             gpu,

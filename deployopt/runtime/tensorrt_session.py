@@ -21,7 +21,7 @@ class TensorRTSession:
 
     Args:
         trt: the vendor module.
-        plan, manifest: bytes that `manifest.check` vouched for.
+        plan, manifest: bytes that passed the checks of `runtime/manifest.py`.
         provider: the GPU's name.
         device: index of the GPU.
 

@@ -1,3 +1,4 @@
+import errno
 import re
 import sys
 import time
@@ -12,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from deployopt.errors import ArtifactMismatch, BackendUnavailable, BuildFailed, DeviceUnavailable
 from deployopt.runtime import tensorrt as rt
 from deployopt.runtime.child import run_in_child
-from deployopt.runtime.cuda import Cuda, device_index, find_gpu
+from deployopt.runtime.cuda import Cuda, device_index, find_gpu, runtime_version
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import TensorSpec
 
@@ -251,6 +252,16 @@ def test_a_vendor_that_hangs_is_ended_when_its_time_is_up(monkeypatch, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
+def test_a_full_disk_fails_the_build_with_what_is_needed_and_free(monkeypatch, tmp_path):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rt, "atomic_write", full)
+    with pytest.raises(BuildFailed, match=r"no disk space for model\.engine: wanted 2\.0 MB, \d+\.\d MB are free") as caught:
+        rt._save(tmp_path / "model.engine", bytes(2_000_000))
+    assert caught.value.remedy == "free some: deployopt cache prune"
+
+
 def faulty_build(monkeypatch, tmp_path, fault):
     """Arguments of a build with the vendor module that only fails."""
     monkeypatch.syspath_prepend(str(FAULTY))
@@ -286,8 +297,12 @@ def test_a_machine_without_a_gpu_says_so():
         pytest.skip("this machine has a GPU")
     with pytest.raises(BackendUnavailable, match=r"no NVIDIA driver|no usable GPU"):
         find_gpu()
-    with pytest.raises(BackendUnavailable, match="no CUDA runtime library works here"):
+    with pytest.raises(BackendUnavailable, match="no CUDA runtime library works here") as caught:
         Cuda()
+    assert caught.value.remedy.startswith("update the NVIDIA driver")
+    if version := runtime_version():  # a CUDA runtime without a driver takes it for one that is too old
+        assert re.fullmatch(r"1\d\.\d", version)
+        assert "is newer than the NVIDIA driver" in caught.value.message
 
 
 @pytest.mark.gpu
@@ -295,6 +310,7 @@ def test_the_gpu_is_described_and_cuda_starts():
     if not has_gpu():
         pytest.skip("no NVIDIA GPU with its driver here")
     assert re.fullmatch(r"\d+\.\d", find_gpu().compute_capability)
+    assert find_gpu().driver is None or re.match(r"\d+\.\d+", find_gpu().driver)
     with pytest.raises(DeviceUnavailable, match="this machine has"):
         find_gpu(64)
     Cuda()

@@ -7,7 +7,7 @@ from enum import IntEnum
 from types import SimpleNamespace
 
 __version__ = "8.6.1"
-PLAN = None
+PLAN, OLD_DRIVER = None, False
 
 
 class ILogger:
@@ -95,6 +95,9 @@ class _Config:
 
 class Builder:
     def __init__(self, logger):
+        if OLD_DRIVER:  # as 8.6.0 with CUDA error 35
+            logger.log(SimpleNamespace(name="WARNING"), "CUDA initialization failure with error: 35. Please check your CUDA installation")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
         self.logger = logger
         self.asked = []
 
