@@ -14,18 +14,16 @@ from deployopt.artifact import Artifact, Verified
 from deployopt.backends import BuildRequest
 from deployopt.backends._shared import load
 from deployopt.config import Strict
-from deployopt.errors import BackendUnavailable, BuildFailed, DeployoptError
+from deployopt.errors import BuildFailed, DeployoptError
 from deployopt.runtime import manifest
 from deployopt.runtime.child import run_in_child
-from deployopt.runtime.cuda import Gpu, device_index, find_gpu
+from deployopt.runtime.cuda import Gpu, find_gpu
 from deployopt.runtime.files import atomic_write
 from deployopt.runtime.preprocessing import PREPROCESSING_KEY
 from deployopt.runtime.progress import Progress
-from deployopt.runtime.session import Session, SessionOptions, TensorSpec
-from deployopt.runtime.tensorrt import BuildOptions, load_vendor
+from deployopt.runtime.session import TensorSpec
+from deployopt.runtime.tensorrt import BuildOptions
 from deployopt.runtime.tensorrt_layers import Execution
-from deployopt.runtime.tensorrt_session import TensorRTSession
-
 
 TF32 = "TF32 was allowed: what is FP32 in the graph may be computed with 10 bits of mantissa"
 
@@ -141,23 +139,3 @@ def _verified(facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         "so a speed-up over FP16 is doubtful; the file is smaller"
     )
     return found, [note]
-
-
-def open_session(vendor: str, path: Path, options: SessionOptions) -> Session:
-    """Open an engine on this machine's GPU; its bytes, version and GPU are checked before it is deserialised.
-
-    Raises:
-        ArtifactCorrupt, ArtifactMismatch, BackendUnavailable, DeviceUnavailable.
-    """
-    described, plan = manifest.read_engine(path)
-    trt = load_vendor(vendor)
-    manifest.check_version(path, described, vendor, trt.__version__)
-    index = device_index(options.device)
-    try:
-        gpu = find_gpu(index)
-    except BackendUnavailable as exc:
-        raise BackendUnavailable(
-            f"{path.name} needs a GPU of compute capability {', '.join(described.compute_capabilities)}: {exc.message}", exc.remedy
-        ) from exc
-    manifest.check_gpu(path, described, gpu)
-    return TensorRTSession(trt, plan, described, gpu.name, index)

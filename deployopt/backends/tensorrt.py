@@ -13,6 +13,7 @@ from deployopt.errors import BackendUnavailable
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
 from deployopt.runtime.tensorrt import BuildOptions, load_vendor
+from deployopt.runtime.tensorrt_session import open_session
 from deployopt.runtime.tensorrt_versions import is_weakly_typed, not_offered
 from deployopt.store import cache_home
 
@@ -77,4 +78,4 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) 
 
 
 def open(path: Path, options: SessionOptions) -> Session:
-    return _tensorrt.open_session(_VENDOR, path, options)
+    return open_session(_VENDOR, path, options)

@@ -15,6 +15,7 @@ from deployopt.runtime.cuda import Gpu
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
 from deployopt.runtime.tensorrt import BuildOptions, compute_capabilities, load_vendor
+from deployopt.runtime.tensorrt_session import open_session
 
 distributions = ("tensorrt-rtx-cu13", "tensorrt-rtx")
 build_depends_on_machine = False
@@ -84,4 +85,4 @@ def _default_targets() -> tuple[str, ...]:
 
 
 def open(path: Path, options: SessionOptions) -> Session:
-    return _tensorrt.open_session(_VENDOR, path, options)
+    return open_session(_VENDOR, path, options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, Mapping, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, Mapping, NamedTuple, Optional, Protocol, Sequence, Tuple, Union, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,6 +48,14 @@ class Loaded(Protocol):
 
     def device_ms(self) -> Optional[float]:
         """Device time of the last run in milliseconds without copies, or None where the runtime has no such clock."""
+
+
+@runtime_checkable
+class Explained(Protocol):
+    """A `Loaded` whose runtime may execute it in one way or another."""
+
+    def execution(self) -> Dict[str, str]:
+        """How it was executed so far, for the row's contract: {"cuda_graph": "off", "on" or "refused: why"}."""
 
 
 class Session(Protocol):

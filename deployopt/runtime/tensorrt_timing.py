@@ -43,7 +43,7 @@ class TimingCache:
 
     @property
     def use(self) -> str:
-        """"new", "extended", or "reused" if the build timed nothing."""
+        """ "new", "extended", or "reused" if the build timed nothing."""
         if self._before <= self._empty:
             return "new"
         return "extended" if self.missed else "reused"

@@ -116,6 +116,6 @@ class Builder:
         assert not hasattr(config, "progress_monitor")
         if config.cache is not None:
             config.cache.kernels.add(42)
-        if PLAN is not None:
-            return PLAN
-        self.logger.log(SimpleNamespace(name="ERROR"), ", ".join((*self.asked, *config.asked)))
+        if PLAN is None:
+            self.logger.log(SimpleNamespace(name="ERROR"), ", ".join((*self.asked, *config.asked)))
+        return PLAN
