@@ -82,7 +82,8 @@ class BuildOptions(NamedTuple):
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "BuildOptions":
-        return BuildOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+        fields: Dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        return BuildOptions(**fields)
 
 
 class Build(NamedTuple):

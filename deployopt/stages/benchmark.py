@@ -224,6 +224,7 @@ def _built(context: StageContext, config: Config, point: Point, output: StepOutp
         threads=context.threads,
         reason=record.get("reason"),
         verified=record.get("verified"),
+        parity=record.get("parity"),
         notes=list(record.get("notes") or []),
     )
     session = SessionOptions(context.threads, context.device, point.precision, options)
