@@ -1,7 +1,11 @@
 """Real TensorRT-RTX builds of a small residual network; running needs a GPU that it serves."""
 
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from types import ModuleType
 
 import numpy as np
@@ -15,6 +19,7 @@ from deployopt.errors import ArtifactCorrupt, ArtifactMismatch, BackendUnavailab
 from deployopt.graph.casts import cast
 from deployopt.graph.tensorrt import check_tensorrt8
 from deployopt.runtime import manifest
+from deployopt.runtime.child import GRACE_SECONDS
 from deployopt.runtime.cuda import find_gpu, runtime_version
 from deployopt.runtime.hashing import sha256_file
 from deployopt.runtime.preprocessing import Preprocessing
@@ -333,6 +338,57 @@ def test_cancelled_build_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         tensorrt_rtx.build(prepared, tmp_path, BuildRequest("fp32", options={"compute_capabilities": [8.6]}), Cancelling())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fp32.onnx", "model.onnx"]
+
+
+def deep(layers=60):
+    """A network whose build takes some seconds."""
+    graph = Graph("fp32")
+    x = graph.conv("input", "c0", 3)
+    for i in range(1, layers):
+        x = graph.node("Relu", [graph.conv(x, f"c{i}", CHANNELS)], f"r{i}")
+    tensors = (("input", ["batch", 3, 64, 64]), (x, ["batch", CHANNELS, 64, 64]))
+    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name, shape in tensors)
+    made = helper.make_graph(graph.nodes, "deep", inputs, outputs, graph.constants)
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+BUILDING = """
+import signal, sys
+from pathlib import Path
+from deployopt.backends import BuildRequest, tensorrt_rtx
+from deployopt.runtime.progress import SilentProgress
+
+class Telling(SilentProgress):
+    def track(self, description, total):
+        print("building", flush=True)
+        return super().track(description, total)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+folder = Path(sys.argv[1])
+request = BuildRequest("fp32", (1, 8), options={"compute_capabilities": [8.0, 8.6, 8.9, 12.0]})
+tensorrt_rtx.build(folder / "model.onnx", folder, request, Telling())
+print("built", flush=True)
+"""
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.3])
+def test_ctrl_c_ends_a_build_within_a_second(tmp_path, wait_s):
+    onnx.save(deep(), tmp_path / "model.onnx")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with subprocess.Popen(
+        [sys.executable, "-c", BUILDING, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as building:
+        assert building.stdout.readline() == "building\n"
+        time.sleep(wait_s)
+        start = time.monotonic()
+        building.send_signal(signal.SIGINT)
+        said = building.stdout.read()
+        building.wait()
+        seconds = time.monotonic() - start
+    assert said == ""  # it was not through
+    assert building.returncode != 0
+    assert seconds < GRACE_SECONDS + 1.0  # the build has its grace; a busy machine needs some time to end two processes
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_flipped_byte_is_found_before_anything_is_loaded(int8, tmp_path):
