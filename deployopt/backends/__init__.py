@@ -57,7 +57,8 @@ class Backend(Protocol):
     def build(self, prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:
         """Build into the folder `out`, verify what the runtime made of it, return the artifact.
 
-        `metadata["verified"]` is `asdict(Verified)` or None where this machine cannot tell, with `metadata["verified_reason"]`.
+        `metadata["verified"]` is `asdict(Verified)` or None where this machine cannot tell, with `metadata["verified_reason"]`;
+        `metadata["notes"]`, if there is one, lists what a reader of its row should know.
 
         Raises:
             BuildFailed: with the node, what is wrong and what to do.

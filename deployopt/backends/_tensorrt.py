@@ -14,21 +14,25 @@ from deployopt.artifact import Artifact, Verified
 from deployopt.backends import BuildRequest
 from deployopt.backends._shared import load
 from deployopt.config import Strict
-from deployopt.errors import BackendUnavailable, BuildFailed, DeployoptError
+from deployopt.errors import BuildFailed, DeployoptError
 from deployopt.runtime import manifest
 from deployopt.runtime.child import run_in_child
-from deployopt.runtime.cuda import Gpu, device_index, find_gpu
+from deployopt.runtime.cuda import Gpu, find_gpu
 from deployopt.runtime.files import atomic_write
 from deployopt.runtime.preprocessing import PREPROCESSING_KEY
 from deployopt.runtime.progress import Progress
-from deployopt.runtime.session import Session, SessionOptions, TensorSpec
-from deployopt.runtime.tensorrt import BuildOptions, load_vendor
+from deployopt.runtime.session import TensorSpec
+from deployopt.runtime.tensorrt import BuildOptions
 from deployopt.runtime.tensorrt_layers import Execution
-from deployopt.runtime.tensorrt_session import TensorRTSession
+
+TF32 = "TF32 was allowed: what is FP32 in the graph may be computed with 10 bits of mantissa"
 
 
 class BuildOptionsModel(Strict):
     """Base of a backend's `Options`: strict, unknown keys refused."""
+
+    tf32: bool = False
+    """Let FP32 be computed in TF32 (10 bits of mantissa) on GPUs from Ampere on. Its row says so."""
 
 
 M = TypeVar("M", bound=BuildOptionsModel)
@@ -79,7 +83,6 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, 
         BuildFailed, BackendUnavailable.
     """
     engine = out / f"{prepared.stem}.engine"
-    given = {name: list(value) if isinstance(value, tuple) else value for name, value in options._asdict().items() if value not in (None, ())}
     try:
         facts = run_in_child(
             "deployopt.runtime.tensorrt:build_file",
@@ -89,7 +92,7 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, 
                 "engine": str(engine),
                 "precision": request.precision,
                 "device": request.device,
-                "options": given,
+                "options": options.to_json(),
                 "preprocessing": _preprocessing(prepared),
             },
             progress,
@@ -100,7 +103,11 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, 
         engine.unlink(missing_ok=True)
         manifest.path_of(engine).unlink(missing_ok=True)
         raise
-    metadata = {"precision": request.precision, "build_seconds": facts["seconds"], "options": given, **_verified(facts)}
+    verified, notes = _verified(facts)
+    if options.tf32:
+        notes = [TF32, *notes]
+    told = {"build_seconds": facts["seconds"], "timing_cache": facts["timing_cache"], "options": facts["options"]}
+    metadata = {"precision": request.precision, **told, "notes": notes, **verified}
     return Artifact.of("engine", engine, inputs=_specs(facts["inputs"]), outputs=_specs(facts["outputs"]), metadata=metadata)
 
 
@@ -114,40 +121,21 @@ def _specs(rows: list[list[Any]]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in rows)
 
 
-def _verified(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The artifact's facts on what the engine executes."""
+def _verified(facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The artifact's facts on what the engine executes, and what a reader should know of it."""
     if facts["execution"] is None:
-        return {"verified": None, "verified_reason": facts["reason"]}
+        return {"verified": None, "verified_reason": facts["reason"]}, []
     ran = Execution(**facts["execution"])
-    found: dict[str, Any] = {
+    found = {
         "verified": asdict(Verified(ran.quantized_layers, ran.quantizable_layers, ran.executed)),
         "adds": ran.adds,
         "fused_adds": ran.fused_adds,
         "int8_to_float": ran.int8_to_float,
     }
-    if ran.int8_to_float:
-        found["note"] = (
-            f"{ran.int8_to_float} of {ran.quantized_layers} INT8 layers write floating point: a kernel of its own quantises each again, "
-            "so a speed-up over FP16 is doubtful; the file is smaller"
-        )
-    return found
-
-
-def open_session(vendor: str, path: Path, options: SessionOptions) -> Session:
-    """Open an engine on this machine's GPU; its bytes, version and GPU are checked before it is deserialised.
-
-    Raises:
-        ArtifactCorrupt, ArtifactMismatch, BackendUnavailable, DeviceUnavailable.
-    """
-    described, plan = manifest.read_engine(path)
-    trt = load_vendor(vendor)
-    manifest.check_version(path, described, vendor, trt.__version__)
-    index = device_index(options.device)
-    try:
-        gpu = find_gpu(index)
-    except BackendUnavailable as exc:
-        raise BackendUnavailable(
-            f"{path.name} needs a GPU of compute capability {', '.join(described.compute_capabilities)}: {exc.message}", exc.remedy
-        ) from exc
-    manifest.check_gpu(path, described, gpu)
-    return TensorRTSession(trt, plan, described, gpu.name, index)
+    if not ran.int8_to_float:
+        return found, []
+    note = (
+        f"{ran.int8_to_float} of {ran.quantized_layers} INT8 layers write floating point: a kernel of its own quantises each again, "
+        "so a speed-up over FP16 is doubtful; the file is smaller"
+    )
+    return found, [note]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact, Availability
 from deployopt.backends import BuildRequest, _tensorrt
@@ -13,7 +13,9 @@ from deployopt.errors import BackendUnavailable
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
 from deployopt.runtime.tensorrt import BuildOptions, load_vendor
+from deployopt.runtime.tensorrt_session import open_session
 from deployopt.runtime.tensorrt_versions import is_weakly_typed, not_offered
+from deployopt.store import cache_home
 
 distributions = ("tensorrt",)
 build_depends_on_machine = True
@@ -28,6 +30,16 @@ class Options(_tensorrt.BuildOptionsModel):
     """Scratch memory in MiB that a layer may use; by default all of the GPU's memory."""
     optimization_level: int = Field(3, ge=0, le=5)
     """0 builds fastest, 5 searches longest for faster kernels."""
+    timing_cache: bool = True
+    """Keep the timings of kernels in deployopt's cache folder, a file for each TensorRT version and GPU, so that later builds are faster and choose alike."""
+    error_on_timing_cache_miss: bool = False
+    """Fail where a kernel had to be timed, so that a rebuild is known to have chosen from the timings of the build before."""
+
+    @model_validator(mode="after")
+    def _cache_to_miss(self) -> Options:
+        if self.error_on_timing_cache_miss and not self.timing_cache:
+            raise ValueError("error_on_timing_cache_miss wants timing_cache: true")
+        return self
 
 
 def probe() -> Availability:
@@ -54,9 +66,16 @@ def prepare(canonical: Path, precision: str, out: Path) -> Path:
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:
     """One optimisation profile: minimum batch 1, optimum and maximum the largest of `request.batch_sizes`."""
     options = _tensorrt.bind(_VENDOR, Options, request.options)
-    wanted = BuildOptions(tuple(request.batch_sizes), (), options.workspace_mib, options.optimization_level)
+    wanted = BuildOptions(
+        tuple(request.batch_sizes),
+        workspace_mib=options.workspace_mib,
+        optimization_level=options.optimization_level,
+        tf32=options.tf32,
+        timing_cache=str(cache_home() / "tensorrt") if options.timing_cache else None,
+        error_on_timing_cache_miss=options.error_on_timing_cache_miss,
+    )
     return _tensorrt.build(prepared, out, request, progress, vendor=_VENDOR, options=wanted)
 
 
 def open(path: Path, options: SessionOptions) -> Session:
-    return _tensorrt.open_session(_VENDOR, path, options)
+    return open_session(_VENDOR, path, options)

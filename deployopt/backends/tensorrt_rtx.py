@@ -15,6 +15,7 @@ from deployopt.runtime.cuda import Gpu
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
 from deployopt.runtime.tensorrt import BuildOptions, compute_capabilities, load_vendor
+from deployopt.runtime.tensorrt_session import open_session
 
 distributions = ("tensorrt-rtx-cu13", "tensorrt-rtx")
 build_depends_on_machine = False
@@ -74,7 +75,8 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) 
             f"INT8 for compute capabilities {', '.join(targets)}: one engine for {_TURING} and others runs its convolutions in FP16 on all of them",
             f"build for {_TURING} in a recipe of its own: take it out of tensorrt_rtx's compute_capabilities here",
         )
-    return _tensorrt.build(prepared, out, request, progress, vendor=_VENDOR, options=BuildOptions(tuple(request.batch_sizes), targets))
+    wanted = BuildOptions(tuple(request.batch_sizes), targets, tf32=options.tf32)
+    return _tensorrt.build(prepared, out, request, progress, vendor=_VENDOR, options=wanted)
 
 
 def _default_targets() -> tuple[str, ...]:
@@ -83,4 +85,4 @@ def _default_targets() -> tuple[str, ...]:
 
 
 def open(path: Path, options: SessionOptions) -> Session:
-    return _tensorrt.open_session(_VENDOR, path, options)
+    return open_session(_VENDOR, path, options)

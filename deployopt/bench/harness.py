@@ -319,10 +319,10 @@ class Group:
         seen = Observed(medians, spread, run.load, run.subject.threads, run.device, *conditions)
         cores = host.usable_cores()
         try:
-            memory = run.worker.memory()
+            memory, execution = run.worker.memory(), run.worker.execution()
         except DeployoptError as exc:  # its figures are whole; only later ones are lost
             self._fail(run.subject.key, exc)
-            memory = Memory(None, None)
+            memory, execution = Memory(None, None), {}
         contract = {
             "clock": "host" if device_summary is None else "host, device",
             "copies": "included by the host clock" + ("" if device_summary is None else ", excluded by the device clock"),
@@ -341,6 +341,7 @@ class Group:
             "threads": run.subject.threads,
             "streams": run.opened.streams,
             "device": run.device,
+            **execution,
             "spread": {"mad_over_median": round(spread, 4), "limit": settings.limits.max_spread},
             "load": disturbance.contract(seen, cores),
             "flags": [*_flags(run, settings), *disturbance.flags(run.load, settings.limits, cores)],

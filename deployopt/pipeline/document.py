@@ -8,7 +8,7 @@ from typing import Any
 from deployopt import __version__, report
 from deployopt.bench.environment import utc_now
 from deployopt.pipeline.planning import Plan
-from deployopt.report import verdict
+from deployopt.report import slow_int8, summary, verdict
 from deployopt.stages import Point, StepOutput
 
 
@@ -17,7 +17,7 @@ def assemble(
 ) -> dict[str, Any]:
     task = planned.task
     variants = [_variant(o, p) for o in outputs for p in o.point if p.kind == "torch" and p.fans_out]
-    rows = [row for o in outputs for row in o.record.get("rows", [])]
+    rows = _noted([row for o in outputs for row in o.record.get("rows", [])], variants)
     facts = {"name": planned.recipe.task, "primary": task.primary, "unit": task.unit, "higher_is_better": task.higher_is_better}
     measured = any("rows" in o.record for o in outputs)
     limits = planned.resolved["budget"] if measured else {}  # nothing to judge in a run that ends before it measures
@@ -51,6 +51,12 @@ def assemble(
         "budget": budget,
         "recommended": recommended,
     }
+
+
+def _noted(rows: Sequence[dict[str, Any]], variants: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, with a note on those that are INT8 and slower than 16-bit floats."""
+    found = {summary.row_key(row): note for row, note in slow_int8.notes(rows, variants)}
+    return [{**row, "notes": [*row["notes"], found[key]]} if (key := summary.row_key(row)) in found else row for row in rows]
 
 
 def _variant(output: StepOutput, point: Point) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -226,7 +227,7 @@ def contract_lines(rows: Sequence[JsonRow], environment: Mapping[str, Any] | Non
     contracts = [r["contract"] for r in rows if r["status"] in {"ok", "invalid"} and r.get("contract")]
     if not contracts:
         return []
-    what = [_clock(contracts), _spans(contracts, "threads", "thread"), _streams(contracts), _processor(environment) if environment else ""]
+    what = [_clock(contracts), _graphs(contracts), _spans(contracts, "threads", "thread"), _streams(contracts), _processor(environment) if environment else ""]
     lines = [
         SEPARATOR.join(part for part in what if part),
         SEPARATOR.join([_blocks(contracts), *_inputs(contracts)]),
@@ -246,6 +247,13 @@ def _clock(contracts: Sequence[Mapping[str, Any]]) -> str:
     clocks = ", ".join(dict.fromkeys(str(c["clock"]) for c in contracts if c.get("clock"))) or "unrecorded"
     copies = ", ".join(dict.fromkeys(str(c["copies"]).removesuffix(" by the host clock") for c in contracts if c.get("copies") is not None))
     return f"{clocks} clock" + (f", copies {copies}" if copies else "")
+
+
+def _graphs(contracts: Sequence[Mapping[str, Any]]) -> str:
+    """ "CUDA graph on", or for how many rows each; "" where no runtime has them."""
+    counts = Counter(str(c["cuda_graph"]) for c in contracts if c.get("cuda_graph"))
+    said = ", ".join(how if len(counts) == 1 else f"{how} ({units.plural(n, 'row')})" for how, n in counts.items())
+    return f"CUDA graph {said}" if said else ""
 
 
 def _spans(contracts: Iterable[Mapping[str, Any]], key: str, noun: str) -> str:

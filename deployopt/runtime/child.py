@@ -1,7 +1,7 @@
 """A call in a spawned process, or several side by side: native code may crash there without taking the run along.
 
 The child gets one JSON request on its standard input and answers with JSON lines. Its input stays open while the caller wants the
-result: when it closes (Ctrl-C in the caller, or the caller died) the call is interrupted, and a second later ended whatever it does.
+result: when it closes (Ctrl-C in the caller, or the caller died) the call is interrupted, and soon after ended whatever it does.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from deployopt.errors import BuildFailed, DeployoptError, StageFailed
 from deployopt.runtime.process import describe_exit, error_from_json, error_to_json, tail
 from deployopt.runtime.progress import Bar, ContextManagerOfBar, Progress, SilentProgress
 
-GRACE_SECONDS = 1.0
+GRACE_SECONDS = 0.8  # with the time it takes to end a process, Ctrl-C is honoured within a second
 Message = Dict[str, Any]
 
 

@@ -4,14 +4,41 @@ import ctypes
 import glob
 import importlib.util
 import os
-from typing import Any, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
 from deployopt.errors import BackendUnavailable, DeviceUnavailable
+from deployopt.runtime import host
 
 INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver: this libcudart is newer than the driver
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
+_THREAD_LOCAL = 1  # cudaStreamCaptureMode: what other threads do meanwhile does not spoil a capture
+_POINTER, _OUT = ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
+
+FUNCTIONS: Dict[str, List[Any]] = {  # of the CUDA runtime, with their arguments; all are there from 11.4 on, those for graphs not before
+    "cudaGetErrorString": [ctypes.c_int],
+    "cudaGetLastError": [],
+    "cudaSetDevice": [ctypes.c_int],
+    "cudaMalloc": [_OUT, ctypes.c_size_t],
+    "cudaFree": [_POINTER],
+    "cudaHostAlloc": [_OUT, ctypes.c_size_t, ctypes.c_uint],
+    "cudaFreeHost": [_POINTER],
+    "cudaMemcpyAsync": [_POINTER, _POINTER, ctypes.c_size_t, ctypes.c_int, _POINTER],
+    "cudaStreamCreateWithFlags": [_OUT, ctypes.c_uint],
+    "cudaStreamSynchronize": [_POINTER],
+    "cudaStreamDestroy": [_POINTER],
+    "cudaEventCreate": [_OUT],
+    "cudaEventRecord": [_POINTER, _POINTER],
+    "cudaEventElapsedTime": [ctypes.POINTER(ctypes.c_float), _POINTER, _POINTER],
+    "cudaEventDestroy": [_POINTER],
+    "cudaStreamBeginCapture": [_POINTER, ctypes.c_int],
+    "cudaStreamEndCapture": [_POINTER, _OUT],
+    "cudaGraphInstantiateWithFlags": [_OUT, _POINTER, ctypes.c_ulonglong],
+    "cudaGraphLaunch": [_POINTER, _POINTER],
+    "cudaGraphDestroy": [_POINTER],
+    "cudaGraphExecDestroy": [_POINTER],
+}
 
 
 class Gpu(NamedTuple):
@@ -21,11 +48,13 @@ class Gpu(NamedTuple):
         name: e.g. "NVIDIA H100 80GB HBM3".
         compute_capability: e.g. "9.0".
         cuda_driver: newest CUDA version that the driver serves, e.g. "13.0".
+        driver: its own version, e.g. "580.65.06"; None where NVML does not tell it.
     """
 
     name: str
     compute_capability: str
     cuda_driver: str
+    driver: Optional[str] = None
 
 
 def device_index(device: str) -> int:
@@ -62,7 +91,12 @@ def find_gpu(index: int = 0) -> Gpu:
         value = ctypes.c_int()
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         parts.append(str(value.value))
-    return Gpu(name.value.decode(), ".".join(parts), f"{version.value // 1000}.{version.value % 1000 // 10}")
+    return Gpu(name.value.decode(), ".".join(parts), _dotted(version.value), next((gpu["driver"] for gpu in host.gpus()), None))
+
+
+def _dotted(version: int) -> str:
+    """CUDA's 1000 · major + 10 · minor as "13.0"."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _driver() -> ctypes.CDLL:
@@ -88,6 +122,19 @@ def runtime_libraries() -> List[str]:
     return found
 
 
+def runtime_version() -> Optional[str]:
+    """Version of the CUDA runtime library that is found first, e.g. "12.9"; None without one. It needs no driver."""
+    for name in runtime_libraries():
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        version = ctypes.c_int()
+        library.cudaRuntimeGetVersion(ctypes.byref(version))
+        return _dotted(version.value)
+    return None
+
+
 class Cuda:
     """The CUDA runtime: 11, 12 or 13, whichever is installed and served by the driver."""
 
@@ -108,39 +155,24 @@ class Cuda:
                 f"no CUDA runtime library works here: {'; '.join(problems)}",
                 "update the NVIDIA driver, or pip install nvidia-cuda-runtime for its CUDA version",
             )
-        self._declare()
-        self.call("cudaSetDevice", device)
-
-    def _declare(self) -> None:
-        pointer, size, code, flags = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint
-        out = ctypes.POINTER(pointer)
         self._library.cudaGetErrorString.restype = ctypes.c_char_p
-        for name, arguments in (
-            ("cudaGetErrorString", [code]),
-            ("cudaSetDevice", [code]),
-            ("cudaMalloc", [out, size]),
-            ("cudaFree", [pointer]),
-            ("cudaHostAlloc", [out, size, flags]),
-            ("cudaFreeHost", [pointer]),
-            ("cudaMemcpyAsync", [pointer, pointer, size, code, pointer]),
-            ("cudaStreamCreateWithFlags", [out, flags]),
-            ("cudaStreamSynchronize", [pointer]),
-            ("cudaStreamDestroy", [pointer]),
-            ("cudaEventCreate", [out]),
-            ("cudaEventRecord", [pointer, pointer]),
-            ("cudaEventElapsedTime", [ctypes.POINTER(ctypes.c_float), pointer, pointer]),
-            ("cudaEventDestroy", [pointer]),
-        ):
-            getattr(self._library, name).argtypes = arguments
+        for function, arguments in FUNCTIONS.items():
+            if hasattr(self._library, function):
+                getattr(self._library, function).argtypes = arguments
+        self.call("cudaSetDevice", device)
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function of the CUDA runtime.
 
         Raises:
-            BackendUnavailable: it returned an error, named with CUDA's text.
+            BackendUnavailable: it returned an error, named with CUDA's text, or this CUDA runtime lacks it.
         """
-        code = getattr(self._library, name)(*arguments)
+        function = getattr(self._library, name, None)
+        if function is None:
+            raise BackendUnavailable(f"this CUDA runtime has no {name}", "install CUDA 11.4 or later")
+        code = function(*arguments)
         if code:
+            self._library.cudaGetLastError()  # or who asks for the last error next would take it for its own
             raise BackendUnavailable(f"{name}: CUDA error {code} ({self._library.cudaGetErrorString(code).decode()})", "see `nvidia-smi` for the GPU's state")
 
     def make(self, name: str, *arguments: Any) -> ctypes.c_void_p:
@@ -177,3 +209,33 @@ class Device:
 
     def close(self) -> None:
         self._cuda.call("cudaFree", self.address)
+
+
+class Graph:
+    """Work for a stream, captured once, launched as one: the host's cost of starting kernel after kernel is gone.
+
+    Args:
+        enqueue: enqueues the work on `stream`; False if it could not.
+
+    Raises:
+        BackendUnavailable: it cannot be captured.
+    """
+
+    def __init__(self, cuda: Cuda, stream: ctypes.c_void_p, enqueue: Callable[[], bool]) -> None:
+        self._cuda = cuda
+        captured = ctypes.c_void_p()
+        cuda.call("cudaStreamBeginCapture", stream, _THREAD_LOCAL)
+        enqueued = enqueue()
+        cuda.call("cudaStreamEndCapture", stream, ctypes.byref(captured))  # an invalidated capture ends with an error
+        try:
+            if not enqueued:
+                raise BackendUnavailable("the engine does not run while it is captured")
+            self._executable = cuda.make("cudaGraphInstantiateWithFlags", captured, 0)
+        finally:
+            cuda.call("cudaGraphDestroy", captured)
+
+    def launch(self, stream: ctypes.c_void_p) -> None:
+        self._cuda.call("cudaGraphLaunch", self._executable, stream)
+
+    def close(self) -> None:
+        self._cuda.call("cudaGraphExecDestroy", self._executable)

@@ -16,9 +16,9 @@ from deployopt.runtime.hashing import sha256_bytes
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.session import TensorSpec
 
-SCHEMA = 1
+SCHEMA = 2
 Profile = Mapping[str, Mapping[str, Tuple[int, ...]]]  # input → {"min", "opt", "max"}: shape
-REBUILD = "deployopt run RECIPE --fresh --until build"
+REBUILD = "deployopt run RECIPE --fresh --until build"  # where the library refuses an engine that its manifest vouches for
 
 
 class Manifest(NamedTuple):
@@ -27,9 +27,10 @@ class Manifest(NamedTuple):
     Attributes:
         sha256, size_bytes: of the engine.
         vendor, version: the module that built it ("tensorrt", "tensorrt_rtx") and its version.
+        cuda: version of the CUDA runtime library there; None if none was found.
         platform: operating system and machine type, e.g. "linux-x86_64".
         compute_capabilities: GPU classes it runs on, e.g. ("8.6", "8.9").
-        gpu: the GPU it was built on; None if it was built ahead of time without one.
+        gpu: the GPU it was built on, with its driver; None if it was built ahead of time without one.
         precision: asked for, as typed in the graph.
         profiles: optimisation profiles.
         inputs, outputs: specs in the engine's order.
@@ -42,6 +43,7 @@ class Manifest(NamedTuple):
     size_bytes: int
     vendor: str
     version: str
+    cuda: Optional[str]
     platform: str
     compute_capabilities: Tuple[str, ...]
     gpu: Optional[Gpu]
@@ -77,6 +79,12 @@ def this_platform() -> str:
     return f"{platform.system()}-{platform.machine()}".lower()
 
 
+def rebuild(engine: Path) -> str:
+    """The command that builds it again where it is: what has not changed since comes from the cache."""
+    recipes = [folder / "recipe.yaml" for folder in (engine.parent, engine.parent.parent)]  # of the run folder, if it lies in one
+    return f"deployopt run {next((recipe for recipe in recipes if recipe.is_file()), 'RECIPE')} --until build"
+
+
 def path_of(engine: Path) -> Path:
     """Where an engine's manifest lies."""
     return engine.with_name(engine.name + ".json")
@@ -97,12 +105,12 @@ def read(engine: Path) -> Manifest:
     try:
         data = json.loads(beside.read_text(encoding="utf-8"))
         if data["schema"] != SCHEMA:
-            raise ArtifactMismatch(f"{beside.name}: a manifest of schema {data['schema']}; this deployopt reads schema {SCHEMA}", REBUILD)
+            raise ArtifactMismatch(f"{beside.name}: a manifest of schema {data['schema']}; this deployopt reads schema {SCHEMA}", rebuild(engine))
         return Manifest.from_json(data)
     except FileNotFoundError as exc:
-        raise ArtifactCorrupt(f"{engine.name}: its manifest {beside.name} is missing, so nothing vouches for it", REBUILD) from exc
+        raise ArtifactCorrupt(f"{engine.name}: its manifest {beside.name} is missing, so nothing vouches for it", rebuild(engine)) from exc
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
-        raise ArtifactCorrupt(f"{beside.name} is not a manifest of deployopt ({type(exc).__name__}: {exc})", REBUILD) from exc
+        raise ArtifactCorrupt(f"{beside.name} is not a manifest of deployopt ({type(exc).__name__}: {exc})", rebuild(engine)) from exc
 
 
 def read_engine(engine: Path) -> Tuple[Manifest, bytes]:
@@ -116,15 +124,15 @@ def read_engine(engine: Path) -> Tuple[Manifest, bytes]:
     try:
         plan = engine.read_bytes()
     except FileNotFoundError as exc:
-        raise ArtifactCorrupt(f"{engine.name} is missing beside its manifest", REBUILD) from exc
+        raise ArtifactCorrupt(f"{engine.name} is missing beside its manifest", rebuild(engine)) from exc
     if not plan:
-        raise ArtifactCorrupt(f"{engine.name} is empty; its manifest says {manifest.size_bytes} bytes", REBUILD)
+        raise ArtifactCorrupt(f"{engine.name} is empty; its manifest says {manifest.size_bytes} bytes", rebuild(engine))
     found = sha256_bytes(plan)
     if found != manifest.sha256:
         raise ArtifactCorrupt(
             f"{engine.name}: its manifest wants sha256 {manifest.sha256[:12]}… ({manifest.size_bytes} bytes), found {found[:12]}… ({len(plan)} bytes): "
             "the file changed, or the manifest belongs to another engine",
-            REBUILD,
+            rebuild(engine),
         )
     return manifest, plan
 
@@ -138,7 +146,7 @@ def check_version(engine: Path, manifest: Manifest, vendor: str, version: str) -
     wanted, here = f"{manifest.vendor} {manifest.version} on {manifest.platform}", f"{vendor} {version} on {this_platform()}"
     if wanted != here:
         install = f"; or pip install '{manifest.vendor.replace('_', '-')}=={manifest.version}'" if manifest.platform == this_platform() else ""
-        raise ArtifactMismatch(f"{engine.name} was built by {wanted}; here is {here}", f"{REBUILD} (on this machine){install}")
+        raise ArtifactMismatch(f"{engine.name} was built by {wanted}; here is {here}", f"{rebuild(engine)} (on this machine){install}")
 
 
 def check_gpu(engine: Path, manifest: Manifest, gpu: Gpu) -> None:
@@ -151,20 +159,5 @@ def check_gpu(engine: Path, manifest: Manifest, gpu: Gpu) -> None:
         raise ArtifactMismatch(
             f"{engine.name} was built for compute capability {', '.join(manifest.compute_capabilities)}; "
             f"here is {gpu.name} with compute capability {gpu.compute_capability}",
-            f"{REBUILD} (on this machine, whose GPU is then the target)",
+            f"{rebuild(engine)} (on this machine, whose GPU is then the target)",
         )
-
-
-def check(engine: Path, vendor: str, version: str, gpu: Gpu) -> Tuple[Manifest, bytes]:
-    """Every check that an engine must pass before it is deserialised: bytes, then version, then GPU.
-
-    Returns:
-        The manifest, and the bytes that passed.
-
-    Raises:
-        ArtifactCorrupt, ArtifactMismatch.
-    """
-    manifest, plan = read_engine(engine)
-    check_version(engine, manifest, vendor, version)
-    check_gpu(engine, manifest, gpu)
-    return manifest, plan

@@ -69,6 +69,14 @@ class Loaded(Protocol):
         """Device time of the last run in milliseconds without copies, or None where the runtime has no such clock."""
 
 
+@runtime_checkable
+class Explained(Protocol):
+    """A `Loaded` whose runtime may execute it in one way or another."""
+
+    def execution(self) -> Dict[str, str]:
+        """How it was executed so far, for the row's contract: {"cuda_graph": "off", "on" or "refused: why"}."""
+
+
 class Session(Protocol):
     """An artifact opened by a runtime. A context manager; not thread-safe.
 

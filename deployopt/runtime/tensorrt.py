@@ -1,7 +1,7 @@
 """Building engines with TensorRT and TensorRT-RTX. They share one API shape, so the vendor module is an argument (`trt`).
 
 Precision is typed in the ONNX (casts, Q/DQ); networks are strongly typed and no builder flag changes it, but for TensorRT 8.x
-(`runtime/tensorrt_versions.py`). TF32 is off: FP32 means FP32.
+(`runtime/tensorrt_versions.py`). TF32 is off unless asked for: FP32 means FP32.
 """
 
 import errno
@@ -10,18 +10,19 @@ import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from deployopt.errors import ArtifactMismatch, BackendUnavailable, BuildFailed
 from deployopt.runtime import manifest
 from deployopt.runtime import tensorrt_versions as versions
-from deployopt.runtime.cuda import Gpu, device_index, find_gpu
+from deployopt.runtime.cuda import Gpu, device_index, find_gpu, runtime_version
 from deployopt.runtime.files import atomic_write
 from deployopt.runtime.hashing import sha256_bytes
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import Progress, SilentProgress
 from deployopt.runtime.session import TensorSpec
 from deployopt.runtime.tensorrt_layers import Execution, Layer, Network, execution, layers_of_inspector, layers_of_log, network_of
+from deployopt.runtime.tensorrt_timing import TimingCache, path_of
 from deployopt.runtime.tensorrt_versions import is_rtx, product
 
 Shape = Tuple[int, ...]
@@ -56,16 +57,42 @@ class BuildOptions(NamedTuple):
         compute_capabilities: GPU classes to build for, as "8.6" (TensorRT-RTX only); empty builds for the GPU of this machine.
         workspace_mib: scratch memory a layer may use; None leaves the vendor's limit, all of the GPU's memory (TensorRT only).
         optimization_level: 0 builds fastest, 5 searches longest; None leaves the vendor's 3 (TensorRT only).
+        tf32: what is FP32 in the graph may be computed in TF32, with 10 bits of mantissa.
+        timing_cache: folder in which timings of kernels are kept from build to build; None keeps none (TensorRT only).
+        error_on_timing_cache_miss: a build that has to time a kernel fails (with `timing_cache` only).
     """
 
     batch_sizes: Tuple[int, ...] = (1,)
     compute_capabilities: Tuple[str, ...] = ()
     workspace_mib: Optional[int] = None
     optimization_level: Optional[int] = None
+    tf32: bool = False
+    timing_cache: Optional[str] = None
+    error_on_timing_cache_miss: bool = False
+
+    def to_json(self) -> Dict[str, Any]:
+        """Those that are set."""
+        chosen = {name: value for name, value in self._asdict().items() if value is not None and value is not False and value != ()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
+
+    def recorded(self) -> Dict[str, Any]:
+        """As JSON for manifest and report: without this machine's folders, and with TF32 said either way."""
+        kept = {"timing_cache": True} if self.timing_cache else {}
+        return {**self.to_json(), **kept, "tf32": self.tf32}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "BuildOptions":
+        fields: Dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        return BuildOptions(**fields)
 
 
 class Build(NamedTuple):
-    """A serialised engine and what the build knows of it. `execution` is None where it cannot be told, and `reason` says why."""
+    """A serialised engine and what the build knows of it.
+
+    Attributes:
+        execution: what it runs in which precision; None where that cannot be told, and `reason` says why.
+        timing_cache: `TimingCache.use`; None without one.
+    """
 
     plan: bytes
     seconds: float
@@ -74,6 +101,7 @@ class Build(NamedTuple):
     outputs: Tuple[TensorSpec, ...]
     execution: Optional[Execution]
     reason: Optional[str]
+    timing_cache: Optional[str]
 
 
 def usable(trt: Any) -> bool:
@@ -185,6 +213,17 @@ def make_monitor(trt: Any, advance: Callable[[float, str], None]) -> Any:
     return Monitor()
 
 
+def _started(trt: Any, kind: str, logger: Any) -> Any:
+    """`trt.Builder(logger)` or `trt.Runtime(logger)`. Raises BackendUnavailable where the library cannot start, as with a driver too old for it."""
+    try:
+        return getattr(trt, kind)(logger)
+    except TypeError as exc:  # pybind11: "factory function returned nullptr"
+        said = _clean(" ".join(text for severity, text in logger.messages if severity in ("WARNING", "ERROR", "INTERNAL_ERROR")))
+        raise BackendUnavailable(
+            f"{product(trt)} cannot start: {said or exc}", "update the NVIDIA driver, or install a TensorRT for the CUDA version that it serves (`nvidia-smi`)"
+        ) from exc
+
+
 def _parse(trt: Any, builder: Any, logger: Any, onnx: bytes) -> Tuple[Any, Any]:
     """(network, parser); the parser owns the weights, so it must outlive the build."""
     network = builder.create_network(versions.network_flags(trt))
@@ -262,28 +301,37 @@ def ranges_of(inputs: Sequence[TensorSpec], batch_sizes: Sequence[int]) -> Range
 
 
 def build_engine(
-    trt: Any, onnx: bytes, options: BuildOptions, progress: Optional[Progress] = None, description: str = "building", precision: str = "fp32"
+    trt: Any,
+    onnx: bytes,
+    options: BuildOptions,
+    progress: Optional[Progress] = None,
+    description: str = "building",
+    precision: str = "fp32",
+    gpu: Optional[Gpu] = None,
 ) -> Build:
     """Build an engine in this process. On a machine without a GPU only TensorRT-RTX can, ahead of time.
 
     Args:
         precision: as typed in the ONNX; a weakly typed builder must be allowed it.
+        gpu: of this machine, which it is built for; None builds ahead of time.
 
     Raises:
         BuildFailed: the parser or the builder refused; says the node, what is wrong and what to do.
         KeyboardInterrupt: Ctrl-C; the build stops at its next step.
     """
+    progress = progress or SilentProgress()
     logger = make_logger(trt, verbose=is_rtx(trt))
-    builder = trt.Builder(logger)
+    builder = _started(trt, "Builder", logger)
     network, parser = _parse(trt, builder, logger, onnx)
     inputs = _specs([network.get_input(i) for i in range(network.num_inputs)])
     outputs = _specs([network.get_output(i) for i in range(network.num_outputs)])
     ranges = ranges_of(inputs, options.batch_sizes)
     config = _configure(trt, builder, logger, options, precision)
     _add_profile(builder, config, logger, ranges)
+    timing = TimingCache(config, path_of(Path(options.timing_cache), trt, gpu)) if options.timing_cache and gpu else None
     start = time.monotonic()
     with ExitStack() as stack:
-        bar = stack.enter_context((progress or SilentProgress()).track(description, 1.0))
+        bar = stack.enter_context(progress.track(description, 1.0))
         monitor = make_monitor(trt, bar.advance) if versions.has_monitor(trt) else None
         if monitor is not None:
             config.progress_monitor = monitor
@@ -295,16 +343,31 @@ def build_engine(
         raise monitor.raised
     if plan is None:
         raise BuildFailed(f"{product(trt)} built no engine: {_clean(' '.join(logger.errors())) or 'it gave no reason'}", _REMEDY_ELSE)
+    if timing is not None:
+        _keep(timing, options, progress)
     data = bytes(memoryview(plan))
     ran, reason = _verify(trt, network_of(trt, network), logger, data, ranges)
     del parser
-    return Build(data, seconds, ranges, inputs, outputs, ran, reason)
+    return Build(data, seconds, ranges, inputs, outputs, ran, reason, timing.use if timing is not None else None)
+
+
+def _keep(timing: TimingCache, options: BuildOptions, progress: Progress) -> None:
+    """Store what was timed, or refuse that anything was."""
+    if timing.missed and options.error_on_timing_cache_miss:
+        raise BuildFailed(
+            f"kernels were timed that the timing cache lacks ({timing.path.name} was {timing.use}), so other ones may have been chosen than before",
+            "build once without error_on_timing_cache_miss, which fills the cache",
+        )
+    try:
+        timing.store()
+    except OSError as exc:  # the engine is whole; only the next build takes as long
+        progress.log(f"the timing cache was not stored: {exc}")
 
 
 def _configure(trt: Any, builder: Any, logger: Any, options: BuildOptions, precision: str) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.clear_flag(trt.BuilderFlag.TF32)
+    (config.set_flag if options.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
     versions.allow(trt, config, precision)
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
@@ -339,9 +402,10 @@ def load_engine(trt: Any, plan: bytes, logger: Any) -> Tuple[Any, Any]:
     """Deserialise: (engine, runtime). The runtime and the logger must outlive the engine.
 
     Raises:
-        ArtifactMismatch: the vendor's library refuses these bytes, which its manifest vouched for.
+        BackendUnavailable: the vendor's library cannot start here.
+        ArtifactMismatch: it refuses these bytes, which their manifest vouched for.
     """
-    runtime = trt.Runtime(logger)
+    runtime = _started(trt, "Runtime", logger)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise ArtifactMismatch(f"{product(trt)} cannot load the engine: {_clean(' '.join(logger.errors()))}", f"{manifest.REBUILD} (on this machine)")
@@ -393,21 +457,21 @@ def build_file(
         onnx, engine: paths of the source and of the engine.
         precision: as typed in the ONNX; recorded.
         device: "cpu" or "cuda:N": the GPU it is built for, where there is one.
-        options: those of `BuildOptions` that are set, as JSON.
+        options: `BuildOptions.to_json`.
         preprocessing: `Preprocessing` as JSON, if known; recorded.
 
     Returns:
-        {"inputs", "outputs": [[name, shape, dtype]], "seconds", "execution": {…} | null, "reason"}.
+        {"inputs", "outputs": [[name, shape, dtype]], "seconds", "options": as recorded, "timing_cache", "execution": {…} | null, "reason"}.
 
     Raises:
         BuildFailed, BackendUnavailable, KeyboardInterrupt.
     """
     trt = load_vendor(vendor)
     gpu = _gpu(trt, device)
-    build_options = BuildOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})  # type: ignore[arg-type]
+    build_options = BuildOptions.from_json(options)
     source, target = Path(onnx), Path(engine)
     data = source.read_bytes()
-    built = build_engine(trt, data, build_options, progress, f"{product(trt)} builds {target.name}", precision)
+    built = build_engine(trt, data, build_options, progress, f"{product(trt)} builds {target.name}", precision, gpu)
     _save(target, built.plan)
     manifest.write(
         target,
@@ -416,6 +480,7 @@ def build_file(
             len(built.plan),
             vendor,
             trt.__version__,
+            runtime_version(),
             manifest.this_platform(),
             build_options.compute_capabilities or ((gpu.compute_capability,) if gpu else ()),
             gpu,
@@ -424,7 +489,7 @@ def build_file(
             built.inputs,
             built.outputs,
             sha256_bytes(data),
-            options,
+            build_options.recorded(),
             Preprocessing.from_json(preprocessing) if preprocessing else None,
         ),
     )
@@ -432,6 +497,8 @@ def build_file(
         "inputs": built.inputs,
         "outputs": built.outputs,
         "seconds": built.seconds,
+        "options": build_options.recorded(),
+        "timing_cache": built.timing_cache,
         "execution": built.execution._asdict() if built.execution else None,
         "reason": built.reason,
     }

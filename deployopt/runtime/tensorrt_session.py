@@ -1,43 +1,76 @@
-"""Running an engine: named tensors, pinned buffers allocated once, `execute_async_v3`, CUDA events for the device clock."""
+"""Running an engine: named tensors, pinned buffers allocated once, `execute_async_v3` or a CUDA graph of it, CUDA events for the device clock."""
 
 import ctypes
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from deployopt.errors import ArtifactMismatch, UsageError
-from deployopt.runtime.cuda import Cuda, Device, Pinned
+from deployopt.errors import ArtifactMismatch, BackendUnavailable, UsageError
+from deployopt.runtime import manifest as manifests
+from deployopt.runtime.cuda import Cuda, Device, Graph, Pinned, device_index, find_gpu
 from deployopt.runtime.manifest import REBUILD, Manifest
 from deployopt.runtime.profile import WARM_UP_RUNS, typical
-from deployopt.runtime.session import Array, Feed, LayerTime, Loaded, TensorSpec
-from deployopt.runtime.tensorrt import inspect, load_engine, make_logger, make_profiler
+from deployopt.runtime.session import Array, Feed, LayerTime, Loaded, SessionOptions, TensorSpec
+from deployopt.runtime.tensorrt import inspect, load_engine, load_vendor, make_logger, make_profiler
 from deployopt.runtime.tensorrt_layers import Layer
+from deployopt.runtime.tensorrt_versions import is_rtx
 
 _TO_DEVICE, _TO_HOST, _NON_BLOCKING = 1, 2, 1  # cudaMemcpyKind, cudaStreamNonBlocking
 Shape = Tuple[int, ...]
+
+
+def open_session(vendor: str, path: Path, options: SessionOptions) -> "TensorRTSession":
+    """Open an engine on this machine's GPU; its bytes, version and GPU are checked before it is deserialised.
+
+    Args:
+        vendor: "tensorrt" or "tensorrt_rtx".
+        options: `extra` may have "cuda_graph": True, which TensorRT heeds.
+
+    Raises:
+        ArtifactCorrupt, ArtifactMismatch, BackendUnavailable, DeviceUnavailable.
+    """
+    described, plan = manifests.read_engine(path)
+    trt = load_vendor(vendor)
+    manifests.check_version(path, described, vendor, trt.__version__)
+    index = device_index(options.device)
+    try:
+        gpu = find_gpu(index)
+    except BackendUnavailable as exc:
+        raise BackendUnavailable(
+            f"{path.name} needs a GPU of compute capability {', '.join(described.compute_capabilities)}: {exc.message}", exc.remedy
+        ) from exc
+    manifests.check_gpu(path, described, gpu)
+    return TensorRTSession(trt, plan, described, gpu.name, index, bool(options.extra.get("cuda_graph")) and not is_rtx(trt))
 
 
 class TensorRTSession:
     """A session on one engine, with one execution context on one CUDA stream. Device buffers hold the profile's largest shapes, so no shape
     allocates anew.
 
+    Attributes:
+        cuda_graph: "off"; "on"; or why a graph was wanted and kernels are launched one by one instead, as "refused: …".
+
     Args:
         trt: the vendor module.
-        plan, manifest: bytes that `manifest.check` vouched for.
+        plan, manifest: bytes that passed the checks of `runtime/manifest.py`.
         provider: the GPU's name.
         device: index of the GPU.
+        cuda_graph: launch the engine as a CUDA graph when it is timed. Copies stay outside of it, so the device clock measures the same thing.
 
     Raises:
         BackendUnavailable: CUDA does not work here.
         ArtifactMismatch: the vendor's library refuses the engine.
     """
 
-    def __init__(self, trt: Any, plan: bytes, manifest: Manifest, provider: str, device: int = 0) -> None:
+    def __init__(self, trt: Any, plan: bytes, manifest: Manifest, provider: str, device: int = 0, cuda_graph: bool = False) -> None:
         self.inputs: Sequence[TensorSpec] = manifest.inputs
         self.outputs: Sequence[TensorSpec] = manifest.outputs
         self.provider = provider
         self.streams = 1
         self._trt = trt
+        self.cuda_graph = "on" if cuda_graph else "off"
+        self._graph: Optional[Graph] = None
         self._cuda = Cuda(device)
         self._logger = make_logger(trt)
         self._engine, self._runtime = load_engine(trt, plan, self._logger)
@@ -80,9 +113,13 @@ class TensorRTSession:
         return loaded
 
     def profile(self, feeds: Sequence[Feed], runs: int) -> List[LayerTime]:
-        """As `session.Profiling`, with an execution context of its own. TensorRT times a layer from one CUDA event to the next, copies excluded."""
-        loaded, measured = self.load(feeds), self._context
+        """As `session.Profiling`, with an execution context of its own and no CUDA graph, which has no layers.
+
+        TensorRT times a layer from one CUDA event to the next, copies excluded.
+        """
+        loaded, measured, cuda_graph = self.load(feeds), self._context, self.cuda_graph
         profiler = make_profiler(self._trt)
+        self.cuda_graph = "off"
         self._context, self._shapes = self._new_context(), {}  # no shape is set in it yet
         try:
             self._context.profiler = profiler
@@ -95,7 +132,7 @@ class TensorRTSession:
                 loaded.run(index)
                 found.append([layer_time(layers.get(name), name, ms) for name, ms in profiler.take()])
         finally:
-            self._context, self._shapes = measured, {}
+            self._context, self._shapes, self.cuda_graph = measured, {}, cuda_graph
         return typical(found[WARM_UP_RUNS:])
 
     def close(self) -> None:
@@ -107,6 +144,7 @@ class TensorRTSession:
             mirror.close()
         self._device, self._host, self._bound = {}, {}, []
         if self._context is not None:
+            self._drop_graph()
             self._context = self._engine = self._runtime = None  # in this order, before their stream
             for event in (self._start, self._stop):
                 self._cuda.call("cudaEventDestroy", event)
@@ -144,6 +182,7 @@ class TensorRTSession:
     def _set_shapes(self, wanted: Dict[str, Shape]) -> None:
         if all(self._shapes.get(name) == shape for name, shape in wanted.items()):
             return
+        self._drop_graph()  # a graph is of its context at the shapes of its capture
         for name, shape in wanted.items():
             if not self._context.set_input_shape(name, shape):
                 raise UsageError(f"input '{name}': shape {shape} was refused: {'; '.join(self._logger.errors())}")
@@ -157,12 +196,36 @@ class TensorRTSession:
         for name, source in sources.items():
             self._cuda.call("cudaMemcpyAsync", self._device[name].address, source.address, self._size(name), _TO_DEVICE, self._stream)
         self._cuda.call("cudaEventRecord", self._start, self._stream)
-        if not self._context.execute_async_v3(self._stream.value):
-            raise ArtifactMismatch(f"the engine refused to run: {'; '.join(self._logger.errors())}", REBUILD)
+        self._execute()
         self._cuda.call("cudaEventRecord", self._stop, self._stream)
         for spec in self.outputs:
             self._cuda.call("cudaMemcpyAsync", self._host[spec.name].address, self._device[spec.name].address, self._size(spec.name), _TO_HOST, self._stream)
         self._cuda.call("cudaStreamSynchronize", self._stream)
+
+    def _execute(self) -> None:
+        if self._graph is not None:
+            self._graph.launch(self._stream)
+        elif not self._enqueue():
+            raise ArtifactMismatch(f"the engine refused to run: {'; '.join(self._logger.errors())}", REBUILD)
+
+    def _enqueue(self) -> bool:
+        return bool(self._context.execute_async_v3(self._stream.value))
+
+    def _capture(self) -> None:
+        """Make a graph of the execution at the shapes that are set, if one is wanted and there is none; if that fails, none is wanted any more."""
+        if self._graph is not None or self.cuda_graph != "on":
+            return
+        self._execute()  # what TensorRT postpones to the first run after a change of shapes may not be in the graph
+        self._cuda.call("cudaStreamSynchronize", self._stream)
+        try:
+            self._graph = Graph(self._cuda, self._stream, self._enqueue)
+        except BackendUnavailable as exc:
+            self.cuda_graph = f"refused: {exc.message}"
+
+    def _drop_graph(self) -> None:
+        if self._graph is not None:
+            self._graph.close()
+            self._graph = None
 
     def _device_ms(self) -> float:
         milliseconds = ctypes.c_float()
@@ -198,11 +261,15 @@ class _Loaded:
 
     def run(self, index: int) -> None:
         self._session._set_shapes(self._shapes)
+        self._session._capture()
         self._session._run(self._sources[index % len(self._sources)])
         self._ran = True
 
     def device_ms(self) -> Optional[float]:
         return self._session._device_ms() if self._ran else None
+
+    def execution(self) -> Dict[str, str]:
+        return {"cuda_graph": self._session.cuda_graph}
 
     def close(self) -> None:
         for source in self._sources:

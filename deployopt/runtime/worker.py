@@ -27,7 +27,7 @@ from deployopt.runtime.clock import now_ns, seconds_since
 from deployopt.runtime.preprocessing import to_feed
 from deployopt.runtime.process import describe_exit, error_from_json, error_to_json, tail
 from deployopt.runtime.sampler import Block, WarmUp
-from deployopt.runtime.session import Feed, LayerTime, Loaded, Profiling, Session, SessionOptions, TensorSpec
+from deployopt.runtime.session import Explained, Feed, LayerTime, Loaded, Profiling, Session, SessionOptions, TensorSpec
 
 _LENGTH = struct.Struct("!Q")
 _PR_SET_PDEATHSIG = 1
@@ -181,6 +181,11 @@ class Worker:
         content, _ = self._ask("memory")
         return Memory(**content)
 
+    def execution(self) -> Dict[str, str]:
+        """How the loaded buffers were executed; see `session.Explained`. {} where the runtime knows one way only."""
+        content, _ = self._ask("execution")
+        return dict(content)
+
     def kill(self) -> None:
         if self.alive:
             assert self._process is not None
@@ -226,6 +231,7 @@ _DOING = {
     "profile": "profiling",
     "infer": "running",
     "memory": "reading the memory of",
+    "execution": "asking for the execution of",
 }
 
 
@@ -294,6 +300,10 @@ class _Service:
 
     def memory(self, arrays: Arrays) -> Answer:
         return Memory(host.peak_memory_bytes(), host.device_memory_bytes())._asdict(), {}
+
+    def execution(self, arrays: Arrays) -> Answer:
+        loaded = self._bound()[0]
+        return loaded.execution() if isinstance(loaded, Explained) else {}, {}
 
     def close(self) -> None:
         self._loaded = []

@@ -36,6 +36,7 @@ from_scratch = False
 distributions: tuple[str, ...] = ("numpy",)
 
 TORCH = "torch"
+CAPTURES_GRAPHS = "tensorrt"
 SINGLE_STREAM: Literal["single_stream"] = "single_stream"
 
 
@@ -66,6 +67,9 @@ class Config(StageConfig):
     `deployopt compare` between two stored reports. 3 give a usable one."""
     max_clock_drop: PositiveFloat = 0.1
     """Relative fall of a GPU's SM clock during the measurement above which its rows are marked invalid."""
+    cuda_graph: bool = False
+    """Launch engines of the backend tensorrt as one CUDA graph each, which saves the host's time between kernels; where one cannot be captured, kernels are
+    launched one by one. Each row's contract says which."""
     accuracy: bool = True
     """Score every artifact on the test split."""
     profile: bool = True
@@ -143,7 +147,7 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     """
     from deployopt.bench.scenarios import scenarios
 
-    candidates = _candidates(context, expansion, inputs)
+    candidates = _candidates(context, config, expansion, inputs)
     settings = _settings(config, context.seed)
     images = _timing_images(context, settings.buffers * max(config.batch_sizes))
     results: dict[Scenario, Results] = {}
@@ -200,10 +204,10 @@ def _shown(candidates: Sequence[_Candidate], batch: int, images: NDArray[np.uint
     return {c.key: images for c in candidates if c.measurable and c.takes(batch)}
 
 
-def _candidates(context: StageContext, expansion: Expansion, inputs: Sequence[StepOutput]) -> list[_Candidate]:
+def _candidates(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> list[_Candidate]:
     """In plan order. A step that left no output, or whose record says that there is nothing to run, gives a row with the reason."""
     finished = {output.step: output for output in inputs}
-    return [_torch(context, p, finished[p.step]) if p.backend is None else _built(context, p, finished.get(p.step)) for p in expansion.inputs]
+    return [_torch(context, p, finished[p.step]) if p.backend is None else _built(context, config, p, finished.get(p.step)) for p in expansion.inputs]
 
 
 def _torch(context: StageContext, point: Point, output: StepOutput) -> _Candidate:
@@ -214,11 +218,13 @@ def _torch(context: StageContext, point: Point, output: StepOutput) -> _Candidat
     return _candidate(context, row, output.artifacts[point.artifact], TORCH, session)
 
 
-def _built(context: StageContext, point: Point, output: StepOutput | None) -> _Candidate:
+def _built(context: StageContext, config: Config, point: Point, output: StepOutput | None) -> _Candidate:
     assert point.backend is not None
     assert point.precision is not None
     record: Mapping[str, Any] = output.record if output is not None else {"status": "failed", "reason": "its build step did not finish"}
     options = dict(record.get("options") or {})
+    if config.cuda_graph and point.backend == CAPTURES_GRAPHS:
+        options["cuda_graph"] = True
     row = Row(
         point.variant,
         point.backend,
@@ -230,6 +236,7 @@ def _built(context: StageContext, point: Point, output: StepOutput | None) -> _C
         threads=context.threads,
         reason=record.get("reason"),
         verified=record.get("verified"),
+        parity=record.get("parity"),
         notes=list(record.get("notes") or []),
     )
     session = SessionOptions(context.threads, context.device, point.precision, options)

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 from pydantic import BaseModel, Field, PositiveFloat, ValidationError, field_validator, model_validator
 
@@ -19,11 +19,14 @@ from deployopt import plugins
 from deployopt.artifact import INT8_PRECISIONS, Artifact, Availability, Precision
 from deployopt.backends import Backend, BuildRequest
 from deployopt.bench.environment import without_folders
+from deployopt.data import Leading
 from deployopt.errors import BuildFailed, DeployoptError, UsageError
 from deployopt.runtime.progress import Progress
+from deployopt.runtime.session import SessionOptions
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
+from deployopt.stages._parity import PARITY_IMAGES, UNCHECKED, compare, limit_of, onnx_outputs
 
-version = 4
+version = 5
 not_after: frozenset[str] = frozenset()
 after = frozenset({"export"})
 cacheable = True
@@ -48,6 +51,9 @@ class Config(StageConfig):
     """One build that takes longer is ended, and its row has failed. Large INT8 networks take TensorRT some minutes."""
     on_unverified: Literal["warn", "fail"] = "warn"
     """What to do with an INT8 artifact of which the runtime executes less in INT8 than all convolutions and matrix products that mixed_precision leaves so."""
+    on_mismatch: Literal["warn", "fail"] = "warn"
+    """What to do with an engine whose outputs on validation images differ from ONNX Runtime's by more than rounding explains; engines that run here are
+    compared after their build."""
 
     @field_validator("backends")
     @classmethod
@@ -140,7 +146,8 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     """Build one artifact. Whatever goes wrong in the backend becomes the record's status and reason.
 
     The record: status ("ok"; "built" if it cannot run on this machine; "failed"), reason, and for artifacts max_batch (None: any), notes (what a
-    reader should know of it), verified, provider, options, build_seconds.
+    reader should know of it), verified, provider, options, build_seconds, timing_cache ("new", "extended", or "reused" if nothing was timed; None: has none),
+    parity (an engine's outputs against ONNX Runtime's; None where it cannot run).
     """
     (source,), (target,) = expansion.inputs, expansion.makes
     name = expansion.parameters["backend"]
@@ -155,12 +162,15 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
         if shortfall and config.on_unverified == "fail":
             raise BuildFailed(shortfall, "set build.on_unverified: warn to keep it")
         probed = backend.probe()
+        parity, mismatch = _parity(context, name, artifact, onnx.path, request) if artifact.kind == "engine" and probed.runs else (None, None)
+        if mismatch and config.on_mismatch == "fail":
+            raise BuildFailed(mismatch, "set build.on_mismatch: warn to keep it")
     except DeployoptError as exc:
         return _failed(expansion.label, str(exc), context, onnx.path.parent)
     except Exception as exc:  # a third party's backend: its fault is this row's reason
         context.progress.log(traceback.format_exc())
         return _failed(expansion.label, f"{type(exc).__name__}: {exc}", context, onnx.path.parent)
-    notes = _notes(artifact, request.precision, shortfall)
+    notes = _notes(artifact, request.precision, shortfall, mismatch)
     for note in notes:
         context.progress.log(f"{expansion.label}: {note}")
     record = {
@@ -168,7 +178,8 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
         "reason": None if probed.runs else probed.reason,
         "max_batch": max(config.batch_sizes) if artifact.kind == "engine" else None,
         "notes": notes,
-        **{key: artifact.metadata.get(key) for key in ("verified", "provider", "options", "build_seconds")},
+        "parity": parity,
+        **{key: artifact.metadata.get(key) for key in ("verified", "provider", "options", "build_seconds", "timing_cache")},
     }
     return StepResult(record, {target.artifact: artifact})
 
@@ -190,11 +201,41 @@ def _shortfall(artifact: Artifact, precision: str, float_layers: int) -> str | N
     return f"only {verified['quantized_layers']} of {verified['quantizable_layers']} layers run in INT8 ({executed}){kept}"
 
 
-def _notes(artifact: Artifact, precision: str, shortfall: str | None) -> list[str]:
-    """The INT8 shortfall or why INT8 could not be verified, and what the backend noted."""
+def _parity(context: StageContext, name: str, artifact: Artifact, canonical: Path, request: BuildRequest) -> tuple[dict[str, Any], str | None]:
+    """An engine's outputs, on this machine, held to those of ONNX Runtime, which runs the exported ONNX as it is written.
+
+    Returns:
+        {"checked", "n", "agreement", "max_abs_diff" and their limits} or {"checked": False, "reason"}; and the mismatch, None if rounding explains it.
+
+    Raises:
+        DeployoptError: the engine cannot be opened or run.
+    """
+    if request.precision in UNCHECKED:
+        return {"checked": False, "reason": UNCHECKED[request.precision]}, None
+    from deployopt.backends._shared import load
+    from deployopt.bench.accuracy import outputs_of
+    from deployopt.bench.artifacts import opener
+    from deployopt.graph import macs
+    from deployopt.runtime.worker import Worker
+
+    images = Leading(context.dataset().validation, PARITY_IMAGES)
+    options = artifact.metadata.get("options") or {}
+    session = SessionOptions(request.threads, request.device, request.precision, options)
+    with context.progress.track(f"compare {name} with ONNX Runtime", None), Worker(opener(name), artifact.path, session, request.timeout_s) as worker:
+        output = worker.start().outputs[0].name
+        outputs = outputs_of(lambda pixels: worker.infer(pixels)[output], images, max(request.batch_sizes))
+    reference = onnx_outputs(canonical, images, request.threads)
+    rounding = "fp16" if options.get("tf32") and request.precision == "fp32" else request.precision  # TF32 has FP16's mantissa
+    figures, fault = compare(outputs, reference, limit_of(cast(Precision, rounding), len(macs.by_node(load(canonical)))), context.task)
+    mismatch = f"its outputs on {len(images)} validation images are not those of ONNX Runtime: {fault}" if fault else None
+    return {"checked": True, "reference": "onnxruntime", "n": len(images), **figures}, mismatch
+
+
+def _notes(artifact: Artifact, precision: str, shortfall: str | None, mismatch: str | None) -> list[str]:
+    """The INT8 shortfall or why INT8 could not be verified, outputs that are not as they should be, and what the backend noted."""
     facts = artifact.metadata
     unverified = facts.get("verified_reason") if precision in INT8_PRECISIONS and facts.get("verified") is None else None
-    said = (shortfall, unverified and f"INT8 is not verified: {unverified}", facts.get("note"))
+    said = (mismatch, shortfall, unverified and f"INT8 is not verified: {unverified}", *facts.get("notes", ()))
     return [without_folders(str(note)) for note in said if note]
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +16,7 @@ from deployopt.errors import ExportFailed, UsageError
 from deployopt.runtime.files import atomic_write
 from deployopt.runtime.preprocessing import PREPROCESSING_KEY
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
+from deployopt.stages._parity import BATCHES, PARITY_IMAGES, UNCHECKED, compare, limit_of, onnx_outputs
 from deployopt.stages._training import load_parent
 
 if TYPE_CHECKING:
@@ -37,9 +36,7 @@ from_scratch = False
 distributions = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 
 MIN_OPSET, MAX_OPSET = 19, 23  # 19: FP16 scales of Q/DQ; 23: the newest that torch.onnx writes for these operators
-PARITY_IMAGES = 128
 _TYPED: dict[Precision, Literal["fp16", "bf16"]] = {"fp16": "fp16", "bf16": "bf16", "int8_fp16": "fp16"}  # type of the float parts; else FP32
-BATCHES = (1, 2, 7, 64)  # the rest in one batch
 
 
 class Config(StageConfig):
@@ -57,40 +54,6 @@ class Config(StageConfig):
         if repeated := [p for p, n in Counter(value).items() if n > 1]:
             raise ValueError(f"{', '.join(repeated)} is given more than once")
         return value
-
-
-@dataclass(frozen=True)
-class Limit:
-    """How far an export may be from torch. Rounding stays inside; a wrong graph lies far outside.
-
-    Attributes:
-        relative: largest difference of any output, as a share of the largest reference output (at least of 1).
-        agreement: least share of images with the same prediction; of 128 images 0.98 lets two change that were undecided.
-    """
-
-    relative: float
-    agreement: float
-
-
-def limit_of(precision: Precision, layers: int) -> Limit:
-    """What rounding alone may do in a network of so many convolutions and matrix products.
-
-    - fp32: sums of K products in another order differ by √K · 2⁻²⁴ (Higham and Mary, https://doi.org/10.1137/18M1226312), K ≤ 4608 in ResNets (512 · 3 · 3);
-      layers add up. Seen on trained ResNets: 10⁻⁶.
-    - fp16: weights, results and sums are rounded to 11 bits, independently, so three roundings of 2⁻¹¹ a layer add up as their squares; twice that,
-      as it is the largest of many outputs. Seen: 3 · 10⁻⁴ to 8 · 10⁻⁴.
-    - int8: the same integers, but a value on the other side of a rounding tie is one step, 1/127 of its range; one such step a layer. Seen: 0.003 to 0.012.
-    - int8_fp16: in 11 bits, values near a tie are many; two steps a layer.
-    """
-    if precision == "fp32":
-        return Limit(layers * 4608**0.5 * 2**-24, 0.99)
-    if precision == "fp16":
-        return Limit(2 * (3 * layers) ** 0.5 * 2**-11, 0.98)
-    steps = 1 if precision == "int8" else 2
-    return Limit(steps * layers**0.5 / 127, 0.98 if precision == "int8" else 0.95)
-
-
-UNCHECKED = {"bf16": "ONNX Runtime has no BF16 convolution on CPUs: graph checked, outputs not compared"}
 
 
 def expand(config: Config, planning: Planning) -> list[Expansion]:
@@ -181,29 +144,10 @@ def _parity(path: Path, precision: Precision, layers: int, images: ImageSet, ref
     """
     if precision in UNCHECKED:
         return {"checked": False, "reason": UNCHECKED[precision]}
-    limit = limit_of(precision, layers)
-    found = _infer(path, images, context.threads)
-    agreement = context.task.agree(found, reference)
-    largest = limit.relative * max(1.0, float(abs(reference).max()))
-    if not (agreement["max_abs_diff"] <= largest and agreement["agreement"] >= limit.agreement):
+    agreement, fault = compare(onnx_outputs(path, images, context.threads), reference, limit_of(precision, layers), context.task)
+    if fault:
         raise ExportFailed(
-            f"{path.name} disagrees with its torch parent on {len(images)} validation images: largest difference {agreement['max_abs_diff']:.3g} "
-            f"(limit {largest:.3g}), agreement {agreement['agreement']:.3f} (limit {limit.agreement})",
+            f"{path.name} disagrees with its torch parent on {len(images)} validation images: {fault}",
             "leave this precision out of export.precisions" if precision == "fp16" else "this is a defect of the export: please report it with the recipe",
         )
-    limits = {"max_abs_diff_limit": largest, "agreement_limit": limit.agreement}
-    return {"checked": True, "n": len(images), "batches": list(BATCHES), **agreement, **limits}
-
-
-def _infer(path: Path, images: ImageSet, threads: int) -> NDArray[np.float32]:
-    """Outputs float32 [N, K], in batches of several sizes: a batch axis that is not dynamic fails here."""
-    import numpy as np
-
-    from deployopt.runtime.onnxruntime_session import open_unoptimized
-    from deployopt.runtime.preprocessing import to_feed
-
-    ends = [sum(BATCHES[:i]) for i in range(len(BATCHES) + 1)]
-    bounds = sorted({min(end, len(images)) for end in (*ends, len(images))})
-    with open_unoptimized(path, threads) as session:
-        parts = [next(iter(session.infer({"input": to_feed(images.images(range(a, b)))}).values())) for a, b in pairwise(bounds)]
-    return np.concatenate(parts)
+    return {"checked": True, "n": len(images), "batches": list(BATCHES), **agreement}

@@ -1,7 +1,11 @@
 """Real TensorRT-RTX builds of a small residual network; running needs a GPU that it serves."""
 
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from types import ModuleType
 
 import numpy as np
@@ -15,7 +19,8 @@ from deployopt.errors import ArtifactCorrupt, ArtifactMismatch, BackendUnavailab
 from deployopt.graph.casts import cast
 from deployopt.graph.tensorrt import check_tensorrt8
 from deployopt.runtime import manifest
-from deployopt.runtime.cuda import find_gpu
+from deployopt.runtime.child import GRACE_SECONDS
+from deployopt.runtime.cuda import find_gpu, runtime_version
 from deployopt.runtime.hashing import sha256_file
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import SilentProgress
@@ -212,10 +217,20 @@ def test_float_engines_run_as_asked_and_fuse_their_add(tmp_path, precision):
     assert built.metadata["build_seconds"] > 0
 
 
+def test_tf32_is_off_unless_asked_for_and_then_said(tmp_path):
+    plain, allowed = make(tmp_path_of(tmp_path, "fp32"), "fp32"), make(tmp_path_of(tmp_path, "tf32"), "fp32", tf32=True)
+    assert (plain.metadata["options"]["tf32"], plain.metadata["notes"]) == (False, [])
+    assert allowed.metadata["options"]["tf32"]
+    assert allowed.metadata["notes"] == [_tensorrt.TF32]
+    assert manifest.read(allowed.path).options["tf32"]
+    assert plain.metadata["verified"] == allowed.metadata["verified"]  # TensorRT-RTX lists a TF32 layer as Float
+
+
 def test_int8_engine_is_verified_and_its_float_results_are_said(int8):
     assert int8.metadata["verified"] == {"quantized_layers": 4, "quantizable_layers": 4, "executed": {"int8": 4}}
     assert int8.metadata["int8_to_float"] == 4
-    assert int8.metadata["note"].startswith("4 of 4 INT8 layers write floating point")
+    (note,) = int8.metadata["notes"]
+    assert note.startswith("4 of 4 INT8 layers write floating point")
 
 
 def test_int8_with_fp16_around_it_is_built_and_its_layers_still_run_in_int8(tmp_path, int8):
@@ -247,6 +262,9 @@ def test_artifact_and_manifest_describe_the_engine(int8):
     assert int8.outputs == described.outputs == (TensorSpec("logits", ("batch", CLASSES), "float32"),)
     assert described.onnx_sha256 == sha256_file(int8.path.with_name("model.onnx"))
     assert (described.vendor, described.compute_capabilities, described.precision) == ("tensorrt_rtx", ("8.6",), "int8")
+    assert described.cuda == runtime_version()
+    assert (described.gpu is None) == (not has_gpu())
+    assert described.options == int8.metadata["options"] == {"batch_sizes": [1, 4], "compute_capabilities": ["8.6"], "tf32": False}
     assert described.profiles[0]["input"] == {"min": (1, 3, SIZE, SIZE), "opt": (4, 3, SIZE, SIZE), "max": (4, 3, SIZE, SIZE)}
     folder = int8.path.parent
     assert Artifact.from_json(int8.to_json(folder), folder) == int8
@@ -271,7 +289,7 @@ def test_default_targets_are_this_gpu_or_the_common_ones(tmp_path):
 @pytest.mark.parametrize(
     ("precision", "options", "message"),
     [
-        ("fp32", {"workspace": 3}, r"workspace: Extra inputs are not permitted \(available: compute_capabilities\)"),
+        ("fp32", {"workspace": 3}, r"workspace: Extra inputs are not permitted \(available: tf32, compute_capabilities\)"),
         ("fp32", {"compute_capabilities": ["8.6"]}, "Input should be a valid number"),
         ("fp32", {"compute_capabilities": []}, "at least 1 item"),
         ("fp32", {"compute_capabilities": [8.6, 8.6]}, "each compute capability once"),
@@ -320,6 +338,57 @@ def test_cancelled_build_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         tensorrt_rtx.build(prepared, tmp_path, BuildRequest("fp32", options={"compute_capabilities": [8.6]}), Cancelling())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fp32.onnx", "model.onnx"]
+
+
+def deep(layers=60):
+    """A network whose build takes some seconds."""
+    graph = Graph("fp32")
+    x = graph.conv("input", "c0", 3)
+    for i in range(1, layers):
+        x = graph.node("Relu", [graph.conv(x, f"c{i}", CHANNELS)], f"r{i}")
+    tensors = (("input", ["batch", 3, 64, 64]), (x, ["batch", CHANNELS, 64, 64]))
+    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name, shape in tensors)
+    made = helper.make_graph(graph.nodes, "deep", inputs, outputs, graph.constants)
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+BUILDING = """
+import signal, sys
+from pathlib import Path
+from deployopt.backends import BuildRequest, tensorrt_rtx
+from deployopt.runtime.progress import SilentProgress
+
+class Telling(SilentProgress):
+    def track(self, description, total):
+        print("building", flush=True)
+        return super().track(description, total)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+folder = Path(sys.argv[1])
+request = BuildRequest("fp32", (1, 8), options={"compute_capabilities": [8.0, 8.6, 8.9, 12.0]})
+tensorrt_rtx.build(folder / "model.onnx", folder, request, Telling())
+print("built", flush=True)
+"""
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.3])
+def test_ctrl_c_ends_a_build_within_a_second(tmp_path, wait_s):
+    onnx.save(deep(), tmp_path / "model.onnx")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with subprocess.Popen(
+        [sys.executable, "-c", BUILDING, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as building:
+        assert building.stdout.readline() == "building\n"
+        time.sleep(wait_s)
+        start = time.monotonic()
+        building.send_signal(signal.SIGINT)
+        said = building.stdout.read()
+        building.wait()
+        seconds = time.monotonic() - start
+    assert said == ""  # it was not through
+    assert building.returncode != 0
+    assert seconds < GRACE_SECONDS + 1.0  # the build has its grace; a busy machine needs some time to end two processes
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_flipped_byte_is_found_before_anything_is_loaded(int8, tmp_path):

@@ -82,6 +82,14 @@ def test_the_terminal_keeps_its_tables_and_adds_one(report: dict[str, Any], swep
     assert max(map(len, after.splitlines())) <= max(map(len, before.splitlines()))
 
 
+def test_the_contract_says_which_rows_were_launched_as_a_cuda_graph(swept: dict[str, Any]) -> None:
+    row = swept["rows"][0]
+    said = [{**row, "contract": {**row["contract"], "cuda_graph": how}} for how in ("on", "on", "refused: no reason")]
+    assert "CUDA graph on (2 rows), refused: no reason (1 row)" in summary.contract_lines(said)[0]
+    assert "CUDA graph on ·" in summary.contract_lines(said[:2])[0]
+    assert "CUDA" not in summary.contract_lines([row])[0]
+
+
 def test_the_contract_names_offline_streams(swept: dict[str, Any]) -> None:
     offline = {**summary.swept(swept["rows"])[0]}
     offline["contract"] = {**offline["contract"], "scenario": "offline", "streams": 2}

@@ -9,7 +9,7 @@ from deployopt.runtime.hashing import sha256_bytes
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.session import TensorSpec
 
-AMPERE = Gpu("NVIDIA GeForce RTX 3090", "8.6", "13.0")
+AMPERE = Gpu("NVIDIA GeForce RTX 3090", "8.6", "13.0", "580.65.06")
 
 
 def describe(plan, **changes):
@@ -18,6 +18,7 @@ def describe(plan, **changes):
         size_bytes=len(plan),
         vendor="tensorrt_rtx",
         version="1.7.1.116",
+        cuda="13.2",
         platform=manifest.this_platform(),
         compute_capabilities=("8.6", "8.9"),
         gpu=None,
@@ -43,8 +44,16 @@ def test_written_is_read_back(tmp_path, changes):
     assert manifest.read(put(tmp_path, **changes)) == describe(b"plan", **changes)
 
 
+def opened(engine):
+    """Every check, as a backend makes them on opening an engine."""
+    found, plan = manifest.read_engine(engine)
+    manifest.check_version(engine, found, "tensorrt_rtx", "1.7.1.116")
+    manifest.check_gpu(engine, found, AMPERE)
+    return found, plan
+
+
 def test_an_engine_that_fits_passes_with_its_bytes(tmp_path):
-    found, plan = manifest.check(put(tmp_path), "tensorrt_rtx", "1.7.1.116", AMPERE)
+    found, plan = opened(put(tmp_path))
     assert (found.precision, plan) == ("int8", b"plan")
 
 
@@ -79,7 +88,7 @@ def test_missing_engine_and_missing_manifest(tmp_path):
         manifest.read_engine(tmp_path / "other.engine")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"schema": 1}', '{"schema": 1, "inputs": 3}', "\udcff"])
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"schema": 2}', '{"schema": 2, "inputs": 3}', "\udcff"])
 def test_unreadable_manifest(tmp_path, text):
     engine = put(tmp_path)
     manifest.path_of(engine).write_bytes(text.encode(errors="surrogateescape"))
@@ -90,9 +99,10 @@ def test_unreadable_manifest(tmp_path, text):
 def test_manifest_of_another_schema(tmp_path):
     engine = put(tmp_path)
     data = json.loads(manifest.path_of(engine).read_text())
-    manifest.path_of(engine).write_text(json.dumps({**data, "schema": 2}))
-    with pytest.raises(ArtifactMismatch, match="schema 2; this deployopt reads schema 1"):
+    manifest.path_of(engine).write_text(json.dumps({**data, "schema": 1}))
+    with pytest.raises(ArtifactMismatch, match="schema 1; this deployopt reads schema 2") as caught:
         manifest.read(engine)
+    assert caught.value.remedy == manifest.rebuild(engine)
 
 
 @pytest.mark.parametrize(
@@ -107,5 +117,24 @@ def test_manifest_of_another_schema(tmp_path):
 def test_an_engine_for_another_machine_is_refused(tmp_path, changes, message):
     engine = put(tmp_path, **changes)
     with pytest.raises(ArtifactMismatch, match=message) as caught:
-        manifest.check(engine, "tensorrt_rtx", "1.7.1.116", AMPERE)
-    assert "deployopt run RECIPE --fresh" in caught.value.remedy
+        opened(engine)
+    assert "deployopt run RECIPE --until build (on this machine" in caught.value.remedy
+
+
+def test_in_a_run_folder_the_remedy_is_the_very_command(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("name: a")
+    (tmp_path / "07-build").mkdir()
+    engine = put(tmp_path / "07-build")
+    engine.write_bytes(b"plaN")
+    with pytest.raises(ArtifactCorrupt) as caught:
+        manifest.read_engine(engine)
+    assert caught.value.remedy == f"deployopt run {tmp_path / 'recipe.yaml'} --until build"
+
+
+def test_bytes_are_checked_first_then_version_then_gpu(tmp_path):
+    engine = put(tmp_path, version="1.5", compute_capabilities=("12.0",))
+    with pytest.raises(ArtifactMismatch, match=r"1\.5"):
+        opened(engine)
+    engine.write_bytes(b"plaN")
+    with pytest.raises(ArtifactCorrupt):
+        opened(engine)

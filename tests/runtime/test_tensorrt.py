@@ -1,3 +1,4 @@
+import errno
 import re
 import sys
 import time
@@ -12,12 +13,12 @@ from onnx import TensorProto, helper, numpy_helper
 from deployopt.errors import ArtifactMismatch, BackendUnavailable, BuildFailed, DeviceUnavailable
 from deployopt.runtime import tensorrt as rt
 from deployopt.runtime.child import run_in_child
-from deployopt.runtime.cuda import Cuda, device_index, find_gpu
+from deployopt.runtime.cuda import Cuda, device_index, find_gpu, runtime_version
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import TensorSpec
 
 FAULTY = Path(__file__).parent / "faulty"
-MODULES = ("deployopt.runtime.tensorrt", "deployopt.runtime.tensorrt_layers", "deployopt.runtime.tensorrt_versions")
+MODULES = ("tensorrt", "tensorrt_layers", "tensorrt_session", "tensorrt_timing", "tensorrt_versions")
 AMPERE = rt.BuildOptions((1, 4), ("8.6",))
 
 
@@ -81,23 +82,11 @@ def test_vendor_calls_exist_in_tensorrt_10_stubs():
     if not stubs:
         pytest.skip("tensorrt-stubs is not installed")
     known = set(re.findall(r"^\s*(?:def|class)? ?(\w+)\b(?=[(:]| *=)", stubs[0].read_text(), flags=re.MULTILINE))
-    source = "".join(Path(sys.modules[name].__file__).read_text() for name in MODULES)
-    used = set(re.findall(r"\b(?:trt|builder|network|parser|config|profile|runtime|engine|context|inspector|profiler|error|modes)\.(\w+)", source))
+    sources = [(Path(rt.__file__).parent / f"{name}.py").read_text() for name in MODULES]
+    code = re.sub(r"^(?:from|import) .*$", "", "".join(sources), flags=re.MULTILINE)
+    used = set(re.findall(r"\b_?(?:trt|builder|network|parser|config|profile|runtime|engine|context|inspector|profiler|cache|error|modes)\.(\w+)", code))
     rtx_only = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability"}
-    ours = {
-        "name",
-        "files",
-        "hashing",
-        "preprocessing",
-        "progress",
-        "session",
-        "tensorrt_layers",
-        "tensorrt_versions",
-        "cuda",
-        "write_bytes",
-        "adds",
-        "products",
-    }
+    ours = {"name", "adds", "products"}
     python = {"__name__", "__version__"}
     assert used - rtx_only - ours - python - known == set()
     assert {"OnnxParser", "build_serialized_network", "deserialize_cuda_engine", "STRONGLY_TYPED"} <= used
@@ -264,6 +253,16 @@ def test_a_vendor_that_hangs_is_ended_when_its_time_is_up(monkeypatch, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
+def test_a_full_disk_fails_the_build_with_what_is_needed_and_free(monkeypatch, tmp_path):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rt, "atomic_write", full)
+    with pytest.raises(BuildFailed, match=r"no disk space for model\.engine: wanted 2\.0 MB, \d+\.\d MB are free") as caught:
+        rt._save(tmp_path / "model.engine", bytes(2_000_000))
+    assert caught.value.remedy == "free some: deployopt cache prune"
+
+
 def faulty_build(monkeypatch, tmp_path, fault):
     """Arguments of a build with the vendor module that only fails."""
     monkeypatch.syspath_prepend(str(FAULTY))
@@ -299,8 +298,12 @@ def test_a_machine_without_a_gpu_says_so():
         pytest.skip("this machine has a GPU")
     with pytest.raises(BackendUnavailable, match=r"no NVIDIA driver|no usable GPU"):
         find_gpu()
-    with pytest.raises(BackendUnavailable, match="no CUDA runtime library works here"):
+    with pytest.raises(BackendUnavailable, match="no CUDA runtime library works here") as caught:
         Cuda()
+    assert caught.value.remedy.startswith("update the NVIDIA driver")
+    if version := runtime_version():  # a CUDA runtime without a driver takes it for one that is too old
+        assert re.fullmatch(r"1\d\.\d", version)
+        assert "is newer than the NVIDIA driver" in caught.value.message
 
 
 @pytest.mark.gpu
@@ -308,6 +311,7 @@ def test_the_gpu_is_described_and_cuda_starts():
     if not has_gpu():
         pytest.skip("no NVIDIA GPU with its driver here")
     assert re.fullmatch(r"\d+\.\d", find_gpu().compute_capability)
+    assert find_gpu().driver is None or re.match(r"\d+\.\d+", find_gpu().driver)
     with pytest.raises(DeviceUnavailable, match="this machine has"):
         find_gpu(64)
     Cuda()

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from deployopt.errors import BuildFailed
+from deployopt.errors import BackendUnavailable, BuildFailed
 from deployopt.runtime import tensorrt as rt
 from deployopt.runtime import tensorrt_versions as versions
 
@@ -54,6 +54,19 @@ def test_a_weakly_typed_builder_is_allowed_the_precision_and_its_own_kernels(old
         rt.build_engine(old, b"model", rt.BuildOptions((1,)), precision=precision)
     asked = ", ".join(["EXPLICIT_BATCH", "no TF32", *flags, OWN_KERNELS])
     assert caught.value.message == f"TensorRT 8.6.1 built no engine: {asked}"
+
+
+def test_tf32_is_allowed_where_it_was_asked_for(old):
+    with pytest.raises(BuildFailed) as caught:
+        rt.build_engine(old, b"model", rt.BuildOptions((1,), tf32=True))
+    assert caught.value.message == f"TensorRT 8.6.1 built no engine: EXPLICIT_BATCH, TF32, {OWN_KERNELS}"
+
+
+def test_a_driver_too_old_for_the_library_is_said(old):
+    old.OLD_DRIVER = True
+    with pytest.raises(BackendUnavailable, match=r"TensorRT 8\.6\.1 cannot start: CUDA initialization failure with error: 35") as caught:
+        rt.build_engine(old, b"model", rt.BuildOptions((1,)))
+    assert caught.value.remedy.startswith("update the NVIDIA driver")
 
 
 def test_a_parser_error_without_a_node_tells_its_description(old):

@@ -43,8 +43,18 @@ def test_session_answers_from_its_child(model, opener):
         assert (block.host_ns > 0).all()
         outputs = w.infer(IMAGES[0])
         assert w.memory().peak_bytes > 10 << 20
+        assert w.execution() == {}
     expected = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"]).run(None, {"input": to_feed(IMAGES[0])})[0]
     np.testing.assert_allclose(outputs["logits"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_how_it_was_executed_is_told(model):
+    with Worker("worker_openers:GraphSession", model, SessionOptions(extra={"cuda_graph": True})) as w:
+        w.start()
+        with pytest.raises(UsageError, match="no inputs are bound"):
+            w.execution()
+        w.load(IMAGES)
+        assert w.execution() == {"cuda_graph": "on"}
 
 
 def test_options_reach_the_child(model):

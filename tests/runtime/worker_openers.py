@@ -100,6 +100,22 @@ class CrashingProfile(OnnxRuntimeSession):
         os.kill(os.getpid(), signal.SIGSEGV)
 
 
+class _Capturing(_Loaded):
+    def execution(self):
+        return {"cuda_graph": "on" if self._session.asked else "off"}
+
+
+class GraphSession(OnnxRuntimeSession):
+    """Says of its execution what was asked of it."""
+
+    def __init__(self, path, options):
+        super().__init__(path, options)
+        self.asked = options.extra.get("cuda_graph")
+
+    def load(self, feeds):
+        return _Capturing(self, feeds)
+
+
 class NanSession(OnnxRuntimeSession):
     def execute(self, feed):
         return [output * np.nan for output in super().execute(feed)]

@@ -39,7 +39,7 @@ class Split:
 @pytest.fixture
 def context(tmp_path, monkeypatch):
     """A run whose sessions are the tests' own: NaN outputs for "nan", OpenVINO for "real_openvino", ONNX Runtime for all others, "torch" included."""
-    names = {"nan": "worker_openers:NanSession", "real_openvino": "deployopt.runtime.openvino_session:open_session"}
+    names = {"nan": "worker_openers:NanSession", "tensorrt": "worker_openers:GraphSession", "real_openvino": "deployopt.runtime.openvino_session:open_session"}
     monkeypatch.setattr(bench_artifacts, "opener", lambda backend: names.get(backend, "worker_openers:OnnxRuntimeSession"))
     (tmp_path / "step").mkdir()
     dataset = SimpleNamespace(test=Split(40), classes=tuple("0123456789"))
@@ -178,6 +178,21 @@ def test_an_engine_is_timed_and_scored_only_at_batches_it_was_built_for(context)
     assert rows["tensorrt", 2]["accuracy"]["n"] == 40
     assert rows["tensorrt", 2]["notes"] == ["a note"]
     assert rows["onnxruntime", 4]["contract"]["interleaved_with"] == ["dense/torch/fp32"]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_cuda_graph_is_asked_of_tensorrt_alone_and_the_contract_says_what_came_of_it(context, wanted):
+    free, engine = built("dense", "fp32", "03"), built("dense", "fp32", "04", "tensorrt")
+    outputs = [
+        output(context, DENSE, {}, layers=1),
+        output(context, free, {"status": "ok"}, layers=1),
+        output(context, engine, {"status": "ok", "options": {"tf32": False}}, layers=1),
+    ]
+    record = benchmark.run(context, config(accuracy=False, cuda_graph=wanted), Expansion(inputs=(DENSE, free, engine)), outputs).record
+    _, other, row = record["rows"]
+    assert row["options"] == {"tf32": False, **({"cuda_graph": True} if wanted else {})}
+    assert row["contract"]["cuda_graph"] == ("on" if wanted else "off")
+    assert "cuda_graph" not in {**other["options"], **other["contract"]}
 
 
 def test_a_a_repeats_are_stored_with_the_row(context):

@@ -1,16 +1,22 @@
 from types import SimpleNamespace
 
+import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 from pydantic import BaseModel, ConfigDict, ValidationError
 from residual_onnx import LAYERS, quantized, residual
 
 from deployopt import plugins
 from deployopt.artifact import Artifact, Availability
+from deployopt.bench import artifacts as bench_artifacts
+from deployopt.data import ArraySet
 from deployopt.errors import BuildFailed
 from deployopt.graph.canonical import canonicalize
+from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import SilentProgress
 from deployopt.stages import Planning, Point, StepOutput, build
+from deployopt.tasks import classification
 
 
 class FakeOptions(BaseModel):
@@ -19,13 +25,15 @@ class FakeOptions(BaseModel):
 
 
 class Fake:
-    """A third party's backend that misbehaves on demand."""
+    """A third party's backend that misbehaves on demand; its engines are ONNX files, run by ONNX Runtime."""
+
+    opener = "worker_openers:OnnxRuntimeSession"
 
     distributions, build_depends_on_machine = ("numpy", "not-installed"), True
     Options = FakeOptions
 
     def __init__(self):
-        self.probes, self.fault, self.verified, self.runs, self.requests = 0, None, None, True, []
+        self.probes, self.fault, self.verified, self.runs, self.requests, self.engine = 0, None, None, True, [], None
 
     def probe(self):
         self.probes += 1
@@ -38,7 +46,7 @@ class Fake:
 
     def build(self, prepared, out, request, progress):
         self.requests.append(request)
-        (out / "model.engine").write_bytes(prepared.read_bytes())
+        (out / "model.engine").write_bytes(self.engine or prepared.read_bytes())
         if self.fault:
             raise self.fault
         return Artifact.of("engine", out / "model.engine", metadata={"verified": self.verified, "verified_reason": "not told", "options": {"level": 3}})
@@ -47,6 +55,7 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch):
     backend = Fake()
+    monkeypatch.setattr(bench_artifacts, "opener", lambda name: backend.opener)
     entry = SimpleNamespace(name="fake", load=lambda: backend)
     theirs = plugins._theirs
     monkeypatch.setattr(plugins, "_theirs", lambda kind: {"fake": entry} if kind == "backends" else theirs(kind))
@@ -69,7 +78,9 @@ def ran(tmp_path, config, expansion, model):
     given = StepOutput("01", "export", (point,), {}, {point.artifact: artifact}, source, False, 0.0)
     progress = SilentProgress()
     progress.log = logged.append
-    context = SimpleNamespace(folder=folder, threads=1, device="cpu", progress=progress)
+    images = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), np.uint8)
+    dataset = SimpleNamespace(validation=ArraySet(images, np.arange(24) % 10, Preprocessing(16)))
+    context = SimpleNamespace(folder=folder, threads=1, device="cpu", progress=progress, dataset=lambda: dataset, task=classification)
     return build.run(context, config, expansion, [given]), folder, logged
 
 
@@ -154,6 +165,50 @@ def test_less_int8_than_asked_warns_or_fails(tmp_path, fake):
         said = "only 5 of 7 layers run in INT8 (2 in fp32, 5 in int8)"
         assert any(said in line for line in logged)
         assert policy == "fail" or result.record["notes"] == [said]
+
+
+def wrong_engine():
+    """The same network with its first weight turned round."""
+    model = residual()
+    weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
+    weight.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(weight), weight.name))
+    return model.SerializeToString()
+
+
+def test_an_engine_is_held_to_onnx_runtime_on_real_images(tmp_path, fake):
+    config = build.Config(backends=["fake"], on_mismatch="fail")
+    (step,) = build.expand(config, planning("fp32"))
+    result, _, _ = ran(tmp_path, config, step, residual())
+    parity = result.record["parity"]
+    assert (result.record["status"], result.record["notes"]) == ("ok", [])
+    assert (parity["checked"], parity["n"], parity["agreement"]) == (True, 24, 1.0)
+    assert parity["max_abs_diff"] <= parity["max_abs_diff_limit"]
+
+
+@pytest.mark.parametrize(("policy", "status"), [("warn", "ok"), ("fail", "failed")])
+@pytest.mark.parametrize("damage", ["weights", "nan"])
+def test_an_engine_with_other_outputs_warns_or_fails(tmp_path, fake, policy, status, damage):
+    if damage == "weights":
+        fake.engine, said = wrong_engine(), "largest difference"
+    else:
+        fake.opener, said = "worker_openers:NanSession", "outputs of 24 of 24 images are NaN"
+    config = build.Config(backends=["fake"], on_mismatch=policy)
+    (step,) = build.expand(config, planning("fp32"))
+    result, _, logged = ran(tmp_path, config, step, residual())
+    assert result.record["status"] == status
+    told = f"its outputs on 24 validation images are not those of ONNX Runtime: {said}"
+    assert told in (result.record["reason"] if policy == "fail" else result.record["notes"][0])
+    assert any(told in line for line in logged)
+
+
+def test_an_engine_that_crashes_when_it_runs_has_failed(tmp_path, fake):
+    fake.opener = "worker_openers:segfault"
+    config = build.Config(backends=["fake"])
+    (step,) = build.expand(config, planning("fp32"))
+    result, folder, _ = ran(tmp_path, config, step, residual())
+    assert result.record["status"] == "failed"
+    assert "SIGSEGV" in result.record["reason"]
+    assert list(folder.iterdir()) == []
 
 
 def test_what_cannot_run_here_is_built_with_the_reason(tmp_path, fake):

@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 from deployopt.errors import UsageError
 from deployopt.stages import Planning, Point, export
+from deployopt.stages._parity import limit_of
 
 FLOAT, INT8 = Point("torch", "finetune", "float"), Point("torch", "qat", "int8")
 
@@ -21,11 +22,11 @@ def test_an_int8_variant_is_exported_with_fp32_or_fp16_around_it() -> None:
 
 @pytest.mark.parametrize("layers", [20, 54])
 def test_limits_widen_with_the_rounding_and_with_depth(layers: int) -> None:
-    limits = [export.limit_of(p, layers) for p in ("fp32", "fp16", "int8", "int8_fp16")]
+    limits = [limit_of(p, layers) for p in ("fp32", "fp16", "int8", "int8_fp16")]
     assert [limit.relative for limit in limits] == sorted(limit.relative for limit in limits)
     assert limits[0].relative < 3e-4
     assert limits[2].relative < 0.06
-    assert all(narrow.relative < export.limit_of(p, 2 * layers).relative for narrow, p in zip(limits, ("fp32", "fp16", "int8", "int8_fp16"), strict=True))
+    assert all(narrow.relative < limit_of(p, 2 * layers).relative for narrow, p in zip(limits, ("fp32", "fp16", "int8", "int8_fp16"), strict=True))
 
 
 def test_a_variant_that_no_precision_fits_makes_nothing() -> None:

@@ -1,0 +1,86 @@
+"""Are outputs those of the reference but for rounding? An ONNX file is held to its torch parent, an engine to its ONNX file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deployopt.artifact import Precision
+from deployopt.data import ImageSet
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from deployopt.tasks import Task
+
+PARITY_IMAGES = 128
+BATCHES = (1, 2, 7, 64)  # the rest in one batch
+UNCHECKED = {"bf16": "ONNX Runtime has no BF16 convolution on CPUs: graph checked, outputs not compared"}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How far outputs may be from their reference. Rounding stays inside; a wrong graph lies far outside.
+
+    Attributes:
+        relative: largest difference of any output, as a share of the largest reference output (at least of 1).
+        agreement: least share of images with the same prediction; of 128 images 0.98 lets two change that were undecided.
+    """
+
+    relative: float
+    agreement: float
+
+
+def limit_of(precision: Precision, layers: int) -> Limit:
+    """What rounding alone may do in a network of so many convolutions and matrix products.
+
+    - fp32: sums of K products in another order differ by √K · 2⁻²⁴ (Higham and Mary, https://doi.org/10.1137/18M1226312), K ≤ 4608 in ResNets (512 · 3 · 3);
+      layers add up. Seen on trained ResNets: 10⁻⁶.
+    - fp16: weights, results and sums are rounded to 11 bits, independently, so three roundings of 2⁻¹¹ a layer add up as their squares; twice that,
+      as it is the largest of many outputs. Seen: 3 · 10⁻⁴ to 8 · 10⁻⁴.
+    - int8: the same integers, but a value on the other side of a rounding tie is one step, 1/127 of its range; one such step a layer. Seen: 0.003 to 0.012.
+    - int8_fp16: in 11 bits, values near a tie are many; two steps a layer.
+    """
+    if precision == "fp32":
+        return Limit(layers * 4608**0.5 * 2**-24, 0.99)
+    if precision == "fp16":
+        return Limit(2 * (3 * layers) ** 0.5 * 2**-11, 0.98)
+    steps = 1 if precision == "int8" else 2
+    return Limit(steps * layers**0.5 / 127, 0.98 if precision == "int8" else 0.95)
+
+
+def compare(outputs: NDArray[np.float32], reference: NDArray[np.float32], limit: Limit, task: Task) -> tuple[dict[str, float], str | None]:
+    """How far outputs [N, K] are from a reference's, with the limits, and what exceeds them; None if nothing does."""
+    import numpy as np
+
+    undefined = int((~np.isfinite(outputs)).any(axis=1).sum())
+    if undefined:
+        return {}, f"outputs of {undefined} of {len(outputs)} images are NaN or infinite"
+    found = task.agree(outputs, reference)
+    largest = limit.relative * max(1.0, float(abs(reference).max()))
+    figures = {**found, "max_abs_diff_limit": largest, "agreement_limit": limit.agreement}
+    if found["max_abs_diff"] <= largest and found["agreement"] >= limit.agreement:
+        return figures, None
+    return figures, (f"largest difference {found['max_abs_diff']:.3g} (limit {largest:.3g}), agreement {found['agreement']:.3f} (limit {limit.agreement})")
+
+
+def onnx_outputs(path: Path, images: ImageSet, threads: int) -> NDArray[np.float32]:
+    """Outputs float32 [N, K] of an ONNX file, run as it is written, in batches of several sizes: a batch axis that is not dynamic fails here.
+
+    Raises:
+        BackendUnavailable, ArtifactMismatch: ONNX Runtime is not installed, or cannot run it.
+    """
+    import numpy as np
+
+    from deployopt.runtime.onnxruntime_session import open_unoptimized
+    from deployopt.runtime.preprocessing import to_feed
+
+    ends = [sum(BATCHES[:i]) for i in range(len(BATCHES) + 1)]
+    bounds = sorted({min(end, len(images)) for end in (*ends, len(images))})
+    with open_unoptimized(path, threads) as session:
+        name = session.inputs[0].name
+        parts = [next(iter(session.infer({name: to_feed(images.images(range(a, b)))}).values())) for a, b in pairwise(bounds)]
+    return np.concatenate(parts)

@@ -1,0 +1,109 @@
+"""Without a GPU no kernel is timed: what the vendor's library makes of a file is tried on TensorRT-RTX, what a build adds on a module that only fails."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from deployopt.errors import BuildFailed
+from deployopt.runtime import tensorrt as rt
+from deployopt.runtime.cuda import Gpu
+from deployopt.runtime.progress import SilentProgress
+from deployopt.runtime.tensorrt_timing import TimingCache, path_of
+
+HOPPER = Gpu("NVIDIA H100 80GB HBM3", "9.0", "13.0")
+FAULTY = Path(__file__).parent / "faulty" / "tensorrt.py"
+
+
+@pytest.fixture
+def old():
+    spec = importlib.util.spec_from_file_location("tensorrt", FAULTY)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.PLAN = b"no engine"
+    return module
+
+
+def options(folder, **changes):
+    return rt.BuildOptions((1,), timing_cache=str(folder), **changes)
+
+
+def used(old, path, *kernels):
+    """The cache in a file, after a build that needed these kernels."""
+    timing = TimingCache(old.Builder(None).create_builder_config(), path)
+    timing._config.cache.kernels.update(kernels)
+    return timing
+
+
+def test_a_file_for_each_version_and_gpu(old, tmp_path):
+    assert path_of(tmp_path, old, HOPPER) == tmp_path / "tensorrt-8.6.1-nvidia-h100-80gb-hbm3-9.0.timing"
+
+
+def test_timings_are_kept_and_what_was_added_is_told(old, tmp_path):
+    path = tmp_path / "folder" / "a.timing"
+    first = used(old, path, 1, 2)
+    first.store()
+    assert (first.use, first.missed) == ("new", True)
+    second = used(old, path, 1)
+    assert (second.use, second.missed) == ("reused", False)
+    third = used(old, path, 3)
+    third.store()
+    assert (third.use, third.missed) == ("extended", True)
+    assert path.read_bytes() == b"8.6.1\x01\x02\x03"
+
+
+def test_two_builds_at_once_lose_nothing(old, tmp_path):
+    path = tmp_path / "a.timing"
+    both = [used(old, path, 1), used(old, path, 2)]
+    for timing in both:
+        timing.store()
+    assert path.read_bytes() == b"8.6.1\x01\x02"
+
+
+def test_a_file_of_another_gpu_is_not_used_and_replaced(old, tmp_path):
+    path = tmp_path / "a.timing"
+    path.write_bytes(b"10.13\x07")
+    timing = used(old, path, 1)
+    timing.store()
+    assert timing.use == "new"
+    assert path.read_bytes() == b"8.6.1\x01"
+
+
+def test_a_build_that_times_a_kernel_can_be_refused(old, tmp_path):
+    wanted = options(tmp_path, error_on_timing_cache_miss=True)
+    with pytest.raises(BuildFailed, match=r"the timing cache lacks \(tensorrt-8\.6\.1-.*\.timing was new\)") as caught:
+        rt.build_engine(old, b"model", wanted, gpu=HOPPER)
+    assert "without error_on_timing_cache_miss" in caught.value.remedy
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_stored_is_logged_and_the_build_goes_on(old, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    progress, logged = SilentProgress(), []
+    progress.log = logged.append
+    timing = used(old, tmp_path / "file" / "a.timing", 1)
+    rt._keep(timing, options(tmp_path), progress)
+    assert logged[0].startswith("the timing cache was not stored: ")
+
+
+def test_options_are_recorded_without_this_machines_folders(tmp_path):
+    given = options(tmp_path, optimization_level=0)
+    assert rt.BuildOptions.from_json(given.to_json()) == given
+    assert given.recorded() == {"batch_sizes": [1], "optimization_level": 0, "timing_cache": True, "tf32": False}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorRT-RTX has no use for the cache, and says so
+@pytest.mark.parametrize("stored", [None, b"", b"junk" * 100])
+def test_the_vendors_library_starts_anew_where_it_cannot_read_the_file(tmp_path, stored):
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'deployopt[tensorrt-rtx]'")
+    logger = rt.make_logger(trt)
+    builder = trt.Builder(logger)
+    path = tmp_path / "a.timing"
+    if stored is not None:
+        path.write_bytes(stored)
+    timing = TimingCache(builder.create_builder_config(), path)
+    timing.store()
+    assert timing.use == "new"
+    again = TimingCache(builder.create_builder_config(), path)
+    again.store()
+    assert len(path.read_bytes()) > 100
