@@ -75,7 +75,8 @@ def measure(live: dict[str, Session], images: np.ndarray, batch: int, failures: 
         failures: where those go that fail on the way; they are left out of the result.
 
     Returns:
-        For each: host and device `statistics.summary` in ms, medians of its blocks in the order of the rounds, warm-up, and the GPU before and after.
+        For each: host and device `statistics.summary` in ms, medians of its blocks in the order of the rounds, warm-up, whether as a CUDA graph, and the GPU
+        before and after.
     """
     rng = np.random.default_rng(batch)
     buffers = images[np.stack([rng.choice(len(images), batch, replace=len(images) < batch) for _ in range(BUFFERS)])]
@@ -99,7 +100,7 @@ def measure(live: dict[str, Session], images: np.ndarray, batch: int, failures: 
                 failures[key] = exc.message
                 del blocks[key]
     seen = {"gpus_before": before, "gpus_after": host.gpus(), "interleaved": len(blocks), "buffers": BUFFERS}
-    return {key: {**_figures(timed), "warm_up": warmed[key], **seen} for key, timed in blocks.items()}
+    return {key: {**_figures(timed), "warm_up": warmed[key], **live[key].worker.execution(), **seen} for key, timed in blocks.items()}
 
 
 def _figures(blocks: list[Block]) -> dict[str, Any]:

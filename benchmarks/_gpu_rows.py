@@ -30,7 +30,7 @@ class Samples(NamedTuple):
 
 
 def write_samples(path: Path, samples: Samples) -> None:
-    np.savez_compressed(path, images=samples.images[..., 0], targets=samples.targets, **samples.references)
+    np.savez_compressed(path, images=samples.images[..., 0], targets=samples.targets, **samples.references)  # type: ignore[arg-type] # its stub: allow_pickle
 
 
 def read_samples(path: Path) -> Samples:
@@ -83,6 +83,12 @@ class Results:
         entries = {key: entry for key, entry in self.document["entries"].items() if key.startswith(prefix) and "failed" not in entry}
         return {key[len(prefix) :]: entry for key, entry in entries.items()}
 
+    def forget_failures(self) -> None:
+        """Have what failed done anew, with the whole groups that it belongs to: what is compared is timed together."""
+        archs = {key.split(":")[1].partition("-")[0] for key in self.failures()}
+        again = tuple(f"group:{arch}:" for arch in archs)
+        self.document["entries"] = {key: entry for key, entry in self.document["entries"].items() if "failed" not in entry and not key.startswith(again)}
+
     def failures(self) -> dict[str, str]:
         return {key: entry["failed"] for key, entry in self.document["entries"].items() if "failed" in entry}
 
@@ -90,7 +96,7 @@ class Results:
         """`<name>.md` beside the JSON."""
         drivers = {gpu["driver"] for entry in self.done("group:").values() for gpu in entry["machine"]["gpus"]}
         facts = f"{self.document['runtime']}, driver {', '.join(sorted(drivers)) or 'unknown'}, from {self.document['started']}."
-        failed = "".join(f"\n- {key}: {reason}" for key, reason in self.failures().items())
+        failed = "".join(f"\n- {key}: {' '.join(reason.split())}" for key, reason in self.failures().items())
         text = f"# {self.document['gpu']}: {self.path.stem}\n\n{facts}\n\n{tables}"
         atomic_write(self.path.with_suffix(".md"), text + (f"\nWithout figures:\n{failed}\n" if failed else ""))
 

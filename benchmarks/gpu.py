@@ -29,7 +29,7 @@ from deployopt.runtime.cuda import find_gpu
 from deployopt.runtime.manifest import path_of as manifest_of
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
-from deployopt.runtime.tensorrt import compute_capabilities, load_vendor
+from deployopt.runtime.tensorrt import BuildOptions, compute_capabilities, load_vendor
 from deployopt.runtime.tensorrt_versions import is_rtx
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +37,7 @@ MODELS, OUT = ROOT / "runs" / "gpu-models", ROOT / "benchmarks" / "results"
 MINUTES = 7.5
 GROUP_S, BUILD_S, CHECK_S = 100.0, 20.0, 40.0  # no group, build or check of the harness is begun with less left
 LISTING_S = 60.0
-CHECKED, CHECK_ROUNDS, CHECK_RUNS = ("fp32", "int8"), 40, 100  # precisions of the dense ResNet-18 that the harness is checked on
+CHECKED, CHECK_ROUNDS, CHECK_RUNS = ("fp32", "int8"), 40, 100  # precisions of the first dense network that the harness is checked on
 REFERENCE = {"fp32": "fp32", "fp16": "fp32", "int8": "int8", "int8_fp16": "int8"}
 VARIATIONS: dict[str, dict[str, Any]] = {"": {}, "+graph": {"cuda_graph": True}}  # of how an engine is opened
 TORCH = {  # (precision, channels_last, mode of torch.compile)
@@ -114,13 +114,16 @@ class Engines(Rows):
             )
         results = Results(arguments.out, arguments.subcommand, gpu.name, f"{vendor} {trt.__version__}")
         super().__init__(results, read_samples(arguments.models / SAMPLES), clock)
+        self._archs: list[str] = arguments.archs
         self._vendor, self._models, self._onnx = vendor, arguments.models, arguments.models / dialect
         self._engines = arguments.models / f"engines-{vendor}-{trt.__version__}-{gpu.compute_capability}"
+        self._timing_cache = None if is_rtx(trt) else str(self._engines)
         self._engines.mkdir(exist_ok=True)
 
     def run(self) -> bool:
-        """Do what is left to do. False if the time ran out."""
-        return all(self._architecture(arch) for arch in ARCHS) and self._check_harness()
+        """Do what is left to do, the harness's check after the first architecture. False if the time ran out."""
+        first, *others = self._archs
+        return self._architecture(first) and self._check_harness(first) and all(self._architecture(arch) for arch in others)
 
     def _architecture(self, arch: str) -> bool:
         if not self.missing(arch):
@@ -134,7 +137,7 @@ class Engines(Rows):
         return self.take(arch, subjects, f"{arch}-dense-fp32")
 
     def _build(self, arch: str, variant: str, precision: str) -> bool:
-        """Whether there is an engine. One that could not be built is not tried again."""
+        """Whether there is an engine. One that could not be built is not tried again, but with --retry."""
         source, engine = path_of(self._onnx, arch, variant, precision), self._engine(arch, variant, precision)
         key = f"build:{source.stem}"
         if manifest_of(engine).exists() or (key in self.results and "failed" in self.results[key]):
@@ -145,7 +148,7 @@ class Engines(Rows):
             "engine": str(engine),
             "precision": precision,
             "device": "cuda",
-            "options": {"batch_sizes": list(BATCH_SIZES)},
+            "options": BuildOptions(BATCH_SIZES, timing_cache=self._timing_cache).to_json(),
             "preprocessing": None,
         }
         limit_s = self.clock.left_s()
@@ -178,30 +181,30 @@ class Engines(Rows):
         engine, opener = self._engine(arch, variant, precision), f"_gpu_sessions:open_{self._vendor}"
         return [Subject(f"{engine.stem}{suffix}", opener, engine, SessionOptions(1, "cuda", precision, extra)) for suffix, extra in VARIATIONS.items()]
 
-    def _check_harness(self) -> bool:
+    def _check_harness(self, arch: str) -> bool:
         """The harness against a bare CUDA-event loop, and an engine against itself."""
         for precision, batch in ((p, b) for p in CHECKED for b in BATCH_SIZES):
-            key = f"check:{ARCHS[0]}-dense-{precision}:b{batch}"
+            key = f"check:{arch}-dense-{precision}:b{batch}"
             if key in self.results:
                 continue
             if self.clock.left_s() < CHECK_S:
                 return False
-            if self._build(ARCHS[0], "dense", precision):
+            if self._build(arch, "dense", precision):
                 try:
-                    self.results.keep(key, {**self._bare(precision, batch), **self._itself(precision, batch)})
+                    self.results.keep(key, {**self._bare(arch, precision, batch), **self._itself(arch, precision, batch)})
                 except DeployoptError as exc:
                     self.results.keep(key, {"failed": str(exc)})
         return True
 
-    def _bare(self, precision: str, batch: int) -> dict[str, Any]:
-        engine = self._engine(ARCHS[0], "dense", precision)
+    def _bare(self, arch: str, precision: str, batch: int) -> dict[str, Any]:
+        engine = self._engine(arch, "dense", precision)
         given = {"vendor": self._vendor, "engine": str(engine), "samples": str(self._models / SAMPLES)}
         extent = {"batch": batch, "rounds": CHECK_ROUNDS, "iterations": CHECK_RUNS}
         found: dict[str, Any] = run_in_child("_gpu_sessions:compare_with_bare_loop", {**given, **extent}, SilentProgress(), f"timing {engine.name}", 120.0)
         return found
 
-    def _itself(self, precision: str, batch: int) -> dict[str, Any]:
-        one = self._subjects(ARCHS[0], "dense", precision)[0]
+    def _itself(self, arch: str, precision: str, batch: int) -> dict[str, Any]:
+        one = self._subjects(arch, "dense", precision)[0]
         failures: dict[str, str] = {}
         with sessions([one, one._replace(key="again")], failures) as live:
             twice = measure(live, self.samples.images, batch, failures)
@@ -250,7 +253,7 @@ def torch_rows(arguments: argparse.Namespace, clock: Clock) -> Loaders:
         extra = {"arch": arch, "channels_last": channels_last, "mode": mode}
         return Subject(f"{arch}-{name}", "_gpu_sessions:open_torch", arguments.models / arch, SessionOptions(1, "cuda", precision, extra))
 
-    return Loaders(f"torch {version('torch')}", {arch: [subject(arch, name) for name in TORCH] for arch in ARCHS}, arguments, clock)
+    return Loaders(f"torch {version('torch')}", {arch: [subject(arch, name) for name in TORCH] for arch in arguments.archs}, arguments, clock)
 
 
 def ort_rows(arguments: argparse.Namespace, clock: Clock) -> Loaders:
@@ -265,7 +268,7 @@ def ort_rows(arguments: argparse.Namespace, clock: Clock) -> Loaders:
         path = path_of(arguments.models / "canonical", arch, variant, precision)
         return Subject(path.stem, "_gpu_sessions:open_onnxruntime", path, SessionOptions(1, "cuda", precision))
 
-    subjects = {arch: [subject(arch, variant, precision) for variant in VARIANTS for precision in ("fp32", "fp16")] for arch in ARCHS}
+    subjects = {arch: [subject(arch, variant, precision) for variant in VARIANTS for precision in ("fp32", "fp16")] for arch in arguments.archs}
     return Loaders(f"onnxruntime {load_vendor().__version__}", subjects, arguments, clock)
 
 
@@ -273,10 +276,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subcommand", choices=("prepare", "unpack", "trt86", "rtx", "torch", "ort"))
     parser.add_argument("--models", type=Path, default=MODELS, help="folder of the networks")
-    parser.add_argument("--archs", nargs="+", choices=ARCHS, default=list(ARCHS), help="prepare: these only")
+    parser.add_argument("--archs", nargs="+", choices=ARCHS, default=list(ARCHS), help="these only, in this order")
     parser.add_argument("--dialect", choices=("canonical", "tensorrt8"), default="tensorrt8", help="unpack: in this one")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the results")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="after which nothing new is begun")
+    parser.add_argument("--retry", action="store_true", help="try again what failed")
     arguments = parser.parse_args()
     try:
         return _run(arguments)
@@ -303,6 +307,8 @@ def _run(arguments: argparse.Namespace) -> int:
         work = Engines("tensorrt_rtx", "canonical", arguments, clock)
     else:
         work = torch_rows(arguments, clock) if arguments.subcommand == "torch" else ort_rows(arguments, clock)
+    if arguments.retry:
+        work.results.forget_failures()
     whole = work.run()
     work.results.write_summary(work.tables())
     print(work.tables())

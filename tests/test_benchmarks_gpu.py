@@ -101,7 +101,7 @@ def test_a_file_that_is_not_the_described_one_is_refused(carried: Path, network:
 def test_groups_are_timed_stored_and_gone_on_with(carried: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_gpu_measure, "RUNS", 40)
     monkeypatch.setattr(gpu, "BATCH_SIZES", (1, 4))
-    good, bad = _gpu_models.unpack(carried, "canonical")[0], carried / "gone.onnx"
+    good, bad = _gpu_models.unpack(carried, "canonical")[0], carried / "resnet18-gone.onnx"
     samples = _gpu_rows.read_samples(carried / _gpu_rows.SAMPLES)
     samples = samples._replace(references={"resnet18-dense-fp32": outputs(good, samples.images)})
     subjects = [_gpu_measure.Subject(path.stem, OPENER, path, SessionOptions()) for path in (good, bad)]
@@ -118,14 +118,17 @@ def test_groups_are_timed_stored_and_gone_on_with(carried: Path, monkeypatch: py
     assert len(entry["block_medians_ms"]) == 20
     assert entry["speedup"][0] == 1
     assert entry["outputs"]["top1_agreement"] == 1
-    assert "gone.onnx" in first.results["row:gone:b1"]["failed"]
+    assert "gone.onnx" in first.results["row:resnet18-gone:b1"]["failed"]
     again = rows(10)
     assert again.missing("resnet18") == []
     assert again.missing("resnet50") == [1, 4]
     again.results.write_summary(again.tables())
+    again.results.forget_failures()
+    assert again.missing("resnet18") == [1, 4]
+    assert again.results.failures() == {}
     summary = again.results.path.with_suffix(".md").read_text()
     assert "| resnet18-dense-fp32 | 4     |" in summary
-    assert "- row:gone:b1: " in summary
+    assert "- row:resnet18-gone:b1: " in summary
 
 
 def test_results_of_another_runtime_are_refused(tmp_path: Path) -> None:
