@@ -34,6 +34,12 @@ def network(arch: str, image_size: int, seed: int = 0) -> tuple[Network, torch.T
     outputs = 10 if arch in CIFAR_ARCHITECTURES else 1000
     made = models.build({"arch": arch, "outputs": outputs}, Preprocessing(image_size))
     images = torch.from_numpy(to_feed(natural_noise(16, image_size, image_size, 3, seed)))
+    settle_batchnorm(made, images)
+    return made, images
+
+
+def settle_batchnorm(made: Network, images: torch.Tensor) -> None:
+    """Give BatchNorm the statistics of float32 [n, 3, S, S] and leave the network in evaluation mode."""
     norms = [m for m in made.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     momenta = [m.momentum for m in norms]
     for norm in norms:
@@ -42,7 +48,7 @@ def network(arch: str, image_size: int, seed: int = 0) -> tuple[Network, torch.T
         made.train()(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    return made.eval(), images
+    made.eval()
 
 
 def exported(made: Network) -> ModelProto:
