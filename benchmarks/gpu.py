@@ -1,11 +1,11 @@
-"""Engines and sessions on a GPU: built, verified, held to ONNX Runtime's outputs, timed. `benchmarks/README.md` has the plan for a lent machine.
+"""Engines and sessions on a GPU: built, verified, held to ONNX Runtime's outputs, timed. `benchmarks/README.md` says what it needs.
 
     python benchmarks/gpu.py prepare                     # here, with torch and no GPU: about 15 minutes; fills runs/gpu-models (50 MB to carry)
     python benchmarks/gpu.py unpack --dialect tensorrt8    # there, with onnx: the files of each precision; --dialect canonical for rtx and ort
-    trt86/python benchmarks/gpu.py trt86                 # there, NumPy alone: TensorRT 8.x, FP32, FP16, INT8 and INT8+FP16 at batch 1, 8 and 64
+    python3.10 benchmarks/gpu.py trt86                   # there, NumPy alone: TensorRT 8.x, FP32, FP16, INT8 and INT8+FP16 at batch 1, 8 and 64
     python benchmarks/gpu.py rtx | torch | ort           # there: TensorRT-RTX, PyTorch eager and compiled, ONNX Runtime's CUDA provider
 
-Each call ends within --minutes; what is measured by then is stored, and the same command goes on where it stopped. Writes <out>/<gpu>/<subcommand>.json
+Each run ends within --minutes; what is measured by then is stored, and the same command goes on where it stopped. Writes <out>/<gpu>/<subcommand>.json
 and .md, and prints a short table last. Exit code 1 means that something is left to do.
 """
 
