@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact, Availability
-from deployopt.backends import BuildRequest, _onnx
-from deployopt.backends._shared import sentence
-from deployopt.errors import BackendUnavailable
+from deployopt.backends import BuildRequest, _onnx, _shared
 from deployopt.runtime.openvino_session import DEVICE, compile_model, load_vendor, not_offered, open_session
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
@@ -22,10 +20,10 @@ _NAMES = {"i8": "int8", "u8": "int8", "f32": "fp32", "f16": "fp16", "bf16": "bf1
 
 
 def probe() -> Availability:
-    try:
-        ov = load_vendor()
-    except BackendUnavailable as exc:
-        return Availability(False, False, None, None, sentence(exc))
+    return _shared.probe(load_vendor, _offered)
+
+
+def _offered(ov: Any) -> Availability:
     core = ov.Core()
     if DEVICE not in core.available_devices:
         return Availability(False, False, ov.__version__, None, f"OpenVINO finds no CPU plugin (devices: {', '.join(core.available_devices) or 'none'})")

@@ -42,7 +42,14 @@ def load_vendor() -> Any:
     return onnxruntime
 
 
-def create(path: Path, threads: int, config: Optional[Mapping[str, str]] = None, optimized: Optional[Path] = None, optimize: bool = True) -> Any:
+def create(
+    path: Path,
+    threads: int,
+    config: Optional[Mapping[str, str]] = None,
+    optimized: Optional[Path] = None,
+    optimize: bool = True,
+    providers: Sequence[Any] = (PROVIDER,),
+) -> Any:
     """An `onnxruntime.InferenceSession`, all graph optimisations on unless told otherwise.
 
     Its threads spin between operators and for a moment after a run, which is ONNX Runtime's default: on a two-core machine that is worth 15-27 % of
@@ -52,6 +59,7 @@ def create(path: Path, threads: int, config: Optional[Mapping[str, str]] = None,
         threads: that one inference uses, the caller's among them.
         config: further session configuration entries.
         optimized: where to write the graph that is really executed.
+        providers: names, or (name, options).
 
     Raises:
         ArtifactMismatch: not a model that this version of ONNX Runtime can run.
@@ -67,7 +75,7 @@ def create(path: Path, threads: int, config: Optional[Mapping[str, str]] = None,
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:
-        return ort.InferenceSession(str(path), options, providers=[PROVIDER])
+        return ort.InferenceSession(str(path), options, providers=list(providers))
     except _vendor_errors(ort) as exc:
         raise ArtifactMismatch(f"ONNX Runtime {ort.__version__} cannot run {path.name}: {exc}", "deployopt run RECIPE --fresh --until build") from exc
 
