@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from deployopt.artifact import FLOAT_PRECISIONS, Artifact, Row
+from deployopt.artifact import FLOAT_PRECISIONS, TORCH, TORCH_COMPILE, Artifact, Row
 from deployopt.runtime.session import SessionOptions
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
 
@@ -35,7 +35,6 @@ trains = False
 from_scratch = False
 distributions: tuple[str, ...] = ("numpy",)
 
-TORCH = "torch"
 SINGLE_STREAM: Literal["single_stream"] = "single_stream"
 
 
@@ -68,6 +67,9 @@ class Config(StageConfig):
     """Relative fall of a GPU's SM clock during the measurement above which its rows are marked invalid."""
     accuracy: bool = True
     """Score every artifact on the test split."""
+    torch_compile: bool = False
+    """Measure float variants under `torch.compile` too, in rows called torch-compile. It compiles for a minute or so a variant and batch size, before
+    anything is timed, and needs a C++ compiler."""
 
     @field_validator("batch_sizes", "scenarios", "threads")
     @classmethod
@@ -131,7 +133,7 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     """
     from deployopt.bench.scenarios import scenarios
 
-    candidates = _candidates(context, expansion, inputs)
+    candidates = _candidates(context, config, expansion, inputs)
     settings = _settings(config, context.seed)
     images = _timing_images(context, settings.buffers * max(config.batch_sizes))
     results: dict[Scenario, Results] = {}
@@ -188,18 +190,24 @@ def _shown(candidates: Sequence[_Candidate], batch: int, images: NDArray[np.uint
     return {c.key: images for c in candidates if c.measurable and c.takes(batch)}
 
 
-def _candidates(context: StageContext, expansion: Expansion, inputs: Sequence[StepOutput]) -> list[_Candidate]:
-    """In plan order. A step that left no output, or whose record says that there is nothing to run, gives a row with the reason."""
+def _candidates(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> list[_Candidate]:
+    """In plan order, eager variants first. A step that left no output, or whose record says that there is nothing to run, gives a row with the reason."""
     finished = {output.step: output for output in inputs}
-    return [_torch(context, p, finished[p.step]) if p.backend is None else _built(context, p, finished.get(p.step)) for p in expansion.inputs]
+    variants, built = [p for p in expansion.inputs if p.backend is None], [p for p in expansion.inputs if p.backend is not None]
+    compiled = [p for p in variants if p.family == "float"] if config.torch_compile else []
+    return [
+        *(_torch(context, p, finished[p.step], TORCH) for p in variants),
+        *(_torch(context, p, finished[p.step], TORCH_COMPILE) for p in compiled),
+        *(_built(context, p, finished.get(p.step)) for p in built),
+    ]
 
 
-def _torch(context: StageContext, point: Point, output: StepOutput) -> _Candidate:
-    """Eager FP32; an int8 variant runs its fake-quantised graph."""
+def _torch(context: StageContext, point: Point, output: StepOutput, backend: str) -> _Candidate:
+    """PyTorch in FP32; an int8 variant runs its fake-quantised graph."""
     options = {"fake_quantized": True} if point.family == "int8" else {}
-    row = Row(point.variant, TORCH, "fp32", 0, "ok", options=options, threads=context.threads)
+    row = Row(point.variant, backend, "fp32", 0, "ok", options=options, threads=context.threads)
     session = SessionOptions(context.threads, context.device, "fp32", options)
-    return _candidate(context, row, output.artifacts[point.artifact], TORCH, session)
+    return _candidate(context, row, output.artifacts[point.artifact], backend, session)
 
 
 def _built(context: StageContext, point: Point, output: StepOutput | None) -> _Candidate:
@@ -351,6 +359,8 @@ def _measured_row(context: StageContext, row: Row, result: Measured | Failure | 
     if result is not None:
         row = with_figures(row, result)
     if isinstance(result, Measured):
+        if row.backend == TORCH_COMPILE:
+            row.notes.append(f"its first inference at batch {row.batch}, which compiles, took {result.contract['first_inference_ms'] / 1e3:.1f} s")
         row.samples = write_samples(result, row, samples).relative_to(context.run_folder).as_posix()
     return row
 
