@@ -259,7 +259,6 @@ def torch_rows(arguments: argparse.Namespace, clock: Clock) -> Loaders:
 def ort_rows(arguments: argparse.Namespace, clock: Clock) -> Loaders:
     """Float networks only: ONNX Runtime's CUDA provider has no INT8 convolution."""
     from deployopt.runtime.onnxruntime_gpu import CUDA, require
-
     from deployopt.runtime.onnxruntime_session import load_vendor
 
     require(CUDA)

@@ -5,6 +5,9 @@
 
 Batch 1 shows latency, batch 8 throughput, each with all threads on one stream. Ratios are paired by block; several rounds repeat the whole
 comparison in fresh processes. Weights are random: speed does not depend on them. Writes benchmarks/results/int8_speed.json and .md.
+
+What to expect: a CPU without VNNI multiplies 32 pairs of INT8 with two instructions (vpmaddubsw, vpmaddwd) and 8 pairs of FP32 with one (vfmadd), so that
+equally good kernels are 2 times faster in INT8; with VNNI it is 4 times.
 """
 
 from __future__ import annotations

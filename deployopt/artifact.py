@@ -17,6 +17,7 @@ FLOAT_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 INT8_PRECISIONS: tuple[Precision, ...] = ("int8", "int8_fp16")  # by what is not INT8: FP32 or FP16
 ArtifactKind = Literal["torch", "onnx", "engine"]
 RowStatus = Literal["ok", "built", "unavailable", "failed", "invalid"]
+TORCH, TORCH_COMPILE = "torch", "torch-compile"  # backends of rows for orientation: PyTorch runs the variant itself, and nothing is built
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"  # of a torch model's folder
 DESCRIPTION_SCHEMA = 1
 
@@ -130,8 +131,9 @@ class Availability:
         builds: artifacts can be built on this machine.
         version: of the runtime, None if it is not installed.
         device: what executes, e.g. "CPU" or "NVIDIA H100".
-        reason: why it does not run (or not build), with the remedy; None when all is well.
+        reason: why it does not run (or not build); None when all is well.
         precisions: precision → None if it is really executed as asked, else the reason it is not offered.
+        remedy: what to install or do for it to run here; None where nothing is known to help.
     """
 
     runs: bool
@@ -140,6 +142,12 @@ class Availability:
     device: str | None
     reason: str | None
     precisions: Mapping[str, str | None] = field(default_factory=dict)
+    remedy: str | None = None
+
+    @property
+    def explanation(self) -> str | None:
+        """The reason and its remedy on one line."""
+        return f"{self.reason}: {self.remedy}" if self.reason and self.remedy else self.reason
 
 
 @dataclass

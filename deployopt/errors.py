@@ -14,6 +14,7 @@ DeployoptError                  4   anything of ours
 │   ├── PruningImpossible       4
 │   ├── ExportFailed            4
 │   ├── BuildFailed             4
+│   ├── ProviderFallback        4   a runtime that would compute elsewhere than it was asked to
 │   └── WorkerDied              4   the process of a session crashed, was killed or hung
 └── ArtifactError               4   a file that is not what it should be
     ├── ArtifactCorrupt         4   bytes differ from the recorded sha256
@@ -124,6 +125,10 @@ class ExportFailed(StageFailed):
 
 class BuildFailed(StageFailed):
     """A backend could not build an artifact."""
+
+
+class ProviderFallback(StageFailed):
+    """A runtime that would compute elsewhere than it was asked to, as on the CPU; the message says what would."""
 
 
 class WorkerDied(StageFailed):

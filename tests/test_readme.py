@@ -25,6 +25,13 @@ stages:
   - export: {precisions: [fp32]}
 """
 PLACEHOLDERS = {"RECIPE": "tiny.yaml", "DIR": "again", "RUN": "run", "BASE": "run", "NEW": "run"}
+VERSIONS = {  # as the support table calls them
+    "ONNX Runtime": "onnxruntime-gpu",
+    "OpenVINO": "openvino",
+    "PyTorch": "torch",
+    "TensorRT for RTX": "tensorrt-rtx-cu13",
+    "stubs of": "tensorrt-stubs",
+}
 LIGHT = {"plan", "validate", "list", "schema", "doctor"}
 
 
@@ -65,6 +72,14 @@ def test_files_linked_exist(repository: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", (repository / "README.md").read_text())
     assert links
     assert [link for link in links if not (repository / link).exists()] == []
+
+
+def test_the_support_table_names_the_versions_tested_together(repository: Path) -> None:
+    pinned = dict(line.split("==") for line in (repository / "constraints.txt").read_text().splitlines() if "==" in line)
+    table = "\n".join(line for line in (repository / "README.md").read_text().splitlines() if line.startswith("| "))
+    for name, distribution in VERSIONS.items():
+        found = set(re.findall(rf"{name} (\d[\d.]*\d)", table))
+        assert found == {".".join(pinned[distribution].split(".")[:2])}, name
 
 
 @pytest.mark.slow

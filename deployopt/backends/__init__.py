@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+from deployopt import plugins
 from deployopt.artifact import Artifact, Availability
+from deployopt.errors import UsageError
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
 
@@ -36,11 +39,17 @@ class BuildRequest:
 class Backend(Protocol):
     """The attributes of a backend module.
 
+    Two more are optional: `Options`, the pydantic model of its build options; and `providers`, the other devices or libraries that the runtime computes
+    with, by name. Each is a module that is a backend of its own. A recipe asks for them with the build option `providers`; their rows are called
+    NAME-PROVIDER, so that they are compared with their own FP32 row.
+
     Attributes:
+        __name__: of the module; a session's child process imports it to call `open`.
         distributions: packages whose versions matter to what it builds.
         build_depends_on_machine: True if an artifact built here fits only this CPU or GPU model.
     """
 
+    __name__: str
     distributions: tuple[str, ...]
     build_depends_on_machine: bool
 
@@ -70,3 +79,44 @@ class Backend(Protocol):
         Raises:
             BackendUnavailable, ArtifactCorrupt, ArtifactMismatch.
         """
+
+
+PROVIDERS, OWN = "providers", "cpu"  # the build option, and what it calls the backend's own provider
+_SEPARATOR = "-"
+
+
+def _providers(backend: Backend) -> Mapping[str, str]:
+    found: Mapping[str, str] = getattr(backend, "providers", {})
+    return found
+
+
+def runtime_of(name: str) -> str:
+    """NAME of NAME-PROVIDER, whatever it names; a backend's own name is whole."""
+    return name if name in plugins.names("backends") else name.partition(_SEPARATOR)[0]
+
+
+def find(name: str) -> Backend:
+    """The backend that a row's name stands for: NAME, or NAME-PROVIDER.
+
+    Raises:
+        UsageError: no such name; says which there are and the nearest one.
+    """
+    base = runtime_of(name)
+    backend: Backend = plugins.find("backends", base)
+    if base == name:
+        return backend
+    modules = {f"{base}{_SEPARATOR}{provider}": module for provider, module in _providers(backend).items()}
+    if name not in modules:
+        raise UsageError(plugins.unknown("backend", name, [*plugins.names("backends"), *modules]))
+    module: Any = import_module(modules[name])
+    return cast(Backend, module)
+
+
+def names() -> list[str]:
+    """Every backend, each followed by its further providers. Imports them all."""
+    return [row for name in plugins.names("backends") for row in (name, *(f"{name}{_SEPARATOR}{p}" for p in _providers(plugins.find("backends", name))))]
+
+
+def asked(name: str, options: Mapping[str, Any]) -> list[str]:
+    """A backend by the names of its rows, as its build options ask for providers; "cpu" is the backend's own."""
+    return [name if provider == OWN else f"{name}{_SEPARATOR}{provider}" for provider in options.get(PROVIDERS, (OWN,))]

@@ -1,11 +1,11 @@
-"""What the backends share whose artifact is an ONNX file: ONNX Runtime and OpenVINO."""
+"""What the backends share whose artifact is an ONNX file: ONNX Runtime, on CPUs and GPUs, and OpenVINO."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deployopt.artifact import Artifact, Verified
 from deployopt.backends import BuildRequest
@@ -21,27 +21,38 @@ if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto
 
 
-def prepare(canonical: Path, precision: str, out: Path, dialect: Callable[[ModelProto], ModelProto]) -> Path:
-    """INT8 in the runtime's dialect, float precisions as they are.
+def prepare(canonical: Path, precision: str, out: Path, dialect: Callable[[ModelProto], ModelProto] | None = None) -> Path:
+    """INT8 in the runtime's dialect, if it has one; float precisions as they are.
 
     Raises:
         ExportFailed: a scale that only this dialect needs is missing; names the layer.
     """
     model = load(canonical)
-    if precision == "int8":
+    if precision == "int8" and dialect is not None:
         model = dialect(model)
     atomic_write(out, model.SerializeToString(deterministic=True))
     return out
 
 
-def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, *, counter: str, provider: str) -> Artifact:
+def build(
+    prepared: Path,
+    out: Path,
+    request: BuildRequest,
+    progress: Progress,
+    *,
+    counter: str,
+    provider: str,
+    arguments: Mapping[str, Any] | None = None,
+    unverified: str | None = None,
+) -> Artifact:
     """Store the ONNX and count in a child process, where a crash ends nothing else, what the runtime compiles it to.
 
     Args:
-        counter: "module:function" that takes `path` and `precision` and returns layers by executed precision.
+        counter: "module:function" that takes `path`, `precision` and `arguments` and returns layers by executed precision.
+        unverified: why what it returns says nothing of what is executed, if so.
 
     Raises:
-        BuildFailed, BackendUnavailable, ArtifactMismatch: the runtime does not take the model.
+        BuildFailed, BackendUnavailable, ProviderFallback, ArtifactMismatch: the runtime does not take the model.
     """
     if request.options:
         raise BuildFailed(f"{provider} builds take no options, found {', '.join(request.options)}", "remove them from the recipe's build.options")
@@ -49,17 +60,17 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, 
     path = out / "model.onnx"
     model = load(prepared)
     atomic_write(path, prepared.read_bytes())
-    arguments = {"path": str(path), "precision": request.precision}
+    given = {"path": str(path), "precision": request.precision, **(arguments or {})}
     with progress.track(f"compile for {provider}", None):
-        executed = run_in_child(counter, arguments, progress, f"compiling {path.name} to see what runs", request.timeout_s)
+        executed = run_in_child(counter, given, progress, f"compiling {path.name} to see what runs", request.timeout_s)
     verified = Verified(executed.get("int8", 0), sum(executed.values()), executed)
     metadata = {
         "precision": request.precision,
         "provider": provider,
         "options": {},
         "build_seconds": seconds_since(start),
-        "verified": asdict(verified),
-        "verified_reason": None,
+        "verified": None if unverified else asdict(verified),
+        "verified_reason": unverified,
     }
     return Artifact.of("onnx", path, inputs=_specs(model.graph.input), outputs=_specs(model.graph.output), metadata=metadata)
 

@@ -1,19 +1,25 @@
-"""What all backends share: ONNX files read with their faults named, errors told as reasons."""
+"""What all backends share: probing a vendor's module, ONNX files read with their faults named."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from deployopt.errors import DeployoptError, ExportFailed, MissingDependency
+from deployopt.artifact import Availability
+from deployopt.errors import ExportFailed, LackingEnvironment, MissingDependency
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 
-def sentence(error: DeployoptError) -> str:
-    """An error as a reason: on one line, with its remedy."""
-    return error.message if error.remedy is None else f"{error.message}: {error.remedy}"
+def probe(load_vendor: Callable[[], Any], describe: Callable[[Any], Availability]) -> Availability:
+    """What `describe` says of the vendor's module; without that module, why it cannot be imported. Never raises."""
+    try:
+        vendor = load_vendor()
+    except LackingEnvironment as exc:
+        return Availability(False, False, None, None, exc.message, remedy=exc.remedy)
+    return describe(vendor)
 
 
 def load(path: Path) -> ModelProto:

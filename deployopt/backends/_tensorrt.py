@@ -14,10 +14,9 @@ from deployopt.artifact import Artifact, Verified
 from deployopt.backends import BuildRequest
 from deployopt.backends._shared import load
 from deployopt.config import Strict
-from deployopt.errors import BuildFailed, DeployoptError
+from deployopt.errors import BuildFailed
 from deployopt.runtime import manifest
 from deployopt.runtime.child import run_in_child
-from deployopt.runtime.cuda import Gpu, find_gpu
 from deployopt.runtime.files import atomic_write
 from deployopt.runtime.preprocessing import PREPROCESSING_KEY
 from deployopt.runtime.progress import Progress
@@ -49,14 +48,6 @@ def bind(backend: str, model: type[M], options: Mapping[str, Any]) -> M:
     except ValidationError as exc:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
         raise BuildFailed(f"options of {backend}: {faults} (available: {', '.join(model.model_fields)})", "mend them in the recipe's build stage") from exc
-
-
-def gpu_or_reason() -> tuple[Gpu | None, str | None]:
-    """The first GPU, or why there is none."""
-    try:
-        return find_gpu(), None
-    except DeployoptError as exc:
-        return None, exc.message
 
 
 def prepare(canonical: Path, out: Path, *, weakly_typed: bool = False) -> Path:

@@ -5,25 +5,47 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator
 
 from deployopt.artifact import Artifact, Availability
-from deployopt.backends import BuildRequest, _onnx
-from deployopt.backends._shared import load, sentence
-from deployopt.errors import BackendUnavailable
+from deployopt.backends import BuildRequest, _onnx, _shared
+from deployopt.config import Strict
 from deployopt.runtime import host
 from deployopt.runtime.onnxruntime_session import NOT_OFFERED, PRODUCTS, PROVIDER, create_exact, load_vendor, open_session
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
 
+if TYPE_CHECKING:
+    from onnx import NodeProto
+
 distributions = ("onnxruntime", "onnxruntime-gpu", "onnx")
 build_depends_on_machine = False
+providers = {name: f"{__package__}._onnxruntime_{name}" for name in ("cuda", "tensorrt")}
+
+_FLOATS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+class Options(Strict):
+    """Build options of ONNX Runtime."""
+
+    providers: tuple[Literal["cpu", "cuda", "tensorrt"], ...] = Field(("cpu",), min_length=1, strict=False)
+    """Execution providers to build for; each has rows of its own (onnxruntime, onnxruntime-cuda, onnxruntime-tensorrt)."""
+
+    @field_validator("providers")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"a provider is named twice: {', '.join(names)}")
+        return names
 
 
 def probe() -> Availability:
-    try:
-        ort = load_vendor()
-    except BackendUnavailable as exc:
-        return Availability(False, False, None, None, sentence(exc))
+    return _shared.probe(load_vendor, _offered)
+
+
+def _offered(ort: Any) -> Availability:
     return Availability(True, True, ort.__version__, host.cpu()["model"], None, {"fp32": None, "int8": None, **NOT_OFFERED})
 
 
@@ -44,7 +66,7 @@ def open(path: Path, options: SessionOptions) -> Session:
 def _origins(path: Path, optimized: Path) -> list[tuple[str, ...]]:
     from deployopt.graph import origins
 
-    return origins.of_optimized(load(path).graph, load(optimized).graph)
+    return origins.of_optimized(_shared.load(path).graph, _shared.load(optimized).graph)
 
 
 def count_layers(path: str, precision: str, progress: Progress) -> dict[str, int]:
@@ -52,5 +74,18 @@ def count_layers(path: str, precision: str, progress: Progress) -> dict[str, int
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         create_exact(Path(path), threads=1, optimized=optimized)
-        kinds = [node.op_type for node in load(optimized).graph.node]
-    return dict(Counter(PRODUCTS[kind] for kind in kinds if kind in PRODUCTS))
+        return layers_by_precision(optimized)
+
+
+def layers_by_precision(optimized: Path) -> dict[str, int]:
+    """Of a graph that ONNX Runtime wrote: INT8 by the operator, otherwise by the type of the weights, whether stored or dequantised."""
+    from deployopt.graph.editing import Graph
+
+    graph = Graph(_shared.load(optimized).graph)
+
+    def precision(layer: NodeProto) -> str:
+        dequantizer = graph.producer(layer.input[1], "DequantizeLinear")
+        weight = graph.constant(layer.input[1] if dequantizer is None else dequantizer.input[1])
+        return "float" if weight is None else _FLOATS.get(weight.dtype.name, weight.dtype.name)
+
+    return dict(Counter("int8" if PRODUCTS[layer.op_type] == "int8" else precision(layer) for layer in graph.nodes(*PRODUCTS)))

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact, Availability
-from deployopt.backends import BuildRequest, _onnx
-from deployopt.backends._shared import load, sentence
-from deployopt.errors import BackendUnavailable
+from deployopt.backends import BuildRequest, _onnx, _shared
 from deployopt.runtime.openvino_session import DEVICE, compile_model, executed_layers, load_vendor, not_offered, open_session
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
@@ -21,10 +20,10 @@ _LAYERS = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "FullyC
 
 
 def probe() -> Availability:
-    try:
-        ov = load_vendor()
-    except BackendUnavailable as exc:
-        return Availability(False, False, None, None, sentence(exc))
+    return _shared.probe(load_vendor, _offered)
+
+
+def _offered(ov: Any) -> Availability:
     core = ov.Core()
     if DEVICE not in core.available_devices:
         return Availability(False, False, ov.__version__, None, f"OpenVINO finds no CPU plugin (devices: {', '.join(core.available_devices) or 'none'})")
@@ -50,7 +49,7 @@ def open(path: Path, options: SessionOptions) -> Session:
 def _origins(path: Path, names: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
     from deployopt.graph import origins
 
-    return origins.of_names(load(path).graph, names)
+    return origins.of_names(_shared.load(path).graph, names)
 
 
 def count_layers(path: str, precision: str, progress: Progress) -> dict[str, int]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact, Availability
-from deployopt.backends import BuildRequest, _tensorrt
-from deployopt.backends._shared import sentence
+from deployopt.backends import BuildRequest, _shared, _tensorrt
 from deployopt.errors import BackendUnavailable
+from deployopt.runtime.cuda import find_gpus, names_of
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
 from deployopt.runtime.tensorrt import BuildOptions, load_vendor
@@ -43,15 +45,16 @@ class Options(_tensorrt.BuildOptionsModel):
 
 
 def probe() -> Availability:
-    try:
-        trt = load_vendor(_VENDOR)
-    except BackendUnavailable as exc:
-        return Availability(False, False, None, None, sentence(exc))
+    return _shared.probe(partial(load_vendor, _VENDOR), _offered)
+
+
+def _offered(trt: Any) -> Availability:
     offered: dict[str, str | None] = {precision: not_offered(trt, precision) for precision in (*FLOAT_PRECISIONS, *INT8_PRECISIONS)}
-    gpu, reason = _tensorrt.gpu_or_reason()
-    if gpu is None:
-        return Availability(False, False, trt.__version__, None, reason, offered)
-    return Availability(True, True, trt.__version__, gpu.name, None, offered)
+    try:
+        gpus = find_gpus()
+    except BackendUnavailable as exc:
+        return Availability(False, False, trt.__version__, None, exc.message, offered, exc.remedy)
+    return Availability(True, True, trt.__version__, names_of(gpus), None, offered)
 
 
 def prepare(canonical: Path, precision: str, out: Path) -> Path:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
 from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact, Availability
-from deployopt.backends import BuildRequest, _tensorrt
-from deployopt.backends._shared import sentence
+from deployopt.backends import BuildRequest, _shared, _tensorrt
 from deployopt.errors import BackendUnavailable, BuildFailed
-from deployopt.runtime.cuda import Gpu
+from deployopt.runtime.cuda import Gpu, device_index, find_gpu, find_gpus, names_of
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
 from deployopt.runtime.tensorrt import BuildOptions, compute_capabilities, load_vendor
@@ -40,26 +41,25 @@ class Options(_tensorrt.BuildOptionsModel):
 
 
 def probe() -> Availability:
+    return _shared.probe(partial(load_vendor, _VENDOR), _offered)
+
+
+def _offered(trt: Any) -> Availability:
     try:
-        trt = load_vendor(_VENDOR)
+        gpus = find_gpus()
     except BackendUnavailable as exc:
-        return Availability(False, False, None, None, sentence(exc))
-    gpu, reason = _tensorrt.gpu_or_reason()
-    if gpu is None:
-        return Availability(False, True, trt.__version__, None, f"{reason}; engines are built ahead of time and not run", _PRECISIONS)
-    reason = _unserved(trt, gpu)
-    return Availability(reason is None, True, trt.__version__, gpu.name, reason, _PRECISIONS)
+        return Availability(False, True, trt.__version__, None, f"{exc.message}; engines are built ahead of time and not run", _PRECISIONS, exc.remedy)
+    reason = _unserved(trt, gpus)
+    return Availability(reason is None, True, trt.__version__, names_of(gpus), reason, _PRECISIONS)
 
 
-def _unserved(trt: Any, gpu: Gpu) -> str | None:
-    """Why TensorRT-RTX does not run on this GPU, if so."""
+def _unserved(trt: Any, gpus: Sequence[Gpu]) -> str | None:
+    """Why TensorRT-RTX runs on none of these GPUs, if so."""
     known = compute_capabilities(trt)
-    if gpu.compute_capability in known:
+    if any(gpu.compute_capability in known for gpu in gpus):
         return None
-    return (
-        f"TensorRT-RTX {trt.__version__} does not run on {gpu.name} (compute capability {gpu.compute_capability}; it serves {', '.join(known)}); "
-        "engines are built for other GPUs and not run"
-    )
+    found = ", ".join(dict.fromkeys(f"{gpu.name} (compute capability {gpu.compute_capability})" for gpu in gpus))
+    return f"TensorRT-RTX {trt.__version__} does not run on {found}; it serves {', '.join(known)}; engines are built for other GPUs and not run"
 
 
 def prepare(canonical: Path, precision: str, out: Path) -> Path:
@@ -69,7 +69,7 @@ def prepare(canonical: Path, precision: str, out: Path) -> Path:
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:
     """One optimisation profile: minimum batch 1, optimum and maximum the largest of `request.batch_sizes`."""
     options = _tensorrt.bind(_VENDOR, Options, request.options)
-    targets = tuple(f"{c:.1f}" for c in options.compute_capabilities) if options.compute_capabilities else _default_targets()
+    targets = tuple(f"{c:.1f}" for c in options.compute_capabilities) if options.compute_capabilities else _default_targets(request.device)
     if request.precision in INT8_PRECISIONS and _TURING in targets and len(targets) > 1:
         raise BuildFailed(
             f"INT8 for compute capabilities {', '.join(targets)}: one engine for {_TURING} and others runs its convolutions in FP16 on all of them",
@@ -79,9 +79,12 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) 
     return _tensorrt.build(prepared, out, request, progress, vendor=_VENDOR, options=wanted)
 
 
-def _default_targets() -> tuple[str, ...]:
-    gpu, _ = _tensorrt.gpu_or_reason()
-    return (gpu.compute_capability,) if gpu and gpu.compute_capability in compute_capabilities(load_vendor(_VENDOR)) else _PORTABLE
+def _default_targets(device: str) -> tuple[str, ...]:
+    try:
+        here = find_gpu(device_index(device)).compute_capability
+    except BackendUnavailable:
+        return _PORTABLE
+    return (here,) if here in compute_capabilities(load_vendor(_VENDOR)) else _PORTABLE
 
 
 def open(path: Path, options: SessionOptions) -> Session:

@@ -112,8 +112,6 @@ def _checked(group: Group, key: str, images: NDArray[np.uint8], result: Measured
 def _row(row: Row, batch: int, results: dict[str, Measured | Failure], baseline_key: str) -> Row:
     result, baseline = results[row.variant], results[baseline_key]
     row = with_figures(replace(row, batch=batch), result)
-    if isinstance(result, Failure) and result.unavailable:
-        row.status = "unavailable"
     if isinstance(result, Measured) and isinstance(baseline, Measured):
         row.speedup, row.speedup_ci95 = speedup(baseline, result)
     return row

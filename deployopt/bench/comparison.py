@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from deployopt import plugins
+from deployopt import backends, plugins
 from deployopt.bench.environment import environment, utc_now
 from deployopt.errors import ArtifactError, UsageError
 from deployopt.report import summary, units
@@ -176,7 +176,7 @@ def _conditions(row: JsonRow, where: Mapping[str, Any]) -> dict[str, Any]:
         "clock": contract.get("clock"),
         "copies": contract.get("copies"),
         "input shape": inputs.get("shape") or inputs.get("shapes"),
-        "runtime version": _versions(row["backend"], where),
+        "runtime version": _versions(backends.runtime_of(row["backend"]), where),
     }
     if not str(row.get("provider")).startswith("CPU"):  # "CPU", "CPUExecutionProvider"
         gpus = [g if isinstance(g, Mapping) else {"name": g} for g in where.get("gpus") or []]

@@ -25,7 +25,7 @@ from deployopt.bench.disturbance import Counters, Limits, Load, Observed
 from deployopt.bench.environment import Condition, utc_now, without_folders
 from deployopt.bench.scenarios import ScenarioName
 from deployopt.errors import DeployoptError, LackingEnvironment, WorkerDied
-from deployopt.runtime import host
+from deployopt.runtime import host, onnxruntime_gpu
 from deployopt.runtime.files import atomic_write_json
 from deployopt.runtime.progress import Bar, Progress
 from deployopt.runtime.sampler import Block, WarmUp
@@ -149,7 +149,8 @@ class _Run:
         if self.opened.provider.startswith("CPU"):
             return "cpu"
         asked = self.subject.options.device
-        return "cuda:0" if asked == "cpu" and any(b.device_ms is not None for b in self.blocks) else asked
+        on_gpu = self.opened.provider in onnxruntime_gpu.PROVIDERS or any(b.device_ms is not None for b in self.blocks)
+        return "cuda:0" if asked == "cpu" and on_gpu else asked
 
     def time_block(self) -> None:
         before = Counters.now()
@@ -268,9 +269,11 @@ class Group:
             self._workers[key] = worker
 
     def _explain(self, subject: Subject, error: DeployoptError) -> Failure:
-        """The whole story goes to the log; a row gets its first line, without this machine's paths."""
+        """The whole story goes to the log; a row gets its first line, without this machine's paths, and what to install if that is missing."""
         self._progress.log(f"{subject.key}: {error}")
-        return Failure(without_folders(error.message.splitlines()[0], subject.path.parent), isinstance(error, LackingEnvironment))
+        unavailable = isinstance(error, LackingEnvironment)
+        remedy = f"\n  → {error.remedy}" if unavailable and error.remedy else ""
+        return Failure(without_folders(error.message.splitlines()[0], subject.path.parent) + remedy, unavailable)
 
     def _fail(self, key: str, error: DeployoptError) -> Failure:
         failure = self._explain(self._subjects[key], error)
@@ -409,7 +412,7 @@ def speedup(baseline: Measured, subject: Measured, seed: int = 0) -> tuple[float
 def with_figures(row: Row, result: Measured | Failure) -> Row:
     """The row with what was measured, or with why nothing was."""
     if isinstance(result, Failure):
-        return replace(row, status="failed", reason=result.reason)
+        return replace(row, status="unavailable" if result.unavailable else "failed", reason=result.reason)
     return replace(
         row,
         status="ok" if result.invalid is None else "invalid",

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from deployopt import plugins, report
-from deployopt.artifact import DESCRIPTION, WEIGHTS, Artifact, ArtifactKind, Precision, read_description
+from deployopt import backends, plugins, report
+from deployopt.artifact import DESCRIPTION, TORCH, TORCH_COMPILE, WEIGHTS, Artifact, ArtifactKind, Precision, read_description
 from deployopt.errors import ArtifactError, ArtifactMismatch, MissingDependency, UsageError
 from deployopt.report import summary
 from deployopt.runtime import manifest
@@ -19,8 +19,7 @@ from deployopt.runtime.session import SessionOptions
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-TORCH = "torch"
-TORCH_OPENER = "deployopt.nn.session:open"
+TORCH_OPENERS = {TORCH: "deployopt.nn.session:open", TORCH_COMPILE: "deployopt.nn.session:open_compiled"}
 ENGINE_SUFFIXES = (".engine", ".plan")
 KNOWN_FILES = (".onnx", *ENGINE_SUFFIXES, WEIGHTS)
 CLASSES_KEY = "deployopt.classes"  # in an ONNX file, written by the export stage
@@ -68,7 +67,7 @@ class Description(NamedTuple):
 
 def opener(backend: str) -> str:
     """Where a worker finds a backend's `open`. Raises UsageError for an unknown backend."""
-    return TORCH_OPENER if backend == TORCH else f"{plugins.find('backends', backend).__name__}:open"
+    return TORCH_OPENERS[backend] if backend in TORCH_OPENERS else f"{backends.find(backend).__name__}:open"
 
 
 def resolve(artifact: str | Path, backend: str | None = None) -> Target:

@@ -1,7 +1,9 @@
-"""A torch model, eager in FP32, behind the `Session` interface."""
+"""A torch model, in FP32, eager or compiled, behind the `Session` interface."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -34,7 +36,7 @@ class TorchLoaded:
 
 
 class TorchSession:
-    """Runs a network eagerly, in one stream: Python, which launches its operators, runs in one thread at a time.
+    """Runs a network in one stream: Python, which launches its operators, runs in one thread at a time.
 
     Opening sets the process's number of torch threads.
     """
@@ -83,8 +85,23 @@ def open(path: Path, options: SessionOptions) -> TorchSession:
         DeviceUnavailable: no such CUDA device.
         ArtifactError, ArtifactMismatch: files that cannot be loaded.
     """
+    return _open(path, options, compiled=False)
+
+
+def open_compiled(path: Path, options: SessionOptions) -> TorchSession:
+    """As `open`, with `torch.compile`, which works for many seconds at the first inference of each shape.
+
+    Raises:
+        BackendUnavailable: also where the compiler that it calls is missing.
+        DeviceUnavailable, ArtifactError, ArtifactMismatch: as `open`.
+    """
+    _require_compiler(options.device)
+    return _open(path, options, compiled=True)
+
+
+def _open(path: Path, options: SessionOptions, *, compiled: bool) -> TorchSession:
     if options.precision != "fp32":
-        raise BackendUnavailable(f"torch runs eagerly in fp32 here, wanted {options.precision}", "open the ONNX or engine of that precision")
+        raise BackendUnavailable(f"torch runs in fp32 here, wanted {options.precision}", "open the ONNX or engine of that precision")
     if options.device != "cpu" and not torch.cuda.is_available():
         raise DeviceUnavailable(f"wanted {options.device}, torch sees no CUDA device", "--device cpu")
     torch.set_num_threads(options.threads * options.streams)
@@ -95,4 +112,15 @@ def open(path: Path, options: SessionOptions) -> TorchSession:
         from deployopt.nn import quantizer
 
         module = quantizer.fake_quantized(network)
-    return TorchSession(module.to(options.device), *checkpoint.specs(network), options.device)
+    module = module.to(options.device)
+    if compiled:
+        module.compile(fullgraph=True, dynamic=False)  # nothing left to eager execution unsaid; each shape anew, as engines are built
+    return TorchSession(module, *checkpoint.specs(network), options.device)
+
+
+def _require_compiler(device: str) -> None:
+    """Raises BackendUnavailable where Inductor would find no compiler: C++ for its CPU kernels, C for the launchers of Triton's."""
+    variable, default, package = ("CXX", "g++", "g++") if device == "cpu" else ("CC", "gcc", "gcc")
+    wanted = os.environ.get(variable) or default
+    if shutil.which(wanted.split()[0]) is None:
+        raise BackendUnavailable(f"torch.compile needs a compiler, and '{wanted}' is not found", f"apt-get install {package}, or name another in {variable}")

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deployopt import __version__, data, plugins
+from deployopt import __version__, backends, data, plugins
 from deployopt.bench.environment import environment, versions
 from deployopt.pipeline.binding import data_of
 from deployopt.runtime import host
@@ -40,7 +40,7 @@ def diagnose() -> dict[str, Any]:
     return {
         "deployopt": __version__,
         "environment": environment(REPORTED),
-        "backends": {name: asdict(plugins.find("backends", name).probe()) for name in plugins.names("backends")},
+        "backends": {name: asdict(backends.find(name).probe()) for name in backends.names()},
         "missing": {extra: gone for extra, needs in EXTRAS.items() if (gone := [d for d, v in versions(needs).items() if v is None])},
     }
 

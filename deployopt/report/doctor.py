@@ -10,29 +10,43 @@ from rich.table import Table
 
 
 def render(facts: Mapping[str, Any], console: Console) -> None:
-    """The machine, the packages, and each backend with what it can do here or what it lacks."""
+    """The machine, the packages, each backend and provider with what it can do here, and what to install for what it cannot."""
     where = facts["environment"]
     cpu = where["cpu"]
     console.print(f"deployopt {facts['deployopt']}, Python {where['python']}, {where['os']}")
     console.print(f"CPU: {cpu['model']}, {cpu['cores']} cores, {' '.join(cpu['isa']) or 'no ISA flags of interest'}")
     gpus = where["gpus"]
     console.print("GPU: " + ("; ".join(f"{g['name']} (driver {g['driver']})" for g in gpus) if gpus else "none with a working NVIDIA driver"))
-    console.print("packages: " + ", ".join(f"{name} {version}" for name, version in where["versions"].items()), soft_wrap=True)
+    installed = [f"{name} {version}" for name, version in where["versions"].items() if version]
+    console.print("packages: " + (", ".join(installed) or "none of those that deployopt uses"), soft_wrap=True)
     for extra, packages in facts["missing"].items():
         console.print(f"missing for '{extra}': {', '.join(packages)}  → pip install 'deployopt[{extra}]'", markup=False)
+    console.print(_table(facts["backends"]))
+    for name, backend in facts["backends"].items():
+        if backend["reason"]:
+            console.print(f"\n{name}: {backend['reason']}", markup=False, highlight=False)
+        if backend["remedy"]:  # not wrapped: it is to be copied
+            console.print(f"  → {backend['remedy']}", markup=False, highlight=False, soft_wrap=True)
+    for name, backend in facts["backends"].items():
+        if backend["builds"]:
+            _not_offered(name, backend["precisions"], console)
+
+
+def _table(backends: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("backend", "version", "builds", "runs", "precisions"):
         table.add_column(name, no_wrap=name != "precisions")
-    for name, backend in facts["backends"].items():
-        offered = [p for p, reason in backend["precisions"].items() if reason is None]
-        table.add_row(name, backend["version"] or "–", _yes(backend["builds"]), _yes(backend["runs"]), " ".join(offered) or "–")
-    console.print(table)
-    for name, backend in facts["backends"].items():
-        if backend["reason"]:
-            console.print(f"{name}: {backend['reason']}", markup=False, soft_wrap=True)
-        for precision, reason in backend["precisions"].items():
-            if reason:
-                console.print(f"{name} {precision}: {reason}", markup=False, soft_wrap=True)
+    for name, backend in backends.items():
+        offered = [p for p, reason in backend["precisions"].items() if reason is None] if backend["builds"] else []
+        version = (backend["version"] or "–").partition("-")[0]  # OpenVINO's goes on with the commit and the branch
+        table.add_row(name, version, _yes(backend["builds"]), _yes(backend["runs"]), " ".join(offered) or "–")
+    return table
+
+
+def _not_offered(name: str, precisions: Mapping[str, str | None], console: Console) -> None:
+    """Each reason once, with its precisions."""
+    for reason in dict.fromkeys(r for r in precisions.values() if r):
+        console.print(f"\n{name} {', '.join(p for p, r in precisions.items() if r == reason)}: {reason}", markup=False, highlight=False)
 
 
 def _yes(value: bool) -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from deployopt.artifact import INT8_PRECISIONS
+from deployopt.artifact import INT8_PRECISIONS, TORCH
 from deployopt.report import units
 
 Report = Mapping[str, Any]
@@ -81,7 +81,7 @@ def dense_score(rows: Sequence[JsonRow], variants: Sequence[Mapping[str, Any]], 
     """Primary metric of the dense variant in FP32, of PyTorch's row if there is one, else of the first runtime's."""
     name = dense_variant(variants)
     scored = [r for r in rows if r["variant"] == name and r["precision"] == "fp32" and primary_score(r, task) is not None]
-    scored.sort(key=lambda r: r["backend"] != "torch")
+    scored.sort(key=lambda r: r["backend"] != TORCH)
     return primary_score(scored[0], task) if scored else None
 
 

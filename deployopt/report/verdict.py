@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from deployopt.artifact import INT8_PRECISIONS
+from deployopt.artifact import INT8_PRECISIONS, TORCH, TORCH_COMPILE
 from deployopt.report import summary, units
 from deployopt.report.summary import JsonRow
 
@@ -76,7 +76,7 @@ def _row_limits(budget: Mapping[str, Any], reference: float | None, task: Mappin
 
 def _candidates(rows: Sequence[JsonRow]) -> list[JsonRow]:
     """Measured rows that can be deployed: PyTorch eager is a baseline, not a candidate, and budgets mean the run's own single stream."""
-    return [r for r in summary.own(summary.measured(rows)) if r["backend"] != "torch"]
+    return [r for r in summary.own(summary.measured(rows)) if r["backend"] not in (TORCH, TORCH_COMPILE)]
 
 
 def _fastest(rows: Sequence[JsonRow]) -> JsonRow:

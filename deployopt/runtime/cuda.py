@@ -4,7 +4,7 @@ import ctypes
 import glob
 import importlib.util
 import os
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -76,12 +76,33 @@ def find_gpu(index: int = 0) -> Gpu:
         BackendUnavailable: there is no driver or no GPU.
         DeviceUnavailable: there are GPUs, but not that one.
     """
+    gpus = find_gpus()
+    if index >= len(gpus):
+        raise DeviceUnavailable(f"cuda:{index} was asked for; this machine has {len(gpus)} GPU(s)", "choose a device from cuda:0 on")
+    return gpus[index]
+
+
+def find_gpus() -> List[Gpu]:
+    """Describe every GPU, by index; there is at least one.
+
+    Raises:
+        BackendUnavailable: there is no driver or no GPU.
+    """
     driver = _driver()
     count, version = ctypes.c_int(), ctypes.c_int()
     driver.cuDeviceGetCount(ctypes.byref(count))
     driver.cuDriverGetVersion(ctypes.byref(version))
-    if index >= count.value:
-        raise DeviceUnavailable(f"cuda:{index} was asked for; this machine has {count.value} GPU(s)", "choose a device from cuda:0 on")
+    if not count.value:
+        raise BackendUnavailable("the NVIDIA driver shows no GPU", "see `nvidia-smi`, and CUDA_VISIBLE_DEVICES")
+    return [_describe(driver, index, version.value) for index in range(count.value)]
+
+
+def names_of(gpus: Sequence[Gpu]) -> str:
+    """Each kind of GPU once, as "NVIDIA H100 80GB HBM3"."""
+    return ", ".join(dict.fromkeys(gpu.name for gpu in gpus))
+
+
+def _describe(driver: ctypes.CDLL, index: int, version: int) -> Gpu:
     device = ctypes.c_int()
     driver.cuDeviceGet(ctypes.byref(device), index)
     name = ctypes.create_string_buffer(256)
@@ -91,7 +112,7 @@ def find_gpu(index: int = 0) -> Gpu:
         value = ctypes.c_int()
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         parts.append(str(value.value))
-    return Gpu(name.value.decode(), ".".join(parts), _dotted(version.value), next((gpu["driver"] for gpu in host.gpus()), None))
+    return Gpu(name.value.decode(), ".".join(parts), _dotted(version), next((gpu["driver"] for gpu in host.gpus()), None))
 
 
 def _dotted(version: int) -> str:

@@ -61,6 +61,7 @@ def create(
     optimized: Optional[Path] = None,
     profile: Optional[Path] = None,
     optimize: bool = True,
+    providers: Sequence[Any] = (PROVIDER,),
 ) -> Any:
     """An `onnxruntime.InferenceSession`, all graph optimisations on unless told otherwise.
 
@@ -72,6 +73,7 @@ def create(
         config: further session configuration entries.
         optimized: where to write the graph that is really executed.
         profile: how the path begins of the file that its `end_profiling` writes; None times no operators.
+        providers: names, or (name, options).
 
     Raises:
         ArtifactMismatch: not a model that this version of ONNX Runtime can run.
@@ -89,7 +91,7 @@ def create(
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     try:
-        return ort.InferenceSession(str(path), options, providers=[PROVIDER])
+        return ort.InferenceSession(str(path), options, providers=list(providers))
     except _vendor_errors(ort) as exc:
         raise ArtifactMismatch(f"ONNX Runtime {ort.__version__} cannot run {path.name}: {exc}", "deployopt run RECIPE --fresh --until build") from exc
 

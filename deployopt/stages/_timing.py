@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, field_validator
 
-from deployopt import plugins
+from deployopt import backends, plugins
 from deployopt.artifact import Artifact, Precision
-from deployopt.errors import BackendUnavailable, StageFailed
+from deployopt.errors import BackendUnavailable, StageFailed, UsageError
 from deployopt.runtime import host
 from deployopt.runtime.session import SessionOptions
 from deployopt.stages import StageConfig, StageContext
@@ -34,21 +34,24 @@ class TimedOn(StageConfig):
     """Where candidates are timed."""
 
     backend: str = "onnxruntime"
-    """Runtime (`deployopt list backends`)."""
+    """Runtime (`deployopt list backends`), or one provider of it, as onnxruntime-cuda."""
     batch: int = Field(default=1, ge=1, le=65_536)
     """Images a timed inference."""
 
     @field_validator("backend")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in (available := plugins.names("backends")):
-            raise ValueError(plugins.unknown("backend", name, available))
+        if name not in plugins.names("backends"):
+            try:
+                backends.find(name)
+            except UsageError as exc:
+                raise ValueError(exc.message) from exc
         return name
 
 
 def key_parts(where: TimedOn) -> dict[str, Any]:
     """What a decision timed there depends on beside the step's inputs, for `Expansion.parameters`: this machine, and the runtime's version."""
-    return {"machine": host.timing_facts(), "runtime": plugins.find("backends", where.backend).probe().version}
+    return {"machine": host.timing_facts(), "runtime": backends.find(where.backend).probe().version}
 
 
 class Candidates:
@@ -77,7 +80,7 @@ class Candidates:
         """
         reason = self.unavailable()
         if reason is not None:
-            working = ", ".join(name for name in plugins.names("backends") if _unavailable(name, self.precision) is None) or "none"
+            working = ", ".join(name for name in backends.names() if _unavailable(name, self.precision) is None) or "none"
             wanted = f"{key} wants latency on {self.backend}, which cannot be measured on this machine: {reason} (available here: {working})"
             raise BackendUnavailable(wanted, f"run on the target, or set {key} to one of those")
 
@@ -98,7 +101,7 @@ class Candidates:
             with context.progress.track(f"export {name}", None):
                 onnx.save(export(), str(folder / "canonical.onnx"))
             request = BuildRequest(self.precision, (self.batch,), self._threads, context.device)
-            backend = plugins.find("backends", self.backend)
+            backend = backends.find(self.backend)
             self._built[name] = build_prepared(backend, folder / "canonical.onnx", folder, request, context.progress)
         return self._built[name]
 
@@ -144,9 +147,9 @@ def canonical(module: nn.Module, network: Network, scales: Mapping[str, Mapping[
 
 
 def _unavailable(backend: str, precision: Precision) -> str | None:
-    probed = plugins.find("backends", backend).probe()
+    probed = backends.find(backend).probe()
     if not (probed.builds and probed.runs):
-        return str(probed.reason or f"{backend} does not work on this machine and does not say why")
+        return str(probed.explanation or f"{backend} does not work on this machine and does not say why")
     if precision not in probed.precisions:
         return f"{backend} does not know the precision {precision} (it has: {', '.join(probed.precisions)})"
     reason: str | None = probed.precisions[precision]

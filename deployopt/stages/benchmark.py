@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from deployopt.artifact import FLOAT_PRECISIONS, Artifact, Row
+from deployopt.artifact import FLOAT_PRECISIONS, TORCH, TORCH_COMPILE, Artifact, Row
 from deployopt.runtime.session import SessionOptions
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
 
@@ -35,7 +35,6 @@ trains = False
 from_scratch = False
 distributions: tuple[str, ...] = ("numpy",)
 
-TORCH = "torch"
 CAPTURES_GRAPHS = "tensorrt"
 SINGLE_STREAM: Literal["single_stream"] = "single_stream"
 
@@ -74,6 +73,9 @@ class Config(StageConfig):
     """Score every artifact on the test split."""
     profile: bool = True
     """Time each layer of every artifact once: at the smallest batch size, in a session of its own after the timed rounds, on runtimes that can."""
+    torch_compile: bool = False
+    """Measure float variants under `torch.compile` too, in rows called torch-compile. It compiles for a minute or so a variant and batch size, before
+    anything is timed, and needs a C++ compiler."""
 
     @field_validator("batch_sizes", "scenarios", "threads")
     @classmethod
@@ -205,17 +207,23 @@ def _shown(candidates: Sequence[_Candidate], batch: int, images: NDArray[np.uint
 
 
 def _candidates(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> list[_Candidate]:
-    """In plan order. A step that left no output, or whose record says that there is nothing to run, gives a row with the reason."""
+    """In plan order, eager variants first. A step that left no output, or whose record says that there is nothing to run, gives a row with the reason."""
     finished = {output.step: output for output in inputs}
-    return [_torch(context, p, finished[p.step]) if p.backend is None else _built(context, config, p, finished.get(p.step)) for p in expansion.inputs]
+    variants, built = [p for p in expansion.inputs if p.backend is None], [p for p in expansion.inputs if p.backend is not None]
+    compiled = [p for p in variants if p.family == "float"] if config.torch_compile else []
+    return [
+        *(_torch(context, p, finished[p.step], TORCH) for p in variants),
+        *(_torch(context, p, finished[p.step], TORCH_COMPILE) for p in compiled),
+        *(_built(context, config, p, finished.get(p.step)) for p in built),
+    ]
 
 
-def _torch(context: StageContext, point: Point, output: StepOutput) -> _Candidate:
-    """Eager FP32; an int8 variant runs its fake-quantised graph."""
+def _torch(context: StageContext, point: Point, output: StepOutput, backend: str) -> _Candidate:
+    """PyTorch in FP32; an int8 variant runs its fake-quantised graph."""
     options = {"fake_quantized": True} if point.family == "int8" else {}
-    row = Row(point.variant, TORCH, "fp32", 0, "ok", options=options, threads=context.threads)
+    row = Row(point.variant, backend, "fp32", 0, "ok", options=options, threads=context.threads)
     session = SessionOptions(context.threads, context.device, "fp32", options)
-    return _candidate(context, row, output.artifacts[point.artifact], TORCH, session)
+    return _candidate(context, row, output.artifacts[point.artifact], backend, session)
 
 
 def _built(context: StageContext, config: Config, point: Point, output: StepOutput | None) -> _Candidate:
@@ -383,6 +391,8 @@ def _measured_row(context: StageContext, row: Row, result: Measured | Failure | 
     if result is not None:
         row = with_figures(row, result)
     if isinstance(result, Measured):
+        if row.backend == TORCH_COMPILE:
+            row.notes.append(f"its first inference at batch {row.batch}, which compiles, took {result.contract['first_inference_ms'] / 1e3:.1f} s")
         row.samples = write_samples(result, row, samples).relative_to(context.run_folder).as_posix()
     return row
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, cast, get_args
 
 from pydantic import BaseModel, Field, PositiveFloat, ValidationError, field_validator, model_validator
 
-from deployopt import plugins
+from deployopt import backends, plugins
 from deployopt.artifact import INT8_PRECISIONS, Artifact, Availability, Precision
 from deployopt.backends import Backend, BuildRequest
 from deployopt.bench.environment import without_folders
@@ -98,14 +98,20 @@ def expand(config: Config, planning: Planning) -> list[Expansion]:
     """One step for each exported ONNX and backend; those the backend cannot build here, or would not run as asked, carry the reason."""
     models = [point for point in planning.points if point.kind == "onnx"]
     return [
-        _step(point, name, backend, probed)
-        for name, backend, probed in ((name, found, found.probe()) for name, found in _load(config.backends))
-        for point in models
+        _step(point, name, backend, probed) for name, backend, probed in ((name, found, found.probe()) for name, found in _load(config)) for point in models
     ]
 
 
-def _load(names: Sequence[str]) -> list[tuple[str, Backend]]:
-    return [(name, plugins.find("backends", name)) for name in names]
+def _load(config: Config) -> list[tuple[str, Backend]]:
+    """Every backend, and provider of one, that is asked for, by the name of its rows."""
+    names = (row for name in config.backends for row in backends.asked(name, config.options.get(name, {})))
+    return [(name, backends.find(name)) for name in names]
+
+
+def _build_options(config: Config, name: str) -> dict[str, Any]:
+    """Of a row's backend; which providers there are is this stage's concern."""
+    given = config.options.get(backends.runtime_of(name), {})
+    return {key: value for key, value in given.items() if key != backends.PROVIDERS}
 
 
 def _step(source: Point, name: str, backend: Backend, probed: Availability) -> Expansion:
@@ -136,7 +142,7 @@ def _versions(names: Sequence[str]) -> dict[str, str]:
 
 def _why_not(probed: Availability, name: str, precision: str) -> str | None:
     if not probed.builds:
-        return probed.reason or f"{name} cannot build on this machine and does not say why"
+        return probed.explanation or f"{name} cannot build on this machine and does not say why"
     if precision not in probed.precisions:
         return f"{name} does not know the precision {precision} (it has: {', '.join(probed.precisions)})"
     return probed.precisions[precision]
@@ -153,10 +159,10 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     name = expansion.parameters["backend"]
     onnx = inputs[0].artifacts[source.artifact]
     request = BuildRequest(
-        str(target.precision), config.batch_sizes, context.threads, context.device, config.options.get(name, {}), 60 * config.timeout_minutes
+        str(target.precision), config.batch_sizes, context.threads, context.device, _build_options(config, name), 60 * config.timeout_minutes
     )
     try:
-        backend: Backend = plugins.find("backends", name)
+        backend = backends.find(name)
         artifact = build_prepared(backend, onnx.path, context.folder, request, context.progress)
         shortfall = _shortfall(artifact, request.precision, len(onnx.metadata.get("float_layers", ())))
         if shortfall and config.on_unverified == "fail":

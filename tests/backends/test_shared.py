@@ -1,12 +1,17 @@
 import pytest
 
+from deployopt.artifact import Availability
 from deployopt.backends import _shared, _tensorrt
-from deployopt.errors import DeployoptError, ExportFailed
+from deployopt.errors import BackendUnavailable, ExportFailed
 
 
 @pytest.mark.parametrize(("remedy", "wanted"), [(None, "no GPU"), ("plug one in", "no GPU: plug one in")])
-def test_a_reason_is_one_line_with_its_remedy(remedy, wanted):
-    assert _shared.sentence(DeployoptError("no GPU", remedy)) == wanted
+def test_what_a_vendors_module_lacks_is_said_with_its_remedy(remedy, wanted):
+    def absent():
+        raise BackendUnavailable("no GPU", remedy)
+
+    probed = _shared.probe(absent, lambda vendor: Availability(True, True, vendor, None, None))
+    assert (probed.runs, probed.builds, probed.reason, probed.remedy, probed.explanation) == (False, False, "no GPU", remedy, wanted)
 
 
 @pytest.mark.parametrize("read", [_shared.load, lambda path: _tensorrt.prepare(path, path.with_name("out.onnx"))])

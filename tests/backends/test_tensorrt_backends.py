@@ -25,6 +25,7 @@ from deployopt.runtime.hashing import sha256_file
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions, TensorSpec
+from deployopt.runtime.tensorrt import compute_capabilities, load_vendor
 
 FLOAT_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 CHANNELS, CLASSES, SIZE = 16, 5, 8
@@ -143,16 +144,17 @@ def test_rtx_builds_here_and_runs_only_with_a_gpu_it_serves(rtx):
 def test_a_gpu_that_rtx_does_not_serve_is_named(rtx):
     from deployopt.runtime.cuda import Gpu
 
-    reason = tensorrt_rtx._unserved(rtx, Gpu("NVIDIA H100", "9.0", "13.0"))
-    assert "does not run on NVIDIA H100 (compute capability 9.0; it serves 7.5, 8.0, 8.6, 8.9, 12.0" in reason
-    assert tensorrt_rtx._unserved(rtx, Gpu("NVIDIA GeForce RTX 4090", "8.9", "13.0")) is None
+    hopper, ada = Gpu("NVIDIA H100", "9.0", "13.0"), Gpu("NVIDIA GeForce RTX 4090", "8.9", "13.0")
+    reason = tensorrt_rtx._unserved(rtx, [hopper, hopper])
+    assert "does not run on NVIDIA H100 (compute capability 9.0); it serves 7.5, 8.0, 8.6, 8.9, 12.0" in reason
+    assert tensorrt_rtx._unserved(rtx, [hopper, ada]) is None
 
 
 def test_tensorrt_says_why_it_is_unavailable():
     found = tensorrt.probe()
     assert found.runs == found.builds == (found.reason is None)
     if found.version is None:
-        assert "pip install 'deployopt[tensorrt]'" in found.reason
+        assert "pip install 'deployopt[tensorrt]'" in found.remedy
 
 
 def test_canonical_graph_is_taken_as_it_is(tmp_path):
@@ -281,9 +283,8 @@ def test_preprocessing_in_the_onnx_reaches_the_manifest(tmp_path):
 def test_default_targets_are_this_gpu_or_the_common_ones(tmp_path):
     prepared = tensorrt_rtx.prepare(canonical(tmp_path, "fp16"), "fp16", tmp_path / "model.onnx")
     built = tensorrt_rtx.build(prepared, tmp_path, BuildRequest("fp16"), SilentProgress())
-    gpu, _ = _tensorrt.gpu_or_reason()
-    served = gpu is not None and tensorrt_rtx.probe().runs
-    assert manifest.read(built.path).compute_capabilities == ((gpu.compute_capability,) if served else ("8.6", "8.9", "12.0"))
+    served = has_gpu() and find_gpu().compute_capability in compute_capabilities(load_vendor("tensorrt_rtx"))
+    assert manifest.read(built.path).compute_capabilities == ((find_gpu().compute_capability,) if served else ("8.6", "8.9", "12.0"))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """A torch model behind the session interface."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from deployopt.errors import ArtifactError, BackendUnavailable, DeviceUnavailable, UsageError
 from deployopt.nn import checkpoint, models, session
@@ -98,3 +100,20 @@ def test_a_quantised_network_runs_fake_quantised(tmp_path: Path) -> None:
         found = opened.infer({"input": FEED})["output"]
         np.testing.assert_allclose(found, fake_quantized(net)(torch.from_numpy(FEED)).numpy(), atol=1e-5)
         assert abs(found - net(torch.from_numpy(FEED)).numpy()).max() > 1e-4
+
+
+@pytest.mark.slow  # Inductor and g++ work for half a minute and more
+def test_a_compiled_network_computes_what_the_eager_one_does(folder: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++: the next test is of that")
+    with session.open(folder, CPU) as eager, session.open_compiled(folder, CPU) as compiled:
+        np.testing.assert_allclose(compiled.infer({"input": FEED})["output"], eager.infer({"input": FEED})["output"], rtol=1e-4, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+
+
+def test_without_a_compiler_nothing_is_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BackendUnavailable, match=r"torch\.compile needs a compiler, and 'no-such-compiler' is not found") as caught:
+        session.open_compiled(folder, CPU)
+    assert caught.value.remedy == "apt-get install g++, or name another in CXX"

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from deployopt.artifact import Artifact
 from deployopt.bench import artifacts as bench_artifacts
+from deployopt.bench.targets import opener
 from deployopt.runtime.progress import SilentProgress
 from deployopt.stages import Expansion, Planning, Point, StageContext, StepOutput, benchmark
 from deployopt.tasks import classification
@@ -265,3 +266,29 @@ def test_a_profiler_that_crashes_costs_neither_latency_nor_accuracy(context, mon
     assert row["accuracy"]["n"] == 40
     assert row["profile"] is None
     assert "its layers could not be timed: profiling" in row["notes"][0]
+
+
+def test_compiled_rows_stand_beside_the_eager_ones_of_float_variants(context):
+    record = {"status": "ok", "provider": "CPUExecutionProvider", "options": {}}
+    outputs = [output(context, point, {}, seed=seed) for seed, point in enumerate((DENSE, QAT))]
+    engine = built("dense", "fp32", "03-build")
+    outputs.append(output(context, engine, record, seed=0))
+    result = benchmark.run(context, config(torch_compile=True), Expansion(inputs=(DENSE, QAT, engine)), outputs)
+    rows = {(r["variant"], r["backend"]): r for r in result.record["rows"]}
+    assert set(rows) == {("dense", "torch"), ("qat", "torch"), ("dense", "torch-compile"), ("dense", "onnxruntime")}
+    assert {r["status"] for r in rows.values()} == {"ok"}
+    compiled = rows["dense", "torch-compile"]
+    assert compiled["speedup"] == 1.0
+    assert [note.partition(", which compiles, took ")[0] for note in compiled["notes"]] == ["its first inference at batch 1"]
+    assert rows["dense", "torch"]["notes"] == []
+
+
+def test_without_a_compiler_the_compiled_row_is_unavailable_with_the_remedy(context, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(bench_artifacts, "opener", opener)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    settings = config(torch_compile=True, accuracy=False)
+    result = benchmark.run(context, settings, Expansion(inputs=(DENSE,)), [output(context, DENSE, {}, seed=0)])
+    (row,) = [r for r in result.record["rows"] if r["backend"] == "torch-compile"]
+    assert row["status"] == "unavailable"
+    assert row["reason"] == "torch.compile needs a compiler, and 'no-such-compiler' is not found\n  → apt-get install g++, or name another in CXX"

@@ -7,7 +7,7 @@ from onnx import numpy_helper
 from pydantic import BaseModel, ConfigDict, ValidationError
 from residual_onnx import LAYERS, quantized, residual
 
-from deployopt import plugins
+from deployopt import backends, plugins
 from deployopt.artifact import Artifact, Availability
 from deployopt.bench import artifacts as bench_artifacts
 from deployopt.data import ArraySet
@@ -101,6 +101,28 @@ def test_one_step_for_each_model_and_backend(fake):
     assert list(steps[0].parameters["distributions"]) == ["numpy"]
     assert "device" not in steps[3].parameters
     assert fake.probes == 1
+
+
+def test_each_provider_has_rows_of_its_own():
+    config = build.Config(backends=["onnxruntime"], options={"onnxruntime": {"providers": ["cpu", "cuda", "tensorrt"]}})
+    steps = build.expand(config, planning("fp32", "int8"))
+    labels = [f"qat-{b}-{p}" for b in ("onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt") for p in ("fp32", "int8")]
+    assert [s.label for s in steps] == labels
+    assert [s.makes[0].backend for s in steps[::2]] == ["onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt"]
+    assert steps[0].why_not is None
+    for step in steps[2:]:
+        if step.why_not and step.parameters["backend"] == "onnxruntime-cuda" and backends.find("onnxruntime-cuda").probe().builds:
+            assert "no INT8 convolution" in step.why_not
+        elif step.why_not:
+            probed = backends.find(step.parameters["backend"]).probe()
+            assert step.why_not == f"{probed.reason}: {probed.remedy}"
+
+
+def test_the_cpu_provider_builds_beside_others(tmp_path):
+    config = build.Config(backends=["onnxruntime"], options={"onnxruntime": {"providers": ["cuda", "cpu"]}})
+    (step,) = [s for s in build.expand(config, planning("fp32")) if s.parameters["backend"] == "onnxruntime"]
+    result, _, _ = ran(tmp_path, config, step, residual())
+    assert (result.record["status"], result.record["provider"]) == ("ok", "CPUExecutionProvider")
 
 
 def test_a_precision_the_backend_does_not_know_is_said(fake):
@@ -234,6 +256,8 @@ def test_what_cannot_run_here_is_built_with_the_reason(tmp_path, fake):
         ({"backends": ["fake"], "options": {"fake": {"level": "high"}}}, r"options\.fake\.level: Input should be a valid integer"),
         ({"backends": ["fake"], "options": {"fake": {"depth": 1}}}, r"options\.fake\.depth: .*available: level"),
         ({"options": {"openvino": {"streams": 4}}}, r"options\.openvino\.streams: this backend has no options"),
+        ({"options": {"onnxruntime": {"providers": ["rocm"]}}}, r"options\.onnxruntime\.providers\.0: Input should be 'cpu', 'cuda' or 'tensorrt'"),
+        ({"options": {"onnxruntime": {"providers": ["cuda", "cuda"]}}}, "a provider is named twice"),
         ({"batch_sizes": [0, 1]}, "at least 1, found 0"),
         ({"on_unverified": "ignore"}, "'warn' or 'fail'"),
     ],

@@ -1,0 +1,100 @@
+"""What can be told of ONNX Runtime's GPU providers with or without a GPU: what is missing, who computes, and the loop that copies feeds in."""
+
+import numpy as np
+import onnx
+import pytest
+from residual_onnx import images, residual
+
+from deployopt.errors import BackendUnavailable, DeployoptError, ProviderFallback
+from deployopt.graph.canonical import canonicalize
+from deployopt.runtime import onnxruntime_gpu as gpu
+from deployopt.runtime.onnxruntime_session import PROVIDER, create, load_vendor, open_session
+from deployopt.runtime.session import SessionOptions
+
+CPU = "CPUExecutionProvider"
+
+
+@pytest.fixture
+def path(tmp_path):
+    onnx.save(canonicalize(residual()), tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def lacks(provider):
+    try:
+        gpu.require(provider)
+    except DeployoptError as exc:
+        return exc
+    return None
+
+
+@pytest.mark.parametrize("provider", gpu.PROVIDERS)
+def test_what_is_missing_is_said_with_what_to_install(path, provider):
+    ort, missing = load_vendor(), lacks(provider)
+    if missing is None:
+        pytest.skip(f"{provider} works here")
+    with pytest.raises(BackendUnavailable) as caught:
+        gpu.open_session(path, provider, SessionOptions())
+    assert (caught.value.message, caught.value.remedy) == (missing.message, missing.remedy)
+    if provider not in ort.get_available_providers():
+        assert f"onnxruntime {ort.__version__} is built without {provider} (it has: " in missing.message
+        assert f"pip install 'onnxruntime-gpu[cuda,cudnn]=={ort.__version__}'" in missing.remedy
+        assert ("tensorrt>=10,<11" in missing.remedy) == (provider == gpu.TENSORRT)
+
+
+@pytest.mark.parametrize("provider", gpu.PROVIDERS)
+def test_a_session_that_onnx_runtime_moved_to_the_cpu_is_refused(path, provider, monkeypatch):
+    if lacks(provider) is None:
+        pytest.skip(f"{provider} works here")
+    monkeypatch.setattr(gpu, "require", lambda provider, device: None)  # as where everything is there and the provider fails all the same
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")
+    with pytest.raises(ProviderFallback, match=f"model.onnx: {provider} did not start, and ONNX Runtime went on with "):
+        gpu.create(path, provider, SessionOptions())
+
+
+@pytest.mark.parametrize(
+    ("registered", "assigned", "reason"),
+    [
+        ([gpu.CUDA, CPU], [(gpu.CUDA, "Conv 'a'"), (gpu.CUDA, "Relu 'b'")], None),
+        ([CPU], [(CPU, "Conv 'a'")], f"{gpu.CUDA} did not start, and ONNX Runtime went on with {CPU}"),
+        ([], [], f"{gpu.CUDA} did not start, and ONNX Runtime went on with nothing"),
+        ([gpu.CUDA, CPU], [(gpu.CUDA, "Conv 'a'"), (CPU, "Cast 'b'")], f"{gpu.CUDA} takes 1 of 2 nodes, {CPU} the others: Cast 'b'"),
+        ([gpu.CUDA, CPU], [(CPU, f"Cast '{i}'") for i in range(4)], f"{gpu.CUDA} takes 0 of 4 nodes, {CPU} the others: Cast '0', Cast '1', Cast '2', …"),
+    ],
+)
+def test_who_computes_decides(registered, assigned, reason):
+    assert gpu.fallback(gpu.CUDA, registered, assigned) == reason
+
+
+def test_nodes_are_told_by_provider(path):
+    session = create(path, 1, {gpu._RECORD: "1"})
+    nodes = gpu.assignment(session)
+    assert {provider for provider, _ in nodes} == {CPU}
+    assert any(node.startswith("Conv '") for _, node in nodes)
+    assert gpu.fallback(CPU, session.get_providers(), nodes) is None
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int8_fp16"])
+def test_cuda_is_not_opened_in_what_it_has_no_kernels_for(path, precision):
+    with pytest.raises(BackendUnavailable, match="CUDA provider has no"):
+        gpu.open_session(path, gpu.CUDA, SessionOptions(precision=precision))
+
+
+def test_fp32_is_not_tf32_and_tensorrt_is_allowed_what_the_graph_says():
+    assert gpu.provider_options(gpu.CUDA, "fp32", 1) == {"device_id": "1", "use_tf32": "0"}
+    assert gpu.provider_options(gpu.TENSORRT, "fp32", 0) == {"device_id": "0"}
+    assert gpu.provider_options(gpu.TENSORRT, "int8_fp16", 0) == {"device_id": "0", "trt_int8_enable": "1", "trt_fp16_enable": "1"}
+
+
+def test_each_run_copies_its_feed_in_and_its_results_out(path):
+    with open_session(path, SessionOptions()) as session:
+        feeds = [{"image": images(2, seed)} for seed in (1, 2)]
+        kept = [feed["image"].copy() for feed in feeds]
+        loaded = gpu.DeviceLoaded(create(path, 1, providers=[PROVIDER]), feeds, session.infer(feeds[0]), ("cpu", 0), np.copy)
+        assert len(loaded) == 2
+        for index in (1, 0, 3):
+            loaded.run(index)
+            np.testing.assert_array_equal(loaded.results["logits"], session.infer(feeds[index % 2])["logits"])
+        for feed, before in zip(feeds, kept, strict=True):
+            np.testing.assert_array_equal(feed["image"], before)
+        assert loaded.device_ms() is None
