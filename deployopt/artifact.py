@@ -141,6 +141,14 @@ class Availability:
     reason: str | None
     precisions: Mapping[str, str | None] = field(default_factory=dict)
 
+    def obstacle(self, backend: str, precision: str, *, to_run: bool = False) -> str | None:
+        """Why `backend`, which this is of, does not build (and, `to_run`, run) this precision here; None if it does."""
+        if not self.builds or (to_run and not self.runs):
+            return self.reason or f"{backend} does not work on this machine and does not say why"
+        if precision not in self.precisions:
+            return f"{backend} does not know the precision {precision} (it has: {', '.join(self.precisions)})"
+        return self.precisions[precision]
+
 
 @dataclass
 class Row:

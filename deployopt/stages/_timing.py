@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import Field, field_validator
 
 from deployopt import plugins
-from deployopt.artifact import Artifact, Precision
+from deployopt.artifact import Artifact, Availability, Precision
 from deployopt.errors import BackendUnavailable, StageFailed
 from deployopt.runtime import host
 from deployopt.runtime.session import SessionOptions
@@ -69,7 +69,7 @@ class Candidates:
 
     def unavailable(self) -> str | None:
         """Why this machine cannot time here, None if it can."""
-        return _unavailable(self.backend, self.precision)
+        return _obstacle(self.backend, self.precision)
 
     def require(self, key: str) -> None:
         """Raises:
@@ -77,7 +77,7 @@ class Candidates:
         """
         reason = self.unavailable()
         if reason is not None:
-            working = ", ".join(name for name in plugins.names("backends") if _unavailable(name, self.precision) is None) or "none"
+            working = ", ".join(name for name in plugins.names("backends") if _obstacle(name, self.precision) is None) or "none"
             wanted = f"{key} wants latency on {self.backend}, which cannot be measured on this machine: {reason} (available here: {working})"
             raise BackendUnavailable(wanted, f"run on the target, or set {key} to one of those")
 
@@ -143,11 +143,6 @@ def canonical(module: nn.Module, network: Network, scales: Mapping[str, Mapping[
     return canonicalize(to_onnx(module, example_input(network.preprocessing), OPSET), scales=scales)
 
 
-def _unavailable(backend: str, precision: Precision) -> str | None:
-    probed = plugins.find("backends", backend).probe()
-    if not (probed.builds and probed.runs):
-        return str(probed.reason or f"{backend} does not work on this machine and does not say why")
-    if precision not in probed.precisions:
-        return f"{backend} does not know the precision {precision} (it has: {', '.join(probed.precisions)})"
-    reason: str | None = probed.precisions[precision]
-    return reason
+def _obstacle(backend: str, precision: Precision) -> str | None:
+    probed: Availability = plugins.find("backends", backend).probe()
+    return probed.obstacle(backend, precision, to_run=True)
