@@ -149,6 +149,14 @@ class Availability:
         """The reason and its remedy on one line."""
         return f"{self.reason}: {self.remedy}" if self.reason and self.remedy else self.reason
 
+    def obstacle(self, backend: str, precision: str, *, to_run: bool = False) -> str | None:
+        """Why `backend`, which this is of, does not build (and, `to_run`, run) this precision here; None if it does."""
+        if not self.builds or (to_run and not self.runs):
+            return self.explanation or f"{backend} does not work on this machine and does not say why"
+        if precision not in self.precisions:
+            return f"{backend} does not know the precision {precision} (it has: {', '.join(self.precisions)})"
+        return self.precisions[precision]
+
 
 @dataclass
 class Row:

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     from pydantic import GetJsonSchemaHandler
     from pydantic.json_schema import JsonSchemaValue
+
+    from deployopt.plugins import Kind
+
+
+class OptionsOf(NamedTuple):
+    """On a field that maps names of a kind's modules to their options: the planner checks each against that module's own `Options`.
+
+    Attributes:
+        among: the field that lists the names that may have options.
+    """
+
+    kind: Kind
+    among: str
+
+
+class ForLoss(NamedTuple):
+    """On a field that means something with one training loss only: the planner refuses it, unless it is off, where the task has another."""
+
+    name: str
 
 
 class Strict(BaseModel):

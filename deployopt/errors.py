@@ -3,6 +3,7 @@
 DeployoptError                  4   anything of ours
 ├── UsageError                  2   a command line that cannot be meant
 │   ├── RecipeError             2   a recipe: every problem at once, with positions
+│   ├── OptionRefused           2   an option of a stage that what other stages make does not allow
 │   └── RunLocked               2   another process works in this run folder
 ├── LackingEnvironment           3   something this machine lacks
 │   ├── MissingDependency       3   a package; names the extra that brings it
@@ -68,6 +69,18 @@ class RecipeError(UsageError):
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(sorted(problems, key=lambda p: (p.source, p.line, p.column)))
         super().__init__("\n".join(str(p) for p in self.problems))
+
+
+class OptionRefused(UsageError):
+    """An option of a stage that does not go with what the stages before it make.
+
+    Args:
+        option: its key in the stage's options, as "precisions"; the planner turns it into a position in the recipe.
+    """
+
+    def __init__(self, option: str, message: str, remedy: Optional[str] = None) -> None:
+        super().__init__(message, remedy)
+        self.option = option
 
 
 class RunLocked(UsageError):

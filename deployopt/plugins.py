@@ -66,6 +66,10 @@ def origin(kind: Kind, name: str) -> str | None:
 def unknown(what: str, name: str, available: Iterable[str]) -> str:
     """The sentence for a name that does not exist, with the nearest that does."""
     options = sorted(available)
-    near = difflib.get_close_matches(name, options, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    return f"unknown {what} '{name}'{hint} (available: {', '.join(options) or 'none'})"
+    return f"unknown {what} '{name}'{did_you_mean(name, options)} (available: {', '.join(options) or 'none'})"
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """The end of a sentence about a misspelt word: "; did you mean 'qat'?", or nothing."""
+    near = difflib.get_close_matches(word, list(options), n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""

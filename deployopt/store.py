@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ from deployopt.runtime.hashing import sha256_file, sha256_json
 
 T = TypeVar("T")
 DONE = "DONE"
+_SHA256 = re.compile("[0-9a-f]{64}")
 FORMAT = 2  # of DONE and of the artifacts' digests; another one is a miss
 
 
@@ -128,8 +130,9 @@ class Cache:
         return entry
 
     def explain(self, parts: Mapping[str, Any], label: str) -> Miss:
-        """Name what changed since the most similar step of this stage and label."""
-        relatives = [e for e in self.entries() if e.parts.get("stage") == parts["stage"] and e.parts.get("label") == label]
+        """Name what changed since the most similar step of this stage and label on the same network, data and task."""
+        wanted = (parts["stage"], label, _subject(parts))
+        relatives = [e for e in self.entries() if (e.parts.get("stage"), e.parts.get("label"), _subject(e.parts)) == wanted]
         if not relatives:
             return Miss("not run before")
         changes = {e.key: changed(e.parts, parts) for e in relatives}
@@ -291,6 +294,14 @@ def link(entry: Entry, into: Path) -> None:
             shutil.copy2(entry.folder / name, target)
 
 
+def _subject(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step is about: figures of another one say nothing of it. Versions of it are left out: other weights, images or packages."""
+    of = {section: dict(parts.get(section) or {}) for section in ("model", "data", "task")}
+    for section, version in (("model", "weights"), ("model", "package"), ("data", "fingerprint"), ("task", "package")):
+        of[section].pop(version, None)
+    return of
+
+
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Differences of two key parts, one phrase each ("config.lr: 0.01 → 0.001")."""
     before, after = _flat(old), _flat(new)
@@ -300,8 +311,13 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             if name.startswith("inputs."):
                 phrases.append("an input changed")
             else:
-                phrases.append(f"{name}: {before.get(name, 'unset')} → {after.get(name, 'unset')}")
+                phrases.append(f"{name}: {_shown(before.get(name, 'unset'))} → {_shown(after.get(name, 'unset'))}")
     return sorted(set(phrases))
+
+
+def _shown(value: Any) -> str:
+    """Hashes by their first digits."""
+    return f"{value[:12]}…" if isinstance(value, str) and _SHA256.fullmatch(value) else str(value)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -160,7 +160,8 @@ def test_a_third_partys_trainer_is_treated_as_finetune(recipe: Path, third_party
     assert not init.expansion.makes[0].fans_out
     assert mimic.parts["processes"] == 2
     recipe.write_text(RECIPE.replace("  - finetune: {epochs: 1, batch_size: 128, warmup_epochs: 0}\n", ""))
-    assert pipeline.plan(load_recipe(recipe)).steps[0].expansion.makes[0].fans_out  # nothing trains from scratch: the network given is measured
+    given = load_recipe(recipe, ["model.weights=trained.pth"])
+    assert pipeline.plan(given).steps[0].expansion.makes[0].fans_out  # nothing trains from scratch: the network given is measured
 
 
 def test_a_module_that_lacks_attributes_is_no_stage(recipe: Path, third_party: None) -> None:

@@ -138,11 +138,6 @@ def test_core_schema(tmp_path: Path, text: str, value: object) -> None:
         pytest.param("hello\n", (1, 1), "found the text 'hello'", id="text"),
         pytest.param(b"name: x\nseed: \xff\n", (2, 1), "byte 0xff at offset 14", id="latin-1"),
         pytest.param("name: x".encode("utf-16"), (1, 1), "byte 0xff at offset 0", id="utf-16"),
-        pytest.param("a: 1\nb: 2\na: 3\n", (3, 1), "duplicate key 'a', first given at line 1, column 1", id="duplicate"),
-        pytest.param("a: !!python/object/apply:os.system [ls]\n", (1, 4), "(found '!!python/object/apply:os.system')", id="python"),
-        pytest.param("a: !mine 1\n", (1, 4), "'!mine'", id="own tag"),
-        pytest.param("a: ! 1\n", (1, 4), "'!'", id="bare tag"),
-        pytest.param("a: &x [1]\n", (1, 4), "anchors and aliases are not allowed in a recipe (found '&x')", id="anchor"),
         pytest.param("[" * 10_000, (1, 33), "nested more than 32 deep", id="nested list"),
         pytest.param("a: " + "{a: " * 10_000, (1, 125), "nested more than 32 deep", id="nested mapping"),
         pytest.param("".join(" " * i + "a:\n" for i in range(500)), (32, 32), "nested more than 32 deep", id="nested block"),
@@ -150,17 +145,9 @@ def test_core_schema(tmp_path: Path, text: str, value: object) -> None:
         pytest.param("a: 1\n---\na: 2\n", (2, 1), "a second document begins here", id="documents"),
         pytest.param("%YAML 1.1\n---\na: yes\n", (2, 1), "recipes are YAML 1.2", id="yaml 1.1"),
         pytest.param("a: b\x07c\n", (1, 5), "the character U+0007 is not allowed", id="bell"),
-        pytest.param('a: "\\0"\n', (1, 4), "control characters", id="escaped control"),
-        pytest.param('a: "\\ud800"\n', (1, 4), "half of a surrogate pair", id="surrogate"),
         pytest.param('a: "\\UFFFFFFFF"\n', (1, 1), "an escape in the next text is no character", id="code point"),
         pytest.param("a:\n\tb: 1\n", (2, 1), "a tab cannot indent; use spaces", id="tab"),
         pytest.param("a: [1,\n2\n", (3, 1), "but got 'the end of the file' (while parsing a flow sequence that begins at line 1)", id="unclosed"),
-        pytest.param("a: .nan\n", (1, 4), "a number must be finite, found .nan", id="nan"),
-        pytest.param("a: -.inf\n", (1, 4), "a number must be finite", id="inf"),
-        pytest.param("a: 1e999\n", (1, 4), "a number must be finite, found 1e999", id="overflow"),
-        pytest.param(f"a: {'9' * 5000}\n", (1, 4), "whole numbers have at most 64 bits", id="long int"),
-        pytest.param("1: a\n", (1, 1), "a key must be text, found 1", id="number key"),
-        pytest.param("? [a]\n: b\n", (1, 3), "a key must be text, found a list", id="list key"),
     ],
 )  # fmt: skip
 def test_unreadable_yaml(tmp_path: Path, content: str | bytes, position: tuple[int, int], words: str) -> None:
@@ -170,14 +157,49 @@ def test_unreadable_yaml(tmp_path: Path, content: str | bytes, position: tuple[i
     assert words in fault.message
 
 
+@pytest.mark.parametrize(
+    ("content", "position", "words"),
+    [
+        pytest.param("a: 1\nb: 2\na: 3\n", (3, 1), "duplicate key 'a', first given at line 1, column 1", id="duplicate"),
+        pytest.param("a: !!python/object/apply:os.system [ls]\n", (1, 4), "(found '!!python/object/apply:os.system')", id="python"),
+        pytest.param("a: !mine 1\n", (1, 4), "'!mine'", id="own tag"),
+        pytest.param("a: ! 1\n", (1, 4), "'!'", id="bare tag"),
+        pytest.param("a: &x [1]\n", (1, 4), "anchors and aliases are not allowed in a recipe (found '&x')", id="anchor"),
+        pytest.param('a: "\\0"\n', (1, 4), "control characters", id="escaped control"),
+        pytest.param('a: "\\ud800"\n', (1, 4), "half of a surrogate pair", id="surrogate"),
+        pytest.param("a: .nan\n", (1, 4), "a number must be finite, found .nan", id="nan"),
+        pytest.param("a: -.inf\n", (1, 4), "a number must be finite", id="inf"),
+        pytest.param("a: 1e999\n", (1, 4), "a number must be finite, found 1e999", id="overflow"),
+        pytest.param(f"a: {'9' * 5000}\n", (1, 4), "whole numbers have at most 64 bits", id="long int"),
+        pytest.param("1: a\n", (1, 1), "a key must be text, found 1", id="number key"),
+        pytest.param("? [a]\n: b\n", (1, 3), "a key must be text, found a list", id="list key"),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_read_is_one_fault_of_the_recipe(tmp_path: Path, content: str, position: tuple[int, int], words: str) -> None:
+    path = written(tmp_path, content + "seed: -1\n")
+    found = {(fault.line, fault.column): fault for fault in faults(path) if words in fault.message}
+    assert list(found) == [position]
+    assert any(fault.message == "seed: wants 0 or more, found -1" for fault in faults(path)), "the rest is checked too"
+
+
+def test_an_unread_value_is_not_found_wrong_again(tmp_path: Path) -> None:
+    content = SMALL.replace("name: small", "name: .nan").replace("lr: 1e-3", "lr: .inf").replace("resnet18", "&x resnet18").replace("digits", "*x")
+    path = written(tmp_path, content)
+    assert [(f.line, f.column) for f in faults(path)] == [(1, 7), (2, 15), (3, 14), (5, 31)]
+    assert [f.message for f in faults(path, "seed=[.nan]", "stages.qta.lr=1")][:2] == [
+        "a number must be finite, found .nan",
+        "unknown stage 'qta'; did you mean 'qat'? (available: finetune_1, finetune_2, onnx, prune, qat)",
+    ]
+
+
 def test_faults_of_yaml_come_together(tmp_path: Path) -> None:
     path = written(tmp_path, "a: &x .nan\na: !t 1\nb: *x\n")
-    assert [(f.line, f.column) for f in faults(path)] == [(1, 4), (1, 4), (2, 1), (2, 4), (3, 4)]
+    assert sorted((f.line, f.column) for f in read_document(path).problems) == [(1, 4), (1, 4), (2, 1), (2, 4), (3, 4)]
 
 
 def test_alias_bomb_is_refused_without_expanding(tmp_path: Path) -> None:
     layers = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
-    assert all("anchors and aliases" in f.message for f in faults(written(tmp_path, "a: &a [lol]\n" + layers)))
+    assert all("anchors and aliases" in f.message for f in read_document(written(tmp_path, "a: &a [lol]\n" + layers)).problems)
 
 
 def test_files_that_cannot_be_read(small: Path) -> None:
@@ -348,6 +370,7 @@ class Tuned(Section):
     batch: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     sizes: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
+    least_one: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1,), min_length=1)
     mixed: int | list[int] | None = None
     nested: Inner | None = None
     everywhere: bool = Field(default=False, alias="global")
@@ -389,6 +412,8 @@ def test_bind_takes_what_yaml_can_say(tmp_path: Path) -> None:
         ("{target: {speedup: 2}, batch: 13}", ["2:12: @: batch must not be 13"]),
         ("{target: {speedup: 2}, mixed: [1, x]}", ["2:46: @.mixed.1: wants a whole number, found the text 'x'"]),
         ("{target: {speedup: 2}, mixed: x}", ["2:42: @.mixed: wants a whole number or a list, found the text 'x'"]),
+        ("{target: {speedup: 2}, least_one: [0]}", ["2:47: @.least_one.0: wants 1 or more, found 0"]),
+        ("{target: {speedup: 2}, least_one: []}", ["2:46: @.least_one: wants 1 or more items, found an empty list"]),
         ("{target: {speedup: 2}, sizes: [1, true, 0]}", ["2:46: @.sizes.1: wants a whole number, found true", "2:52: @.sizes.2: wants 1 or more, found 0"]),
         ("{target: {speedup: '2'}}", ["2:31: @.target.speedup: wants a number, found the text '2'"]),
         ("{target: {speedup: true}}", ["2:31: @.target.speedup: wants a number, found true"]),
@@ -400,7 +425,7 @@ def test_bind_takes_what_yaml_can_say(tmp_path: Path) -> None:
         ("{target: {speedup: 2}, schedule: {kind: step, gama: 1}}",
          ["2:45: @.schedule: the key 'gamma' is missing", "2:58: @.schedule: unknown key 'gama'; did you mean 'gamma'? (available: gamma, kind)"]),
         ("{target: {speedup: 2}, everywhere: true}",
-         ["2:35: @: unknown key 'everywhere' (available: batch, by_name, global, mixed, nested, optimizer, schedule, sizes, target)"]),
+         ["2:35: @: unknown key 'everywhere' (available: batch, by_name, global, least_one, mixed, nested, optimizer, schedule, sizes, target)"]),
     ],
 )  # fmt: skip
 def test_bind_explains(tmp_path: Path, options: str, messages: list[str]) -> None:

@@ -103,6 +103,35 @@ def test_explain_names_the_part_that_changed(tmp_path: Path) -> None:
     assert cache.explain({**old, "stage": "prune"}, "").why == "not run before"
 
 
+SUBJECT = {
+    "model": {"arch": "resnet18", "weights": None},
+    "data": {"name": "digits", "config": {"image_size": 32}, "fingerprint": "a"},
+    "task": {"name": "classification"},
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "other"),
+    [
+        ("model", {"arch": "resnet20", "weights": None}),
+        ("data", {"name": "digits", "config": {"image_size": 8}, "fingerprint": "a"}),
+        ("task", {"name": "ordinal"}),
+    ],
+)
+def test_a_step_on_another_subject_explains_nothing(tmp_path: Path, section: str, other: dict) -> None:
+    cache = store.Cache(tmp_path)
+    put(cache, "k1", parts={"stage": "finetune", "label": "", **SUBJECT, section: other})
+    assert cache.explain({"stage": "finetune", "label": "", **SUBJECT}, "") == store.Miss("not run before", None)
+
+
+def test_another_version_of_the_subject_is_named_by_the_first_digits_of_its_hash(tmp_path: Path) -> None:
+    cache = store.Cache(tmp_path)
+    put(cache, "k1", parts={"stage": "finetune", "label": "", **SUBJECT})
+    new = {**SUBJECT, "data": {**SUBJECT["data"], "fingerprint": "f" * 64}, "model": {"arch": "resnet18", "weights": "0" * 64}}
+    why = cache.explain({"stage": "finetune", "label": "", **new}, "").why
+    assert why == "data.fingerprint: a → ffffffffffff…; model.weights: None → 000000000000…"
+
+
 def test_prune_removes_the_longest_unused_first(tmp_path: Path) -> None:
     cache = store.Cache(tmp_path)
     for number, key in enumerate(("old", "middle", "new")):

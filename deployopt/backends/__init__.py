@@ -47,6 +47,7 @@ class Backend(Protocol):
         __name__: of the module; a session's child process imports it to call `open`.
         distributions: packages whose versions matter to what it builds.
         build_depends_on_machine: True if an artifact built here fits only this CPU or GPU model.
+        Options: may be left out; a pydantic model of what the recipe's `build.options` takes for this backend. The planner checks against it.
     """
 
     __name__: str

@@ -28,6 +28,8 @@ _PRECISIONS: dict[str, str | None] = dict.fromkeys((*FLOAT_PRECISIONS, *INT8_PRE
 
 
 def _distinct(capabilities: list[float]) -> list[float]:
+    if wrong := [f"{c:g}" for c in capabilities if not 5 <= c < 20 or round(c, 1) != c]:  # NVIDIA's are MAJOR.MINOR, from Maxwell's 5.0 on
+        raise ValueError(f"wants compute capabilities such as 8.6, found {', '.join(wrong)}")
     if len(set(capabilities)) != len(capabilities):
         raise ValueError("each compute capability once")
     return capabilities

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from deployopt import plugins
 from deployopt.errors import ArtifactError, ArtifactMismatch, DataNotFound, UsageError
-from deployopt.nn import ARCHITECTURES, CIFAR_ARCHITECTURES, STEMS, TORCHVISION_ARCHITECTURES
+from deployopt.nn import (
+    ARCHITECTURES,
+    CIFAR_ARCHITECTURES,
+    IMAGENET,
+    STEMS,
+    TORCHVISION_ARCHITECTURES,
+    check_stem,
+    check_weights,
+    missing_weights,
+    stem_of,
+)
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import Progress, SilentProgress
 
@@ -76,17 +86,13 @@ def build(base: Mapping[str, Any], preprocessing: Preprocessing, weights: str | 
         ArtifactMismatch: weights of another architecture (lists the keys).
     """
     arch, outputs, options = base["arch"], int(base["outputs"]), dict(base.get("options") or {})
-    stem = base.get("stem") or ("cifar" if arch in CIFAR_ARCHITECTURES else "imagenet")
+    stem = stem_of(arch, base.get("stem"))
     described = {"arch": arch, "stem": stem, "outputs": outputs, "options": options}
-    if weights == "imagenet" and (arch not in TORCHVISION_ARCHITECTURES or stem != "imagenet" or preprocessing.channels != 3):
-        raise UsageError(
-            f"ImageNet weights exist for {', '.join(TORCHVISION_ARCHITECTURES)} with stem imagenet and 3 channels, "
-            f"not for {arch} with stem {stem} and {preprocessing.channels}",
-            "model.weights: null, or model.stem: imagenet",
-        )
+    if weights is not None:
+        check_weights(weights, arch, stem, preprocessing.channels)
     network = Network(_body(arch, stem, outputs, preprocessing, options), described, preprocessing)
     if weights is not None:
-        state = _imagenet(arch, progress or SilentProgress()) if weights == "imagenet" else _read(Path(weights))
+        state = _imagenet(arch, progress or SilentProgress()) if weights == IMAGENET else _read(Path(weights))
         load_body(network.body, state, weights, progress or SilentProgress())
     return network
 
@@ -99,8 +105,7 @@ def _body(arch: str, stem: str, outputs: int, preprocessing: Preprocessing, opti
         if arch in TORCHVISION_ARCHITECTURES:
             return _torchvision(arch, stem, outputs, channels, options)
         if arch in CIFAR_ARCHITECTURES:
-            if stem != "cifar":
-                raise UsageError(f"{arch} is a CIFAR ResNet and has the stem cifar only, found {stem}", "remove model.stem")
+            check_stem(arch, stem)
             from deployopt.nn.cifar_resnet import CifarResNet
 
             return CifarResNet(int(arch.removeprefix("resnet")), outputs, channels, **options)
@@ -156,7 +161,7 @@ def _imagenet(arch: str, progress: Progress) -> dict[str, Tensor]:
 def _read(path: Path) -> dict[str, Tensor]:
     """A state dict from .safetensors, or from a .pth that holds tensors only."""
     if not path.is_file():
-        raise DataNotFound(f"weights file {path} does not exist", "model.weights is null, imagenet, or the path of a .safetensors or .pth file")
+        raise missing_weights(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file

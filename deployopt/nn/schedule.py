@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from deployopt.config import Strict
+from deployopt.config import ForLoss, Strict
 
 
 class Augment(Strict):
@@ -49,7 +49,7 @@ class TrainingConfig(Strict):
     """Learning rate after the warm-up: a half cosine down to zero, a tenth from each of the milestones on, or constant."""
     milestones: tuple[int, ...] = Field(default=(), strict=False)
     """Epochs after which the schedule `step` divides the learning rate by ten, rising."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: Annotated[float, ForLoss("cross_entropy")] = Field(default=0.0, ge=0, lt=1)
     """Of cross entropy."""
     clip_grad_norm: float | None = Field(default=None, gt=0)
     """Scale the gradient down to this L2 norm when it is larger; null does not."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,15 @@ from pydantic import BaseModel
 
 from deployopt import plugins
 from deployopt.artifact import WEIGHTS, read_description
+from deployopt.config import OptionsOf, Strict
 from deployopt.data import DataSource
 from deployopt.errors import ArtifactError, Problem, RecipeError, UsageError
-from deployopt.nn import ARCHITECTURES
-from deployopt.recipe import DataSection, Document, Recipe, StageEntry, bind, json_schema, outline, parse, read_document
-from deployopt.recipe.tree import Node, Place, compose
-from deployopt.stages import Family, Stage, StageConfig
+from deployopt.nn import ARCHITECTURES, check_stem, check_weights
+from deployopt.pipeline import crosschecks
+from deployopt.pipeline.expansion import Entry, Fault, expand
+from deployopt.recipe import DataSection, Document, Outline, Recipe, StageEntry, bind, json_schema, outline, parse, read_document
+from deployopt.recipe.tree import KeyPath, Node, Place, compose
+from deployopt.stages import Family, Stage
 from deployopt.tasks import Task
 
 QUANTIZING = frozenset({"qat", "ptq"})  # a stage that may follow neither works on float networks only
@@ -30,8 +33,9 @@ def validate(path: Path, overrides: Sequence[str] = ()) -> list[Problem]:
     except RecipeError as error:
         return list(error.problems)
     _, problems = parse(document)
-    sections = outline(document)
-    return problems + Binder(document).everything(sections.data, sections.stages, document.data)
+    sections, binder = outline(document), Binder(document)
+    binder.everything(sections, document.data)
+    return problems + document.of_readable(binder.problems)
 
 
 def data_of(spec: str) -> tuple[DataSource, Any]:
@@ -58,7 +62,9 @@ def schema() -> dict[str, Any]:
     """JSON Schema of a recipe, with the options of every stage, data source and task that is installed."""
     stages = {n: plugins.find("stages", n).Config for n in plugins.names("stages") if n != "init"}
     data = {n: plugins.find("data", n).Config for n in plugins.names("data")}
-    return json_schema(stages=stages, data=data, tasks=plugins.names("tasks"))
+    kinds = {marker.kind for config in stages.values() for _, marker in options_of(config)}
+    options = {kind: {n: module_options(kind, n) for n in plugins.names(kind)} for kind in kinds}
+    return json_schema(stages=stages, data=data, tasks=plugins.names("tasks"), options=options)
 
 
 def available() -> dict[str, list[str]]:
@@ -70,15 +76,6 @@ def available() -> dict[str, list[str]]:
         "models": [*ARCHITECTURES, *plugins.names("models")],
         "tasks": plugins.names("tasks"),
     }
-
-
-@dataclass(frozen=True)
-class Entry:
-    stage_name: str
-    name: str
-    stage: Stage
-    config: StageConfig
-    at: tuple[str | int, ...] = ()  # path of its options in the document; the planned `init` has none
 
 
 @dataclass(frozen=True)
@@ -97,23 +94,30 @@ class Binder:
         self._document = document
         self.problems: list[Problem] = []
 
-    def everything(self, data: DataSection | None, stages: Sequence[StageEntry], recipe: Mapping[str, Any]) -> list[Problem]:
-        """Problems of all sections that could be made out; `recipe` is the whole document."""
-        task, model, budget = recipe.get("task"), recipe.get("model"), recipe.get("budget")
-        entries = self.stages(stages)
-        if isinstance(model, Mapping):
-            self.start(model, entries)
-        if isinstance(budget, Mapping):
-            self.budget(entries, budget)
-        if data is not None:
-            self.data(data)
-        if isinstance(task, str) and task not in plugins.names("tasks"):
-            self.problems.append(self._document.problem(("task",), plugins.unknown("task", task, plugins.names("tasks"))))
-        if isinstance(model, Mapping) and isinstance(model.get("arch"), str):
-            self.architecture(model["arch"], model.get("stem"))
-        return self.problems
+    def everything(self, sections: Outline, recipe: Mapping[str, Any]) -> tuple[list[Entry], tuple[DataSource, Any] | None]:
+        """The stages, `init` before them, and the data, after all sections were checked, each alone and against the others.
 
-    def find(self, kind: plugins.Kind, name: str, at: tuple[str | int, ...]) -> Any:
+        Args:
+            recipe: the document's values: sections may be missing or of the wrong kind.
+        """
+        model, budget = (value if isinstance(value := recipe.get(name), Mapping) else {} for name in ("model", "budget"))
+        task = recipe.get("task", Recipe.model_fields["task"].default)
+        entries = self.stages(sections.stages)
+        entries = [self.start(model, entries), *entries] if entries else []
+        sound = not sections.problems and not self.problems  # what follows from a faulty stage would be found faulty for it
+        self.model(model)
+        self.task(task, entries)
+        if sound:
+            steps, faults = expand(entries, here=False)
+            self._refuse(faults)
+            self._refuse(crosschecks.model(model, entries))
+            self._refuse(crosschecks.budget(budget, entries, [] if faults else steps))
+        return entries, None if sections.data is None else self.data(sections.data)
+
+    def _refuse(self, faults: Iterable[Fault]) -> None:
+        self.problems += [self._document.problem(fault.at, fault.message, key=fault.key) for fault in faults]
+
+    def find(self, kind: plugins.Kind, name: str, at: KeyPath) -> Any:
         """The module of that name, or None and a problem."""
         try:
             return plugins.find(kind, name)
@@ -121,12 +125,34 @@ class Binder:
             self.problems.append(self._document.problem(at, error.message))
             return None
 
-    def architecture(self, name: str, stem: Any) -> None:
+    def model(self, model: Mapping[str, Any]) -> None:
+        """Check what the section says of the network, as far as it can be told without building it."""
+        arch, stem, weights = (value if isinstance(value := model.get(name), str) else None for name in ("arch", "stem", "weights"))
         known = [*ARCHITECTURES, *plugins.names("models")]
-        if name not in known:
-            self.problems.append(self._document.problem(("model", "arch"), plugins.unknown("architecture", name, known)))
-        elif name not in ARCHITECTURES and stem is not None:
-            self.problems.append(self._document.problem(("model", "stem"), f"is for our own architectures; '{name}' has its own first layers: leave it out"))
+        if arch is None:
+            return
+        if arch not in known:
+            self.problems.append(self._document.problem(("model", "arch"), plugins.unknown("architecture", arch, known)))
+            return
+        if arch not in ARCHITECTURES and stem is not None:
+            self.problems.append(self._document.problem(("model", "stem"), f"is for our own architectures; '{arch}' has its own first layers: leave it out"))
+        self._check(("model", "stem"), check_stem, arch, stem)
+        if weights is not None:
+            self._check(("model", "weights"), check_weights, weights, arch, stem)
+
+    def _check(self, at: KeyPath, check: Callable[..., None], *arguments: Any) -> None:
+        try:
+            check(*arguments)
+        except UsageError as error:
+            self.problems.append(self._document.problem(at, str(error)))
+
+    def task(self, name: Any, entries: Sequence[Entry]) -> None:
+        """Check the task, and the options that go with some tasks' losses only."""
+        options = crosschecks.loss_options(entries)
+        if isinstance(name, str) and name not in plugins.names("tasks"):
+            self.problems.append(self._document.problem(("task",), plugins.unknown("task", name, plugins.names("tasks"))))
+        elif isinstance(name, str) and options:
+            self._refuse(crosschecks.losses(options, plugins.find("tasks", name).loss))
 
     def data(self, section: DataSection) -> tuple[DataSource, Any] | None:
         source = self.find("data", section.name, ("data", "name"))
@@ -139,6 +165,8 @@ class Binder:
             if item.stage == "init":
                 self.problems.append(self._document.problem(item.at, "'init' is planned by itself: leave it out", key=True))
                 continue
+            if item.name == "init":
+                self.problems.append(self._document.problem((*item.at[:2], "as"), "'init' is the name of the network that `model` describes: choose another"))
             stage: Stage | None = self.find("stages", item.stage, item.at)
             if stage is None or not self._is_stage(item, stage):
                 continue
@@ -156,8 +184,14 @@ class Binder:
             self.problems.append(self._document.problem(item.at, fault, key=True))
         return not missing
 
-    def start(self, model: Mapping[str, Any], entries: Sequence[Entry]) -> Family:
-        """Family of the network that the first stage is given; a folder of weights must fit the rest of the section, and the stages its lineage."""
+    def start(self, model: Mapping[str, Any], entries: Sequence[Entry]) -> Entry:
+        """The planned `init` before these stages."""
+        init: Stage = plugins.find("stages", "init")
+        config = init.Config.model_validate({"fan_out": not entries[0].stage.from_scratch, "family": self._family(model, entries)})
+        return Entry("init", "init", init, config)
+
+    def _family(self, model: Mapping[str, Any], entries: Sequence[Entry]) -> Family:
+        """Of the network that the first stage is given; a folder of weights must fit the rest of the section, and the stages its lineage."""
         weights = model.get("weights")
         if not isinstance(weights, str) or not Path(weights).is_dir():
             return "float"
@@ -180,13 +214,6 @@ class Binder:
                 self.problems.append(self._document.problem(entry.at, message, key=True))
         return "int8"
 
-    def budget(self, entries: Sequence[Entry], limits: Mapping[str, Any]) -> None:
-        """Refuse a limit on accuracy that nothing would be scored for: no row could ever meet it."""
-        for entry in entries:
-            if limits.get("max_accuracy_drop_pp") is not None and getattr(entry.config, "accuracy", True) is False:
-                message = "false scores no artifact, so none can meet budget.max_accuracy_drop_pp: remove one of the two"
-                self.problems.append(self._document.problem((*entry.at, "accuracy"), message))
-
     def _check_order(self, item: StageEntry, stage: Stage, seen: Sequence[str]) -> None:
         blocking = [name for name in seen if name in stage.not_after]
         if blocking:
@@ -195,25 +222,50 @@ class Binder:
             wanted = "' or '".join(sorted(stage.after))
             self.problems.append(self._document.problem(item.at, f"'{item.stage}' needs '{wanted}' before it", key=True))
 
-    def _bind(self, model: type[BaseModel], options: Mapping[str, Any], at: tuple[str | int, ...]) -> Any:
+    def _bind(self, model: type[BaseModel], options: Mapping[str, Any], at: KeyPath) -> Any:
         config, problems = bind(model, options, at, self._document)
         self.problems += problems
+        for field, marker in options_of(model):
+            given, allowed = options.get(field), getattr(config, marker.among, None)
+            for name, inner in given.items() if isinstance(given, Mapping) else ():
+                self._bind_module(marker.kind, name, inner, (*at, field, name), allowed)
         return config
+
+    def _bind_module(self, kind: plugins.Kind, name: str, options: Any, at: KeyPath, allowed: Sequence[str] | None) -> None:
+        """Check options of a single module; `allowed`: names that may have some, None if that could not be made out."""
+        names = plugins.names(kind) if allowed is None else allowed
+        if name not in names:
+            self.problems.append(self._document.problem(at, plugins.unknown(kind.rstrip("s"), name, names), key=True))
+        elif isinstance(options, Mapping):
+            self._bind(module_options(kind, name), options, at)
+
+
+def options_of(model: type[BaseModel]) -> list[tuple[str, OptionsOf]]:
+    """Fields of a `Config` that hold other modules' options."""
+    return [(name, marker) for name, info in model.model_fields.items() for marker in info.metadata if isinstance(marker, OptionsOf)]
+
+
+def module_options(kind: plugins.Kind, name: str) -> type[BaseModel]:
+    """A module's `Options`; one without has none."""
+    found: type[BaseModel] = getattr(plugins.find(kind, name), "Options", NoOptions)
+    return found
+
+
+class NoOptions(Strict):
+    """Of a module that has no options."""
 
 
 def bind_recipe(recipe: Recipe) -> Bound:
+    """Every section as its module's type.
+
+    Raises:
+        RecipeError: with every problem of every section.
+    """
     binder = Binder(recipe.document)
-    entries = binder.stages(recipe.stages)
-    family = binder.start(recipe.model.model_dump(), entries)
-    binder.budget(entries, recipe.budget.model_dump())
-    task = binder.find("tasks", recipe.task, ("task",))
-    binder.architecture(recipe.model.arch, recipe.model.stem)
-    data = binder.data(recipe.data)
+    entries, data = binder.everything(Outline(recipe.data, recipe.stages, []), recipe.document.data)
     if binder.problems or data is None:
         raise RecipeError(binder.problems)
-    init: Stage = plugins.find("stages", "init")
-    start = Entry("init", "init", init, init.Config.model_validate({"fan_out": not entries[0].stage.from_scratch, "family": family}))
-    return Bound((start, *entries), task, *data, _resolved(recipe, entries, data[1]))
+    return Bound(tuple(entries), plugins.find("tasks", recipe.task), *data, _resolved(recipe, entries[1:], data[1]))
 
 
 def _resolved(recipe: Recipe, entries: Sequence[Entry], data_config: BaseModel) -> dict[str, Any]:

@@ -11,13 +11,14 @@ from deployopt import __version__, plugins, store
 from deployopt.artifact import WEIGHTS, digest
 from deployopt.bench.environment import versions
 from deployopt.data import DataSource
-from deployopt.errors import DeviceUnavailable, LackingEnvironment, UsageError
-from deployopt.nn import ARCHITECTURES
-from deployopt.pipeline.binding import Entry, bind_recipe
+from deployopt.errors import DeviceUnavailable, LackingEnvironment, RecipeError, UsageError
+from deployopt.nn import ARCHITECTURES, missing_weights
+from deployopt.pipeline.binding import bind_recipe
+from deployopt.pipeline.expansion import Asked, Entry, expand
 from deployopt.recipe import Recipe
 from deployopt.runtime import host
 from deployopt.runtime.hashing import sha256_file, sha256_json
-from deployopt.stages import Expansion, Planning, Point, Stage, StageConfig
+from deployopt.stages import Expansion, Stage, StageConfig
 from deployopt.tasks import Task
 
 
@@ -66,7 +67,7 @@ class Plan:
     """A recipe bound to this machine: every step, in order.
 
     Attributes:
-        data_problem: why the data are not here (then nothing can run or be cached), else None.
+        data_problem: why the data or the weights are not here (then nothing can run or be cached), else None.
         device: of the first process. processes: that train side by side. threads: of all of them together.
     """
 
@@ -122,6 +123,8 @@ def plan(
         fingerprint = bound.data.fingerprint(bound.data_config)
     except LackingEnvironment as error:
         data_problem = error
+    if recipe.weights_path is not None and not recipe.weights_path.exists():
+        data_problem = data_problem or missing_weights(recipe.weights_path)
     common = {
         "seed": recipe.seed,
         "task": {"name": recipe.task, "package": plugins.origin("tasks", recipe.task)},
@@ -131,14 +134,17 @@ def plan(
         "threads": chosen_threads,
     }
     cache = store.Cache(cache_home)
-    steps = _expand(entries, common, processes)
+    asked, faults = expand(entries, here=True)
+    if faults:
+        raise RecipeError([recipe.document.problem(fault.at, fault.message, key=fault.key) for fault in faults])
+    steps = _steps(asked, common, processes)
     return Plan(
         recipe=recipe,
         task=bound.task,
         data=bound.data,
         data_config=bound.data_config,
         data_problem=data_problem,
-        steps=tuple(_consult(steps, cache, fresh or data_problem is not None)),
+        steps=tuple(_consult(steps, cache, f"not here: {data_problem.message}" if data_problem else "not looked up" if fresh else None)),
         device=chosen_device,
         threads=chosen_threads,
         processes=processes,
@@ -193,51 +199,35 @@ def _model_parts(recipe: Recipe) -> dict[str, Any]:
     return parts
 
 
-def _expand(entries: Sequence[Entry], common: Mapping[str, Any], processes: int) -> list[Step]:
-    points: list[Point] = []
+def _steps(asked: Sequence[Asked], common: Mapping[str, Any], processes: int) -> list[Step]:
     keys: dict[str, str | None] = {}
     steps: list[Step] = []
-    for number, entry in enumerate(entries):
-        for expansion in entry.stage.expand(entry.config, Planning(points, entry.name)):
-            stem = "init" if entry.stage_name == "init" else f"{number - 1:02d}-{entry.name}"
-            step_id = f"{stem}-{expansion.label}" if expansion.label else stem
-            inputs = tuple(dict.fromkeys(p.step for p in expansion.inputs))
-            parts = {
-                "stage": entry.stage_name,
-                "label": expansion.label,
-                "name": entry.name,  # seeds the order of training images and names the variant
-                "variants": [p.variant for p in expansion.inputs],
-                "deployopt": __version__,
-                "version": entry.stage.version,
-                "config": entry.config.keyed(),
-                "parameters": dict(expansion.parameters),
-                "inputs": [keys[i] for i in inputs],
-                "libraries": versions(entry.stage.distributions),
-                **common,
-                **({"machine": host.timing_facts()} if entry.stage.timed else {}),
-                **({"processes": processes} if entry.stage.trains else {}),
-            }
-            keys[step_id] = sha256_json(parts)
-            steps.append(
-                Step(
-                    step_id,
-                    entry.stage_name,
-                    entry.name,
-                    entry.stage,
-                    entry.config,
-                    expansion,
-                    inputs,
-                    parts,
-                    keys[step_id] if entry.stage.cacheable else None,
-                    why=expansion.why_not,
-                )
-            )
-            points += [replace(p, step=step_id) for p in expansion.makes]
+    for step in asked:
+        entry, expansion = step.entry, step.expansion
+        inputs = tuple(dict.fromkeys(p.step for p in expansion.inputs))
+        parts = {
+            "stage": entry.stage_name,
+            "label": expansion.label,
+            "name": entry.name,  # seeds the order of training images and names the variant
+            "variants": [p.variant for p in expansion.inputs],
+            "deployopt": __version__,
+            "version": entry.stage.version,
+            "config": entry.config.keyed(),
+            "parameters": dict(expansion.parameters),
+            "inputs": [keys[i] for i in inputs],
+            "libraries": versions(entry.stage.distributions),
+            **common,
+            **({"machine": host.timing_facts()} if entry.stage.timed else {}),
+            **({"processes": processes} if entry.stage.trains else {}),
+        }
+        keys[step.id] = sha256_json(parts)
+        key = keys[step.id] if entry.stage.cacheable else None
+        steps.append(Step(step.id, entry.stage_name, entry.name, entry.stage, entry.config, expansion, inputs, parts, key, why=expansion.why_not))
     return steps
 
 
-def _consult(steps: Iterable[Step], cache: store.Cache, fresh: bool) -> Iterable[Step]:
-    """Ask the cache about each step, following the digests of its inputs."""
+def _consult(steps: Iterable[Step], cache: store.Cache, unasked: str | None) -> Iterable[Step]:
+    """Ask the cache about each step, following the digests of its inputs; not if there is a reason."""
     digests: dict[str, str | None] = {}
     for step in steps:
         digests[step.id] = None
@@ -245,8 +235,8 @@ def _consult(steps: Iterable[Step], cache: store.Cache, fresh: bool) -> Iterable
             yield step
         elif step.key is None:
             yield replace(step, why="measured anew in every run", seconds=cache.seconds(step.kind))
-        elif fresh:
-            yield replace(step, why="not looked up")
+        elif unasked is not None:
+            yield replace(step, why=unasked)
         else:
             known = [digests[i] for i in step.inputs]
             inputs = tuple(d for d in known if d is not None) if None not in known else None

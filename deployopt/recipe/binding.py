@@ -13,10 +13,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from deployopt.errors import Problem
-from deployopt.plugins import unknown
+from deployopt.plugins import did_you_mean, unknown
 from deployopt.recipe.document import Document
 from deployopt.recipe.tree import KeyPath
-from deployopt.recipe.words import did_you_mean, found_words, short
+from deployopt.recipe.words import found_words, short
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -104,7 +104,7 @@ _WANTS = {
 
 def _settle(faults: Sequence[_Fault]) -> list[_Fault]:
     """Of the members of each union keep the faults of the one that was probably meant; where that is open, say what all want."""
-    settled = [fault for fault in faults if not fault.members]
+    settled = [fault for fault in faults if not fault.members and not (fault.kind == "too_short" and _has_faulty_items(fault, faults))]
     unions: defaultdict[KeyPath, defaultdict[str, list[_Fault]]] = defaultdict(lambda: defaultdict(list))
     for fault in faults:
         if fault.members:
@@ -113,6 +113,11 @@ def _settle(faults: Sequence[_Fault]) -> list[_Fault]:
     for site, members in unions.items():
         settled += _choose(site, [_settle(of_one) for of_one in members.values()])
     return settled
+
+
+def _has_faulty_items(fault: _Fault, faults: Sequence[_Fault]) -> bool:
+    """Whether a list is too short only because pydantic does not count items that are faulty themselves."""
+    return any(other.path[: len(fault.path)] == fault.path and len(other.path) > len(fault.path) for other in faults)
 
 
 def _choose(site: KeyPath, members: list[list[_Fault]]) -> list[_Fault]:

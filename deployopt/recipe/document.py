@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import StringIO
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from deployopt.errors import Problem, RecipeError
-from deployopt.plugins import unknown
+from deployopt.plugins import did_you_mean, unknown
 from deployopt.recipe.tree import MAX_DEPTH, KeyPath, Node, Place, compose
-from deployopt.recipe.words import did_you_mean, found_words, short
+from deployopt.recipe.words import found_words, short
 from deployopt.runtime.hashing import sha256_json
 
 MAX_BYTES = 1 << 20
@@ -21,10 +21,15 @@ MAX_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Document:
-    """A recipe's values and where each was written."""
+    """A recipe's values and where each was written.
+
+    Attributes:
+        problems: of single values and overrides; the rest can be read and checked all the same.
+    """
 
     source: str
     root: Node = field(repr=False)
+    problems: tuple[Problem, ...] = field(default=(), repr=False)
 
     @cached_property
     def data(self) -> dict[str, Any]:
@@ -77,12 +82,19 @@ class Document:
         label = self.label(path)
         return self.place(path, key=key).problem(f"{label}: {message}" if label else message)
 
+    def of_readable(self, problems: Iterable[Problem]) -> list[Problem]:
+        """Without those of values that could not be read: `problems` of the document already say why."""
+        unread = {node.place for node in self.root.walk() if not node.readable}
+        return [p for p in problems if Place(p.source, p.line, p.column) not in unread]
+
 
 def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     """Read a recipe and apply `--set` overrides ("KEY=VALUE", VALUE in YAML, empty means null), in order.
 
+    Values that cannot be read and overrides that cannot be meant are left out and told in the document's `problems`.
+
     Raises:
-        RecipeError: the file cannot be read or is not such YAML, or an override cannot be meant.
+        RecipeError: the file cannot be read, is no YAML, or no mapping.
     """
     source = str(path)
     root, problems = compose(_read_text(Path(path), source), source)
@@ -90,12 +102,11 @@ def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
         problems.append(Place(source).problem("the file is empty; a recipe needs name, model, data and stages"))
     elif root is not None and not isinstance(root.value, dict):
         problems.append(root.place.problem(f"a recipe is a mapping (name, model, data, stages …), found {found_words(root.plain())}"))
-    elif root is not None:
-        for assignment in overrides:
-            problems += _override(root, assignment)
-    if problems or root is None:
+    if root is None or not isinstance(root.value, dict):
         raise RecipeError(problems)
-    return Document(source, root)
+    for assignment in overrides:
+        problems += _override(root, assignment)
+    return Document(source, root, tuple(problems))
 
 
 def _read_text(path: Path, source: str) -> str:

@@ -125,7 +125,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse(document: Document) -> tuple[Recipe | None, list[Problem]]:
-    """The recipe, or None and every problem of its top level."""
+    """The recipe, or None and every problem of its values and its top level."""
     _, stages, problems = outline(document)
     values = dict(document.data)
     # faults of `stages` are found by `outline`; an entry stands in for stages that could not be read
@@ -133,8 +133,8 @@ def parse(document: Document) -> tuple[Recipe | None, list[Problem]]:
     if isinstance(values.get("data"), dict):
         values["data"] = _split_data(values["data"])
     recipe, more = bind(Recipe, values, (), document)
-    if recipe is None or problems:
-        return None, problems + more
+    if recipe is None or problems or document.problems:
+        return None, [*document.problems, *document.of_readable(problems + more)]
     recipe._document = document
     return recipe, []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -42,11 +43,16 @@ class Place(NamedTuple):
 
 @dataclass
 class Node:
-    """A scalar, a list of nodes or a mapping of nodes, with its place and the places of a mapping's keys."""
+    """A scalar, a list of nodes or a mapping of nodes, with its place and the places of a mapping's keys.
+
+    Attributes:
+        readable: False for a scalar that could not be read; a problem says why, and its value is None.
+    """
 
     value: Any
     place: Place
     keys: dict[str, Place] = field(default_factory=dict)
+    readable: bool = True
 
     def plain(self) -> Any:
         if isinstance(self.value, dict):
@@ -54,6 +60,13 @@ class Node:
         if isinstance(self.value, list):
             return [child.plain() for child in self.value]
         return self.value
+
+    def walk(self) -> Iterator[Node]:
+        """This node and all below."""
+        yield self
+        children = self.value.values() if isinstance(self.value, dict) else self.value if isinstance(self.value, list) else ()
+        for child in children:
+            yield from child.walk()
 
     def child(self, step: str | int) -> Node | None:
         if isinstance(self.value, dict) and isinstance(step, str):
@@ -147,11 +160,11 @@ class _Composer:
                 here.problem(f"anchors and aliases are not allowed in a recipe (found '{'*' if name == 'Alias' else '&'}{event.anchor}'); write the value out")
             )
         if name == "Alias":
-            return Node(None, here)
+            return Node(None, here, readable=False)
         if event.tag is not None:
             self.problems.append(here.problem(f"tags are not allowed in a recipe (found '{short(event.tag.replace(_YAML_TAG, '!!'))}'); remove it"))
         if name == "Scalar":
-            return Node(self._scalar(event.value, event.style), here)
+            return self._scalar(event.value, event.style)
         return self._mapping(here, depth) if name == "MappingStart" else self._sequence(here, depth)
 
     def _sequence(self, here: Place, depth: int) -> Node:
@@ -179,9 +192,9 @@ class _Composer:
                 mapping.keys[key.value] = key.place
         return mapping
 
-    def _scalar(self, text: str, style: str | None) -> Any:
+    def _scalar(self, text: str, style: str | None) -> Node:
         if not style and text in _CONSTANTS:
-            return _CONSTANTS[text]
+            return Node(_CONSTANTS[text], self._here)
         if not style and _INT.fullmatch(text):
             number = int(text, 0 if text.startswith(("0o", "0x")) else 10) if len(text) < 32 else 1 << 64
             return self._checked(number, -(1 << 63) <= number < 1 << 63, f"whole numbers have at most 64 bits, found {short(text)}")
@@ -191,14 +204,14 @@ class _Composer:
         if _CONTROL.search(text):
             self.problems.append(self._here.problem("text must not hold control characters"))
         try:  # JSON writes U+1F600 as two escapes
-            return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+            return Node(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le"), self._here)
         except UnicodeDecodeError:
             return self._checked("", False, "text holds half of a surrogate pair")
 
-    def _checked(self, value: Any, good: bool, message: str) -> Any:
+    def _checked(self, value: Any, good: bool, message: str) -> Node:
         if not good:
             self.problems.append(self._here.problem(message))
-        return value if good else None
+        return Node(value if good else None, self._here, readable=good)
 
 
 def _syntax(error: Any) -> str:

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable
 from typing import Any
-
-
-def did_you_mean(word: str, options: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(options), n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def found_words(value: Any) -> str:

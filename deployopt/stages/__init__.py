@@ -55,6 +55,7 @@ class Point:
         family: what the variant may fan out as: float precisions, or int8.
         artifact: its name among the step's artifacts.
         precision, backend: set on "onnx" and "engine" points.
+        max_batch: largest batch size that an "engine" point is built for; None for any.
         fans_out: False for a variant that is only a start (a network with an untrained head).
         step: id of the step that makes it; the planner fills it in.
     """
@@ -65,6 +66,7 @@ class Point:
     artifact: str = "model"
     precision: str | None = None
     backend: str | None = None
+    max_batch: int | None = None
     fans_out: bool = True
     step: str = ""
 
@@ -132,10 +134,13 @@ class Planning:
     Attributes:
         points: all that earlier stages will make, in order.
         name: of this stage instance (`as:` or the stage's name); a trunk stage names its variant so.
+        here: False while a recipe is only checked, wherever it will run. `expand` then asks nothing of this machine (no probe, no versions, no
+            `why_not`), so that checking stays light; inputs and points are the same.
     """
 
     points: Sequence[Point]
     name: str
+    here: bool = True
 
     @property
     def trunk(self) -> Point:
@@ -206,7 +211,11 @@ class Stage(Protocol):
     distributions: tuple[str, ...]
 
     def expand(self, config: Any, planning: Planning) -> list[Expansion]:
-        """The steps this stage asks for. No torch, no data, no side effects."""
+        """The steps this stage asks for. No torch, no data, no side effects.
+
+        Raises:
+            UsageError: what was planned so far does not allow this stage; OptionRefused: or one of its options.
+        """
 
     def run(self, context: StageContext, config: Any, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
         """Do one step. `inputs` are the outputs of the steps of `expansion.inputs`, in that order."""

@@ -70,7 +70,7 @@ class Quantization(StageConfig):
 
 def expand(config: Quantization, planning: Planning) -> list[Expansion]:
     """One INT8 variant of the trunk."""
-    timed = {} if config.automatic is None else key_parts(config.automatic)
+    timed = key_parts(config.automatic) if config.automatic is not None and planning.here else {}
     return [Expansion((planning.trunk,), (next_point(planning, "int8"),), parameters=timed)]
 
 

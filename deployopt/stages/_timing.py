@@ -72,7 +72,7 @@ class Candidates:
 
     def unavailable(self) -> str | None:
         """Why this machine cannot time here, None if it can."""
-        return _unavailable(self.backend, self.precision)
+        return _obstacle(self.backend, self.precision)
 
     def require(self, key: str) -> None:
         """Raises:
@@ -80,7 +80,7 @@ class Candidates:
         """
         reason = self.unavailable()
         if reason is not None:
-            working = ", ".join(name for name in backends.names() if _unavailable(name, self.precision) is None) or "none"
+            working = ", ".join(name for name in backends.names() if _obstacle(name, self.precision) is None) or "none"
             wanted = f"{key} wants latency on {self.backend}, which cannot be measured on this machine: {reason} (available here: {working})"
             raise BackendUnavailable(wanted, f"run on the target, or set {key} to one of those")
 
@@ -146,11 +146,5 @@ def canonical(module: nn.Module, network: Network, scales: Mapping[str, Mapping[
     return canonicalize(to_onnx(module, example_input(network.preprocessing), OPSET), scales=scales)
 
 
-def _unavailable(backend: str, precision: Precision) -> str | None:
-    probed = backends.find(backend).probe()
-    if not (probed.builds and probed.runs):
-        return str(probed.explanation or f"{backend} does not work on this machine and does not say why")
-    if precision not in probed.precisions:
-        return f"{backend} does not know the precision {precision} (it has: {', '.join(probed.precisions)})"
-    reason: str | None = probed.precisions[precision]
-    return reason
+def _obstacle(backend: str, precision: Precision) -> str | None:
+    return backends.find(backend).probe().obstacle(backend, precision, to_run=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from deployopt.artifact import FLOAT_PRECISIONS, TORCH, TORCH_COMPILE, Artifact, Row
+from deployopt.errors import OptionRefused
 from deployopt.runtime.session import SessionOptions
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
 
@@ -41,7 +42,7 @@ SINGLE_STREAM: Literal["single_stream"] = "single_stream"
 
 class Config(StageConfig):
     batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1, strict=False)] = (1,)
-    """Batch sizes; each is one interleaved comparison. Engines run up to the largest of `build.batch_sizes`."""
+    """Batch sizes; each is one interleaved comparison. None is larger than the largest of `build.batch_sizes`."""
     scenarios: Annotated[tuple[Literal["single_stream", "offline"], ...], Field(min_length=1, strict=False)] = (SINGLE_STREAM,)
     """As in MLPerf Inference: `single_stream` asks one query after the other and its figure is latency; `offline` keeps a stream a CPU thread busy and its
     figure is throughput. Budgets and the recommended row go by `single_stream`, which is therefore always measured."""
@@ -93,8 +94,15 @@ class Config(StageConfig):
 
 
 def expand(config: Config, planning: Planning) -> list[Expansion]:
-    """One step that reads every variant and everything built."""
+    """One step that reads every variant and everything built.
+
+    Raises:
+        OptionRefused: a batch size for which something is not built.
+    """
     built = tuple(p for p in planning.points if p.backend is not None)
+    largest, limit = max(config.batch_sizes), min((p.max_batch for p in built if p.max_batch is not None), default=None)
+    if limit is not None and largest > limit:
+        raise OptionRefused("batch_sizes", f"wants batches of {largest}, and artifacts are built for up to {limit}", f"add {largest} to build.batch_sizes")
     return [Expansion(inputs=(*planning.variants, *built))]
 
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 import shutil
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
-from pydantic import BaseModel, Field, PositiveFloat, ValidationError, field_validator, model_validator
+from pydantic import Field, JsonValue, PositiveFloat, field_validator
 
 from deployopt import backends, plugins
 from deployopt.artifact import INT8_PRECISIONS, Artifact, Availability, Precision
 from deployopt.backends import Backend, BuildRequest
-from deployopt.bench.environment import without_folders
+from deployopt.bench.environment import versions, without_folders
+from deployopt.config import OptionsOf
 from deployopt.data import Leading
 from deployopt.errors import BuildFailed, DeployoptError, UsageError
 from deployopt.runtime.progress import Progress
@@ -39,14 +39,14 @@ distributions: tuple[str, ...] = ("onnx", "numpy")
 class Config(StageConfig):
     """Options of `build`."""
 
-    NOT_IN_KEY: ClassVar[frozenset[str]] = frozenset({"timeout_minutes"})
+    NOT_IN_KEY: ClassVar[frozenset[str]] = frozenset({"backends", "options", "on_unverified", "timeout_minutes"})  # see `_parameters`
 
     backends: tuple[str, ...] = Field(("onnxruntime", "openvino"), min_length=1, strict=False)
     """Runtimes to build for (`deployopt list backends`). One that this machine lacks stays in the report as unavailable."""
-    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    options: Annotated[dict[str, dict[str, JsonValue]], OptionsOf("backends", among="backends")] = Field(default={})
     """Options of single backends, by backend."""
     batch_sizes: tuple[int, ...] = Field((1, 8), min_length=1, strict=False)
-    """Batch sizes an engine's optimisation profile spans, from 1 to the largest, for which it is optimised. `benchmark` times no larger one on it."""
+    """Batch sizes an engine's optimisation profile spans, from 1 to the largest, for which it is optimised. `benchmark` times no larger one."""
     timeout_minutes: PositiveFloat = 60.0
     """One build that takes longer is ended, and its row has failed. Large INT8 networks take TensorRT some minutes."""
     on_unverified: Literal["warn", "fail"] = "warn"
@@ -73,39 +73,13 @@ class Config(StageConfig):
             raise ValueError(f"a batch size is at least 1, found {min(sizes)}")
         return tuple(sorted(set(sizes)))
 
-    @model_validator(mode="after")
-    def _options_fit(self) -> Config:
-        faults = [fault for name, options in self.options.items() for fault in self._option_faults(name, options)]
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
-
-    def _option_faults(self, name: str, options: Mapping[str, Any]) -> list[str]:
-        if name not in self.backends:
-            return [f"options.{name}: {plugins.unknown('backend', name, self.backends)}"]
-        model: type[BaseModel] | None = getattr(plugins.find("backends", name), "Options", None)
-        if model is None:
-            return [f"options.{name}.{key}: this backend has no options" for key in options]
-        try:
-            model.model_validate(dict(options))
-        except ValidationError as exc:
-            available = ", ".join(model.model_fields) or "none"
-            return [f"options.{name}.{'.'.join(map(str, e['loc']))}: {e['msg']} (available: {available})" for e in exc.errors()]
-        return []
-
 
 def expand(config: Config, planning: Planning) -> list[Expansion]:
     """One step for each exported ONNX and backend; those the backend cannot build here, or would not run as asked, carry the reason."""
     models = [point for point in planning.points if point.kind == "onnx"]
-    return [
-        _step(point, name, backend, probed) for name, backend, probed in ((name, found, found.probe()) for name, found in _load(config)) for point in models
-    ]
-
-
-def _load(config: Config) -> list[tuple[str, Backend]]:
-    """Every backend, and provider of one, that is asked for, by the name of its rows."""
-    names = (row for name in config.backends for row in backends.asked(name, config.options.get(name, {})))
-    return [(name, backends.find(name)) for name in names]
+    rows = [row for name in config.backends for row in backends.asked(name, config.options.get(name, {}))]
+    probed = {name: backends.find(name).probe() if planning.here else None for name in rows}
+    return [_step(point, name, config, found) for name, found in probed.items() for point in models]
 
 
 def _build_options(config: Config, name: str) -> dict[str, Any]:
@@ -114,38 +88,29 @@ def _build_options(config: Config, name: str) -> dict[str, Any]:
     return {key: value for key, value in given.items() if key != backends.PROVIDERS}
 
 
-def _step(source: Point, name: str, backend: Backend, probed: Availability) -> Expansion:
+def _step(source: Point, name: str, config: Config, probed: Availability | None) -> Expansion:
+    """`probed`: None while nothing may be asked of this machine."""
     if source.precision is None:
         raise UsageError(f"the exported model of '{source.variant}' states no precision; wanted one of {', '.join(get_args(Precision))}")
-    parameters: dict[str, Any] = {"backend": name, "runtime": probed.version, "distributions": _versions(backend.distributions)}
-    if backend.build_depends_on_machine:
-        parameters["device"] = probed.device
     return Expansion(
         inputs=(source,),
-        makes=(Point("engine", source.variant, source.family, precision=source.precision, backend=name),),
+        makes=(Point("engine", source.variant, source.family, precision=source.precision, backend=name, max_batch=max(config.batch_sizes)),),
         label=f"{source.variant}-{name}-{source.precision}",
-        parameters=parameters,
-        why_not=_why_not(probed, name, source.precision),
+        parameters=_parameters(name, source.precision, config, probed),
+        why_not=probed.obstacle(name, source.precision) if probed else None,
     )
 
 
-def _versions(names: Sequence[str]) -> dict[str, str]:
-    """Versions of the installed ones among some distributions."""
-    installed = {}
-    for name in names:
-        try:
-            installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return installed
-
-
-def _why_not(probed: Availability, name: str, precision: str) -> str | None:
-    if not probed.builds:
-        return probed.explanation or f"{name} cannot build on this machine and does not say why"
-    if precision not in probed.precisions:
-        return f"{name} does not know the precision {precision} (it has: {', '.join(probed.precisions)})"
-    return probed.precisions[precision]
+def _parameters(name: str, precision: str, config: Config, probed: Availability | None) -> dict[str, Any]:
+    """What this one artifact depends on: its own backend's options and versions, no other's."""
+    parameters: dict[str, Any] = {"backend": name, "options": _build_options(config, name)}
+    if precision in INT8_PRECISIONS:  # the policy decides whether what was built is kept
+        parameters["on_unverified"] = config.on_unverified
+    if probed is not None:
+        backend = backends.find(name)
+        parameters |= {"runtime": probed.version, "distributions": versions(backend.distributions)}
+        parameters |= {"device": probed.device} if backend.build_depends_on_machine else {}
+    return parameters
 
 
 def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:

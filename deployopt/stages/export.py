@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact, Precision
 from deployopt.data import ImageSet, Leading
-from deployopt.errors import ExportFailed, UsageError
+from deployopt.errors import ExportFailed, OptionRefused
 from deployopt.runtime.files import atomic_write
 from deployopt.runtime.preprocessing import PREPROCESSING_KEY
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
@@ -66,10 +66,11 @@ def expand(config: Config, planning: Planning) -> list[Expansion]:
             steps.append(Expansion((variant,), points, label=variant.variant, parameters={"precisions": chosen}))
     if not steps:
         families = ", ".join(f"{v.variant} ({v.family})" for v in planning.variants) or "none"
-        raise UsageError(
-            f"export.precisions {list(config.precisions)} fits no variant (variants: {families}); "
+        raise OptionRefused(
+            "precisions",
+            f"{', '.join(config.precisions)} fits no variant (variants: {families}); "
             f"float variants take {', '.join(FLOAT_PRECISIONS)}, quantised ones {', '.join(INT8_PRECISIONS)}",
-            "add a precision to export.precisions, or a qat or ptq stage before export",
+            "add a precision, or a qat or ptq stage before export",
         )
     return steps
 

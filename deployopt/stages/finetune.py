@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deployopt.nn.schedule import TrainingConfig
-from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
-from deployopt.stages._training import DISTRIBUTIONS, finish, load_parent, train
+from deployopt.stages import Expansion, Planning, StageConfig, StageContext, StepOutput, StepResult
+from deployopt.stages._training import DISTRIBUTIONS, finish, load_parent, next_point, train
 
 version = 1
 not_after: frozenset[str] = frozenset({"qat", "ptq", "export", "build", "benchmark"})
@@ -23,7 +23,7 @@ class Config(TrainingConfig, StageConfig):
 
 
 def expand(config: Config, planning: Planning) -> list[Expansion]:
-    return [Expansion(inputs=(planning.trunk,), makes=(Point("torch", planning.name, "float"),))]
+    return [Expansion(inputs=(planning.trunk,), makes=(next_point(planning, "float"),))]
 
 
 def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:

@@ -185,7 +185,7 @@ class Config(StageConfig):
 
 
 def expand(config: Config, planning: Planning) -> list[Expansion]:
-    timed = key_parts(config.where) if config.is_timed else {}
+    timed = key_parts(config.where) if config.is_timed and planning.here else {}
     return [Expansion((planning.trunk,), (next_point(planning, "float"),), parameters=timed)]
 
 

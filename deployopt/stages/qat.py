@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from deployopt.errors import UsageError
+from deployopt.config import ForLoss
 from deployopt.stages import Expansion, StageConfig, StageContext, StepOutput, StepResult
 from deployopt.stages._mixed_precision import check, decide
 from deployopt.stages._quantize import DISTRIBUTIONS, Observer, Quantization, calibrated, expand, parent_outputs, validation_outputs
@@ -16,7 +16,6 @@ from deployopt.stages._training import TrainingConfig, finish, load_parent, trai
 
 if TYPE_CHECKING:
     from deployopt.nn.prepared import Prepared
-    from deployopt.tasks import Task
 
 __all__ = ["Config", "Distill", "after", "cacheable", "distributions", "expand", "from_scratch", "not_after", "run", "timed", "trains", "version"]
 
@@ -33,8 +32,8 @@ distributions = DISTRIBUTIONS
 class Distill(StageConfig):
     """Learn from the float parent's outputs as well (Hinton et al., https://arxiv.org/abs/1503.02531)."""
 
-    temperature: float = Field(default=4.0, gt=0)
-    """Softens both distributions; classification only."""
+    temperature: Annotated[float, ForLoss("cross_entropy")] = Field(default=4.0, gt=0)
+    """Softens both distributions; of cross entropy only."""
     weight: float = Field(default=0.5, gt=0, le=1)
     """Loss = (1 − weight) · task loss + weight · distance to the parent's outputs."""
 
@@ -66,7 +65,6 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     from deployopt.nn.losses import Distillation
     from deployopt.nn.quantizer import fake_quantized
 
-    _check_temperature(config, context.task)
     check(context, config)
     network = load_parent(inputs, context.threads)
     prepared, reference = calibrated(context, config, network), parent_outputs(context, config, network)
@@ -87,11 +85,6 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     if config.automatic is not None:
         facts["validation"] = context.task.score(validation_outputs(context, quantized), context.dataset().validation.targets)
     return finish(context, network, expansion.inputs[0].variant, "int8", scored=quantized, **facts)
-
-
-def _check_temperature(config: Config, task: Task) -> None:
-    if config.distill is not None and "temperature" in config.distill.model_fields_set and task.loss != "cross_entropy":
-        raise UsageError(f"qat.distill.temperature softens classes, and the loss of this task is {task.loss}", "remove distill.temperature")
 
 
 def _freeze(prepared: Prepared, config: Config, epoch: int) -> None:

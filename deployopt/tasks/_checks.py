@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def checked(outputs: NDArray[Any], n: int) -> NDArray[Any]:
@@ -14,6 +14,8 @@ def checked(outputs: NDArray[Any], n: int) -> NDArray[Any]:
     Raises:
         ValueError: another shape, no image at all, or NaN or infinities (says how many images have them).
     """
+    import numpy as np
+
     if outputs.ndim != 2 or len(outputs) != n or n == 0:
         raise ValueError(f"wanted outputs [{n}, K] with at least one image, found {list(outputs.shape)}")
     finite = np.isfinite(outputs).all(axis=1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal
 
 from deployopt.errors import UsageError
 from deployopt.tasks._checks import checked
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 primary = "top1"
 higher_is_better = True
@@ -22,6 +22,8 @@ def head_width(targets: NDArray[Any], classes: tuple[str, ...]) -> int:
     Raises:
         UsageError: the data set has no classes, or targets that are not class indices.
     """
+    import numpy as np
+
     if not classes or targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
         raise UsageError(f"classification wants class indices; the data set has {len(classes)} classes and {targets.dtype} targets", "task: regression")
     return len(classes)
@@ -29,6 +31,8 @@ def head_width(targets: NDArray[Any], classes: tuple[str, ...]) -> int:
 
 def score(outputs: NDArray[Any], targets: NDArray[Any]) -> dict[str, float | int]:
     """top1, and top5 when there are more than five classes."""
+    import numpy as np
+
     outputs = checked(outputs, len(targets))
     result: dict[str, float | int] = {"top1": float(np.mean(outputs.argmax(axis=1) == targets))}
     if outputs.shape[1] > 5:
@@ -39,6 +43,8 @@ def score(outputs: NDArray[Any], targets: NDArray[Any]) -> dict[str, float | int
 
 def agree(outputs: NDArray[Any], reference: NDArray[Any]) -> dict[str, float]:
     """Share of images with the same most likely class, and the largest difference of any logit."""
+    import numpy as np
+
     outputs, reference = checked(outputs, len(reference)), checked(reference, len(reference))
     return {
         "agreement": float(np.mean(outputs.argmax(axis=1) == reference.argmax(axis=1))),
@@ -48,6 +54,8 @@ def agree(outputs: NDArray[Any], reference: NDArray[Any]) -> dict[str, float]:
 
 def details(outputs: NDArray[Any], targets: NDArray[Any], classes: tuple[str, ...]) -> dict[str, Any]:
     """The confusion matrix: row = true class, column = predicted class."""
+    import numpy as np
+
     predicted = checked(outputs, len(targets)).argmax(axis=1)
     confusion = np.zeros((len(classes), len(classes)), np.int64)
     np.add.at(confusion, (targets, predicted), 1)

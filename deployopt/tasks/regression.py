@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal
 
 from deployopt.errors import UsageError
 from deployopt.tasks._checks import checked
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 primary = "mae"
 higher_is_better = False
@@ -23,6 +23,8 @@ def head_width(targets: NDArray[Any], classes: tuple[str, ...]) -> int:
     Raises:
         UsageError: targets are not real vectors.
     """
+    import numpy as np
+
     if targets.ndim != 2 or not np.issubdtype(targets.dtype, np.floating):
         raise UsageError(f"regression wants float targets [N, K], the data set has {targets.dtype} {list(targets.shape)}", "task: classification")
     return int(targets.shape[1])
@@ -30,6 +32,8 @@ def head_width(targets: NDArray[Any], classes: tuple[str, ...]) -> int:
 
 def score(outputs: NDArray[Any], targets: NDArray[Any]) -> dict[str, float | int]:
     """Mean absolute error, root mean squared error, and R² averaged over the outputs (1 is perfect, 0 is predicting the mean)."""
+    import numpy as np
+
     error = checked(outputs, len(targets)).astype(np.float64) - targets
     residual, total = (error**2).sum(axis=0), ((targets - targets.mean(axis=0, dtype=np.float64)) ** 2).sum(axis=0)
     # a constant target has no variance to explain: 1 if it is met exactly, else 0 (as scikit-learn's r2_score)
@@ -39,6 +43,8 @@ def score(outputs: NDArray[Any], targets: NDArray[Any]) -> dict[str, float | int
 
 def agree(outputs: NDArray[Any], reference: NDArray[Any]) -> dict[str, float]:
     """Share of images whose every output lies within 5 % of the reference outputs' standard deviation, and the largest difference."""
+    import numpy as np
+
     difference = np.abs(checked(outputs, len(reference)).astype(np.float64) - checked(reference, len(reference)))
     within = difference <= AGREEMENT_TOLERANCE * reference.std(axis=0, dtype=np.float64)
     return {"agreement": float(within.all(axis=1).mean()), "max_abs_diff": float(difference.max())}
@@ -46,6 +52,8 @@ def agree(outputs: NDArray[Any], reference: NDArray[Any]) -> dict[str, float]:
 
 def details(outputs: NDArray[Any], targets: NDArray[Any], classes: tuple[str, ...]) -> dict[str, Any]:
     """Quantiles (5, 25, 50, 75, 95 %) of the signed error, per output."""
+    import numpy as np
+
     error = checked(outputs, len(targets)).astype(np.float64) - targets
     levels = [0.05, 0.25, 0.5, 0.75, 0.95]
     return {"error_quantiles": {"levels": levels, "values": np.quantile(error, levels, axis=0).T.tolist()}}

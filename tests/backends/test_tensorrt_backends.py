@@ -20,7 +20,7 @@ from deployopt.graph.casts import cast
 from deployopt.graph.tensorrt import check_tensorrt8
 from deployopt.runtime import manifest
 from deployopt.runtime.child import GRACE_SECONDS
-from deployopt.runtime.cuda import find_gpu, runtime_version
+from deployopt.runtime.cuda import find_gpu
 from deployopt.runtime.hashing import sha256_file
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import SilentProgress
@@ -264,7 +264,8 @@ def test_artifact_and_manifest_describe_the_engine(int8):
     assert int8.outputs == described.outputs == (TensorSpec("logits", ("batch", CLASSES), "float32"),)
     assert described.onnx_sha256 == sha256_file(int8.path.with_name("model.onnx"))
     assert (described.vendor, described.compute_capabilities, described.precision) == ("tensorrt_rtx", ("8.6",), "int8")
-    assert described.cuda == runtime_version()
+    code = "from deployopt.runtime.cuda import runtime_version; print(runtime_version())"  # in this process torch may have loaded its own
+    assert str(described.cuda) == subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert (described.gpu is None) == (not has_gpu())
     assert described.options == int8.metadata["options"] == {"batch_sizes": [1, 4], "compute_capabilities": ["8.6"], "tf32": False}
     assert described.profiles[0]["input"] == {"min": (1, 3, SIZE, SIZE), "opt": (4, 3, SIZE, SIZE), "max": (4, 3, SIZE, SIZE)}

@@ -61,6 +61,25 @@ def test_a_plan_is_made_without_the_data_or_their_package(recipe: Path, monkeypa
     made = pipeline.plan(load_recipe(recipe))
     assert isinstance(made.data_problem, MissingDependency)
     assert not any(s.cached for s in made.steps)
+    assert made.steps[1].why == f"not here: {made.data_problem.message}"
+
+
+def test_a_plan_says_that_the_weights_are_missing(recipe: Path, tmp_path: Path) -> None:
+    from io import StringIO
+
+    from rich.console import Console
+
+    from deployopt.errors import DataNotFound
+    from deployopt.report import plan
+
+    made = pipeline.plan(load_recipe(recipe, [f"model.weights={tmp_path / 'absent.pth'}"]), cache_home=tmp_path)
+    assert isinstance(made.data_problem, DataNotFound)
+    facts = {"data_problem": str(made.data_problem), "seconds": made.seconds, "device": "cpu", "threads": 1, "processes": 1}
+    steps = [{"id": s.id, "cached": s.cached, "runs": s.runnable, "why": s.why, "seconds": s.seconds} for s in made.steps]
+    shown = StringIO()
+    plan.render({**facts, "steps": steps}, Console(file=shown, width=120))
+    assert shown.getvalue().count("absent.pth does not exist\n  → model.weights is null, imagenet, the path of") == 1
+    assert "time for what would run: unknown (what they need is not here)" in shown.getvalue()
 
 
 def test_problems_of_all_sections_come_at_once(tmp_path: Path) -> None:
@@ -92,9 +111,16 @@ def test_an_accuracy_budget_without_scores_is_refused_where_it_stands(tmp_path: 
         pipeline.plan(load_recipe(path, override))
 
 
-def test_how_long_a_build_may_take_is_not_part_of_its_key(recipe: Path, tmp_path: Path) -> None:
-    keys = [
-        [step.key for step in pipeline.plan(load_recipe(recipe, overrides), device="cpu", threads=1, cache_home=tmp_path).steps if step.stage_name == "build"]
-        for overrides in ((), ("stages.build.timeout_minutes=5",), ("stages.build.on_unverified=fail",))
-    ]
-    assert keys[0] == keys[1] != keys[2]
+def test_a_build_is_keyed_by_what_it_is_made_from_alone(recipe: Path, tmp_path: Path) -> None:
+    def keys(*overrides: str) -> dict[str, str | None]:
+        steps = pipeline.plan(load_recipe(recipe, overrides), device="cpu", threads=1, cache_home=tmp_path).steps
+        return {s.id: s.key for s in steps if s.stage_name == "build" and ("-onnxruntime-" in s.id or "-tensorrt-" in s.id)}
+
+    both = "stages.build.backends=[tensorrt, onnxruntime]"
+    first = keys(both)
+    assert len(first) == 2 * (3 + 3 + 1)  # two float variants in three precisions, one in INT8
+    assert keys(both, "stages.build.timeout_minutes=5") == keys() == first  # other backends beside
+    tuned = keys(both, "stages.build.options={tensorrt: {optimization_level: 5}}")
+    assert {name for name in first if tuned[name] != first[name]} == {name for name in first if "-tensorrt-" in name}
+    strict = keys(both, "stages.build.on_unverified=fail")
+    assert {name for name in first if strict[name] != first[name]} == {name for name in first if name.endswith("-int8")}

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from deployopt.artifact import Artifact
 from deployopt.bench import artifacts as bench_artifacts
 from deployopt.bench.targets import opener
+from deployopt.errors import OptionRefused
 from deployopt.runtime.progress import SilentProgress
 from deployopt.stages import Expansion, Planning, Point, StageContext, StepOutput, benchmark
 from deployopt.tasks import classification
@@ -77,6 +78,14 @@ def test_expand_reads_variants_and_what_was_built():
     (expansion,) = benchmark.expand(benchmark.Config(), Planning([START, DENSE, CANONICAL, artifact], "benchmark"))
     assert expansion.inputs == (DENSE, artifact)
     assert expansion.makes == ()
+
+
+def test_batches_larger_than_anything_is_built_for_are_refused():
+    points = [START, DENSE, replace(built("dense", "fp32", "03"), max_batch=8), built("dense", "fp16", "04")]
+    with pytest.raises(OptionRefused, match=r"wants batches of 16, .* up to 8\n  → add 16 to build\.batch_sizes") as caught:
+        benchmark.expand(benchmark.Config(batch_sizes=[1, 16]), Planning(points, "benchmark"))
+    assert caught.value.option == "batch_sizes"
+    assert len(benchmark.expand(benchmark.Config(batch_sizes=[8]), Planning(points, "benchmark"))) == 1
 
 
 def test_config_takes_a_list_from_yaml():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from deployopt.errors import UsageError
+from deployopt.errors import OptionRefused
 from deployopt.stages import Planning, Point, export
 from deployopt.stages._parity import limit_of
 
@@ -34,7 +34,7 @@ def test_a_variant_that_no_precision_fits_makes_nothing() -> None:
 
 
 def test_precisions_that_fit_no_variant_are_refused() -> None:
-    with pytest.raises(UsageError, match="fits no variant"):
+    with pytest.raises(OptionRefused, match=r"int8 fits no variant \(variants: finetune \(float\)\)"):
         export.expand(export.Config(precisions=("int8",)), Planning([FLOAT], "export"))
 
 

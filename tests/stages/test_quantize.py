@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deployopt.errors import ExportFailed, UsageError
+from deployopt.errors import ExportFailed
 from deployopt.nn import checkpoint
 from deployopt.nn.capture import example_input
 from deployopt.nn.export import deployed, to_onnx
 from deployopt.nn.models import Network
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.stages import StepOutput, export, finetune, init, prune, ptq, qat
-from deployopt.tasks import regression
 
 TRAIN = {"batch_size": 32, "warmup_epochs": 0.0}
 START = [(init, init.Config(fan_out=False)), (finetune, finetune.Config(epochs=2, **TRAIN))]
@@ -56,12 +55,6 @@ def test_distillation_learns_from_the_float_parent(run_stages, pruned: list[Step
     assert step.record["accuracy"]["top1"] >= pruned[-1].record["accuracy"]["top1"] - 0.05
     weights = [checkpoint.load(s.folder).get_parameter("body.conv1.weight") for s in (step, pruned[-1])]
     assert not torch.equal(*weights)
-
-
-def test_a_temperature_is_refused_where_nothing_is_classified(run_stages, pruned: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    config = qat.Config.model_validate({"epochs": 1, "distill": {"temperature": 2.0}, **TRAIN})
-    with pytest.raises(UsageError, match=r"distill\.temperature softens classes.*smooth_l1"):
-        run_stages(tmp_path, [(qat, config)], pruned, task=regression)
 
 
 def test_ptq_leaves_the_weights_and_keeps_the_accuracy(run_stages, pruned: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
