@@ -19,7 +19,7 @@ from deployopt.pipeline.inspection import REPORTED
 from deployopt.pipeline.invocation import RESULT, Invocation, load_data, read_output, write_result
 from deployopt.pipeline.planning import Plan, Step
 from deployopt.recipe import read_document
-from deployopt.runtime.files import atomic_write, atomic_write_json
+from deployopt.runtime.files import atomic_write, atomic_write_json, is_left_behind
 from deployopt.runtime.hashing import sha256_json
 from deployopt.runtime.progress import Progress, SilentProgress
 from deployopt.stages import StepOutput, StepResult
@@ -76,13 +76,16 @@ def execute(planned: Plan, run_dir: Path | None = None, observer: Observer | Non
 
 def _adopt(folder: Path, planned: Plan) -> None:
     """Make sure that the folder is new or a run of this recipe, and clear what this plan will not make again."""
-    found = sorted(p.name for p in folder.iterdir() if p.name not in {".lock", ".owner.json", "log.txt"})
+    left = [p for p in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")) if is_left_behind(p.name)]  # by a killed run: this one holds the folder's lock
+    found = sorted(p.name for p in folder.iterdir() if p not in left and p.name not in {".lock", ".owner.json", "log.txt"})
     if found and "recipe.yaml" not in found:
         raise UsageError(f"wanted a run folder, found {folder.name} with {', '.join(found[:5])}", "choose another folder with --run-dir")
     if found:
         earlier = read_document(folder / "recipe.yaml").data.get("name")
         if earlier != planned.recipe.name:
             raise UsageError(f"{folder.name} is a run of the recipe '{earlier}', not of '{planned.recipe.name}'", "choose another folder with --run-dir")
+    for temporary in left:
+        temporary.unlink()
     steps = {step.id for step in planned.steps}
     for old in [p.parent for p in folder.glob(f"*/{RESULT}") if p.parent.name not in steps]:
         shutil.rmtree(old)

@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, Union
+
+
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as `tempfile.mkstemp` names what `atomic_write` asks for
 
 
 def fsync_directory(path: Path) -> None:
@@ -14,6 +18,11 @@ def fsync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def is_left_behind(name: str) -> bool:
+    """Whether a file of this name is what `atomic_write` leaves beside its target when it is killed."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def atomic_write(path: Path, data: Union[bytes, str]) -> None:
