@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deployopt.report import units
-from deployopt.report.records import Facts, Pruning, told
+from deployopt.report.records import Facts, told
 from deployopt.report.summary import EARLIER, Report
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -14,7 +14,7 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 def variants(report: Report) -> list[tuple[str, Facts, bool]]:
     """(variant, what of its record's "pruning" can be told, whether it comes from the cache), in trunk order; without those of which nothing can."""
-    found = ((v["name"], told(Pruning, (v.get("record") or {}).get("pruning")), bool(v.get("cached"))) for v in report["variants"])
+    found = ((v["name"], told(v, "pruning"), bool(v.get("cached"))) for v in report["variants"])
     return [(name, facts, cached) for name, facts, cached in found if facts]
 
 

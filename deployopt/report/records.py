@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, NotRequired, get_type_hints
+from typing import Any, Literal, NotRequired, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # typing's has no types that pydantic can read on Python 3.11
@@ -162,18 +162,22 @@ class Quantization(TypedDict, total=False):
     mixed_precision: MixedPrecision
 
 
-def told(form: type[Any], record: Any) -> dict[str, Any]:
-    """Those parts of a `Pruning` or `Quantization` record that have their form and are not empty, with nothing else in them; {} for what is no record."""
-    given = record if isinstance(record, Mapping) else {}
+_FORMS: Mapping[str, type[Any]] = {"pruning": Pruning, "quantization": Quantization}
+
+
+def told(variant: Mapping[str, Any], part: Literal["pruning", "quantization"]) -> dict[str, Any]:
+    """Of this part of a variant's record what has its form and is not empty, with nothing else in it; {} where there is nothing such."""
+    record = variant.get("record")
+    given = record.get(part) if isinstance(record, Mapping) else None
     found = {}
-    for name, part in _parts(form).items():
+    for name, form in _forms(part).items():
         try:
-            found[name] = part.validate_python(given.get(name))
+            found[name] = form.validate_python(given.get(name) if isinstance(given, Mapping) else None)
         except ValidationError:
             continue
-    return {name: part for name, part in found.items() if part}
+    return {name: value for name, value in found.items() if value}
 
 
 @cache
-def _parts(form: type[Any]) -> dict[str, TypeAdapter[Any]]:
-    return {name: TypeAdapter(hint) for name, hint in get_type_hints(form).items()}
+def _forms(part: str) -> dict[str, TypeAdapter[Any]]:
+    return {name: TypeAdapter(hint) for name, hint in get_type_hints(_FORMS[part]).items()}

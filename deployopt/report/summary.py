@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from deployopt.artifact import INT8_PRECISIONS
 from deployopt.report import units
-from deployopt.report.records import Quantization, told
+from deployopt.report.records import told
 
 Report = Mapping[str, Any]
 JsonRow = Mapping[str, Any]
@@ -119,7 +119,7 @@ class SensitivityTable(NamedTuple):
 
 def sensitivities(variants: Sequence[Mapping[str, Any]], task: Mapping[str, Any]) -> list[SensitivityTable]:
     """One for each variant whose stage was asked for `sensitivity`."""
-    known = ((v, told(Quantization, (v.get("record") or {}).get("quantization"))) for v in variants)
+    known = ((v, told(v, "quantization")) for v in variants)
     return [_sensitivity(v, found, task) for v, found in known if "sensitivity" in found]
 
 
