@@ -160,7 +160,7 @@ class Availability:
 
 @dataclass
 class Row:
-    """One line of a report (`interfaces.md`: rows). Fields are JSON as they are; None where not measured."""
+    """One line of a report: an entry of report.json's "rows". Fields are JSON as they are; None where not measured."""
 
     variant: str
     backend: str

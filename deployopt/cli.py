@@ -40,6 +40,7 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default the cores this process may use.")]
 NprocOption = Annotated[int, typer.Option(min=1, help="Processes that train side by side; they divide the CPU threads, or take one GPU each.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 
 
@@ -54,8 +55,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _end_interrupted()
     except SystemExit as ending:
         if isinstance(ending.__context__, BrokenPipeError):  # stderr's reader left; typer ends with 1, which would be a missed budget
             sys.exit(130)
@@ -63,9 +63,11 @@ def main() -> None:
     except OSError as error:
         if error.errno not in _MACHINES_FAULTS:
             _report_bug()
-        print(f"error: {error.filename or 'a file'}: {error.strerror}{_MACHINES_FAULTS[error.errno]}", file=sys.stderr)
-        sys.exit(3)
+        print(f"error: {error.filename or 'a file'}: {error.strerror}\n  → {_MACHINES_FAULTS[error.errno]}", file=sys.stderr)
+        sys.exit(LackingEnvironment.exit_code)
     except Exception as error:
+        if type(error).__name__ == "Abort":  # what typer makes of Ctrl-C
+            _end_interrupted()
         code = _click_exit_code(error)
         if code is None:
             _report_bug()
@@ -92,17 +94,20 @@ class _Stdout(io.TextIOWrapper):
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
 
 
-_MACHINES_FAULTS = {  # what the machine refuses, and what mends it
-    errno.ENOSPC: "\n  → free space; `deployopt cache prune --max-size 5GB` removes finished steps",
-    errno.EDQUOT: "\n  → free space; `deployopt cache prune --max-size 5GB` removes finished steps",
-    errno.ENOENT: "",
-    errno.EACCES: "",
-    errno.EPERM: "",
-    errno.EROFS: "",
-    errno.ENOTDIR: "",
-    errno.EISDIR: "",
-    errno.ENAMETOOLONG: "",
+_FREE_SPACE = "free space; `deployopt cache prune --max-size 5GB` removes finished steps"
+_MACHINES_FAULTS = {  # what the machine refuses, and what mends it; a path that is not there is told by who asks for it, or is our bug
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EACCES: "give this user the right to it, or name another place",
+    errno.EPERM: "give this user the right to it, or name another place",
+    errno.EROFS: "name a place that can be written",
+    errno.ENAMETOOLONG: "give a shorter path",
 }
+
+
+def _end_interrupted() -> NoReturn:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 def _report_bug() -> NoReturn:
@@ -116,7 +121,7 @@ def _click_exit_code(error: Exception) -> int | None:
     show = getattr(error, "show", None)
     code = getattr(error, "exit_code", None)
     if not isinstance(code, int):
-        return 130 if type(error).__name__ == "Abort" else None
+        return None
     if show is not None:
         show()
     return code
@@ -146,7 +151,7 @@ def run(
 ) -> None:
     """Run a recipe to its report."""
     from deployopt import load_recipe, pipeline, store
-    from deployopt.report import terminal
+    from deployopt.report import terminal, verdict
     from deployopt.report.live import LiveProgress
     from deployopt.runtime.hashing import sha256_json
 
@@ -157,12 +162,15 @@ def run(
     steps = [(s.id, s.title) for s in planned.steps]
     asked = {"device": None if device == "auto" else device, "threads": threads, "nproc": None if nproc == 1 else nproc}
     resume = _command("run", recipe, set_, run_dir=folder, until=until, **asked)
-    with _resume_hint(folder, resume), LiveProgress(_console(stderr=True), steps, quiet=quiet) as live:
-        document = pipeline.execute(planned, folder, live, fresh=fresh)
-    if json_:
-        _print_json(document)
-    else:
-        terminal.render(document, _console(), run_dir=folder)
+    with _resume_hint(folder, resume, fresh):
+        with LiveProgress(_console(stderr=True), steps, quiet=quiet) as live:
+            document = pipeline.execute(planned, folder, live, fresh=fresh)
+        if json_:
+            _print_json(document)
+        else:
+            terminal.render(document, _console(), run_dir=folder)
+        if (shortfall := verdict.shortfall(document)) is not None:
+            raise shortfall
     if not document.met:
         raise typer.Exit(1)
 
@@ -252,29 +260,32 @@ def bench(
     backend: Annotated[str | None, typer.Option(help="Runtime; by default from the file's kind.")] = None,
     batch: Annotated[str, typer.Option(metavar="N[,N...]", help="Batch sizes.")] = "1",
     seconds: Annotated[float, typer.Option(min=0.1, help="At least so long for each artifact and batch size.")] = 3.0,
+    device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     scenario: Annotated[
         Literal["single_stream", "offline"], typer.Option(help="offline keeps a stream a thread busy and compares throughputs.")
     ] = "single_stream",
     profile: Annotated[bool, typer.Option("--profile", help="Then time each layer: where the time goes, and in which precision.")] = False,
     json_: JsonOption = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    quiet: QuietOption = False,
 ) -> int:
     """Time artifacts, interleaved, and compare them."""
+    from deployopt import pipeline
     from deployopt.bench.artifacts import bench_artifacts
     from deployopt.report import terminal
     from deployopt.report.live import LiveProgress
     from deployopt.runtime import host
 
-    sizes = _integers("--batch", batch)
+    sizes, place, cores = _integers("--batch", batch), pipeline.choose_device(device), threads or host.usable_cores()
     with LiveProgress(_console(stderr=True), [], quiet=quiet) as live:
         rows = bench_artifacts(
             artifacts,
             backend=backend,
             batch_sizes=sizes,
             seconds=seconds,
-            threads=threads or host.usable_cores(),
+            threads=cores,
             scenario=scenario,
+            device=place,
             profile=profile,
             progress=live,
         )
@@ -293,15 +304,18 @@ def eval_(
     data: Annotated[str, typer.Option(metavar="SPEC", help="digits, or imagefolder:folder=./images,image_size=224.")],
     task: Annotated[str, typer.Option(help="Task that scores it.")] = "classification",
     backend: Annotated[str | None, typer.Option(help="Runtime; by default from the file's kind.")] = None,
+    device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     json_: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Score an artifact on the test split of a data set."""
     from deployopt import pipeline
     from deployopt.report.live import LiveProgress
 
-    with LiveProgress(_console(stderr=True), [], quiet=json_) as live:
-        score = pipeline.evaluate(artifact, data, task=task, backend=backend, threads=threads, progress=live)
+    place = pipeline.choose_device(device)
+    with LiveProgress(_console(stderr=True), [], quiet=quiet) as live:
+        score = pipeline.evaluate(artifact, data, task=task, backend=backend, threads=threads, device=place, progress=live)
     if json_:
         _print_json(score)
     else:
@@ -316,12 +330,20 @@ def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)],
     backend: Annotated[str | None, typer.Option(help="Runtime; by default from the file's kind.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes shown for each image.")] = 3,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     json_: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Predict images with the same preprocessing that evaluation uses."""
+    from deployopt import pipeline
     from deployopt.bench.artifacts import predict as run_predict
+    from deployopt.report.live import LiveProgress
+    from deployopt.runtime import host
 
-    found = run_predict(artifact, images, backend=backend, top=top)
+    place, cores = pipeline.choose_device(device), threads or host.usable_cores()
+    with LiveProgress(_console(stderr=True), [], quiet=quiet) as live:
+        found = run_predict(artifact, images, backend=backend, top=top, threads=cores, device=place, progress=live)
     if json_:
         _print_json(found)
         return
@@ -350,7 +372,8 @@ def report(
     if output is None:
         print(text, end="")
     else:
-        atomic_write(output, text)
+        with _writing(output, "--output"):
+            atomic_write(output, text)
 
 
 @app.command()
@@ -373,7 +396,7 @@ def compare(
     junit: Annotated[Path | None, typer.Option(help="Write JUnit here.")] = None,
     history: Annotated[Path | None, typer.Option(metavar="FILE", help="Append NEW's figures to this JSON-lines file.")] = None,
     json_: JsonOption = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Compare two runs, row by row; exit code 1 on a regression beyond a gate."""
     from deployopt import report as reports
@@ -401,16 +424,19 @@ def compare(
             measured = again.rerun(before, after, again.Plan(lifetimes, narrow, seconds, threads), live, row or ())
     folders = [path if path.is_dir() else path.parent for path in (base, new)]
     result = compare_reports(before, after, folders[0], folders[1], gates, only=row or (), reran=measured).to_json()
-    if markdown is not None:
-        atomic_write(markdown, rendered.render_markdown(result))
-    if junit is not None:
-        atomic_write(junit, rendered.render_junit(result))
-    if history is not None:
-        trend.append(history, trend.entry(after, result))
     if json_:
         _print_json(result)
     else:
         rendered.render_terminal(result, _console())
+    if markdown is not None:
+        with _writing(markdown, "--markdown"):
+            atomic_write(markdown, rendered.render_markdown(result))
+    if junit is not None:
+        with _writing(junit, "--junit"):
+            atomic_write(junit, rendered.render_junit(result))
+    if history is not None:
+        with _writing(history, "--history"):
+            trend.append(history, trend.entry(after, result))
     if not result["gate"]["met"]:
         raise typer.Exit(1)
 
@@ -430,7 +456,8 @@ def history(
     if output is None:
         print(text, end="")
     else:
-        atomic_write(output, text)
+        with _writing(output, "--output"):
+            atomic_write(output, text)
 
 
 @cache_app.command("dir")
@@ -455,17 +482,38 @@ def cache_ls(json_: JsonOption = False) -> None:
 
 
 @cache_app.command("prune")
-def cache_prune(max_size: Annotated[str, typer.Option(metavar="SIZE", help="Keep at most so much, as 20GB, 500MB or 0.")] = "20GB") -> None:
+def cache_prune(
+    max_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Keep at most so much, as 20GB, 500MB or 0; by default what every run keeps, $DEPLOYOPT_CACHE_MAX_SIZE or 20GB."),
+    ] = None,
+) -> None:
     """Remove the longest unused steps until the rest fits."""
     from deployopt import store
 
-    removed, left = store.Cache().prune(_bytes("--max-size", max_size))
+    removed, left = store.Cache().prune(store.size_cap() if max_size is None else store.parse_size("--max-size", max_size))
     print(f"removed {removed} steps, {left / 1e6:.1f} MB left")
 
 
 @contextmanager
-def _resume_hint(folder: Path, command: str) -> Iterator[None]:
-    """After a failure, print the command that goes on from the last finished step, if the run had begun."""
+def _writing(path: Path, option: str) -> Iterator[None]:
+    """Name the file and the option that asked for it where it cannot be written; a full disk has a remedy of its own."""
+    try:
+        yield
+    except OSError as error:
+        if _MACHINES_FAULTS.get(error.errno or 0) == _FREE_SPACE:
+            raise
+        remedy = f"name a file in a folder that exists and can be written: {option} FILE"
+        raise LackingEnvironment(f"{path} cannot be written: {error.strerror}", remedy) from error
+
+
+@contextmanager
+def _resume_hint(folder: Path, command: str, fresh: bool) -> Iterator[None]:
+    """After a failure, print the command that goes on from the last finished step, if the run had begun.
+
+    Args:
+        fresh: the run took nothing from the cache; the command leaves that out, and says so.
+    """
     try:
         yield
     except UsageError:
@@ -473,6 +521,8 @@ def _resume_hint(folder: Path, command: str) -> Iterator[None]:
     except (Exception, KeyboardInterrupt):  # whatever ended the run, it is re-raised and can be gone on from
         if (folder / "recipe.yaml").exists():
             print(f"to go on from the last finished step: {command}", file=sys.stderr)
+            if fresh:
+                print("  (without --fresh, which would begin again; a step that it had not reached may then come from the cache)", file=sys.stderr)
         raise
 
 
@@ -534,20 +584,6 @@ def _quantity(option: str, text: str, unit: str, scale: float) -> float:
     if not 0 <= value < float("inf"):
         raise UsageError(f"{option}: wanted a number such as 5{unit}; found '{text}'")
     return value * scale
-
-
-def _bytes(option: str, text: str) -> int:
-    for suffix, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3), ("B", 1), ("", 1)):
-        if text.upper().endswith(suffix):
-            number = text[: len(text) - len(suffix)].strip()
-            try:
-                value = float(number)
-            except ValueError:
-                break
-            if 0 <= value < float("inf"):
-                return int(value * factor)
-            break
-    raise UsageError(f"{option}: wanted a size such as 20GB or 500MB; found '{text}'")
 
 
 if __name__ == "__main__":

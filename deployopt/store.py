@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from deployopt.errors import ArtifactCorrupt, LackingEnvironment, RunLocked
+from deployopt.errors import ArtifactCorrupt, LackingEnvironment, RunLocked, UsageError
 from deployopt.runtime.files import atomic_write_json, fsync_directory
 from deployopt.runtime.hashing import sha256_file, sha256_json
 
@@ -29,11 +29,36 @@ T = TypeVar("T")
 DONE = "DONE"
 _SHA256 = re.compile("[0-9a-f]{64}")
 FORMAT = 2  # of DONE and of the artifacts' digests; another one is a miss
+SIZE_CAP_VARIABLE, SIZE_CAP = "DEPLOYOPT_CACHE_MAX_SIZE", "20GB"
 
 
 def cache_home() -> Path:
     """`$XDG_CACHE_HOME/deployopt`, by default `~/.cache/deployopt` (XDG Base Directory Specification)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deployopt"
+
+
+def size_cap() -> int:
+    """Bytes that a run leaves in the cache at most, beside what it used itself: $DEPLOYOPT_CACHE_MAX_SIZE, by default 20 GB.
+
+    Raises:
+        UsageError: the variable holds no size.
+    """
+    return parse_size(SIZE_CAP_VARIABLE, os.environ.get(SIZE_CAP_VARIABLE) or SIZE_CAP)
+
+
+def parse_size(name: str, text: str) -> int:
+    """Bytes of "20GB", "500 MB" or "0", in decimal units. Raises UsageError, which calls it by `name`."""
+    for suffix, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3), ("B", 1), ("", 1)):
+        if text.upper().endswith(suffix):
+            number = text[: len(text) - len(suffix)].strip()
+            try:
+                value = float(number)
+            except ValueError:
+                break
+            if 0 <= value < float("inf"):
+                return int(value * factor)
+            break
+    raise UsageError(f"{name}: wanted a size such as 20GB or 500MB; found '{text}'")
 
 
 @dataclass(frozen=True)
@@ -108,7 +133,7 @@ class Cache:
 
     def __init__(self, home: Path | None = None) -> None:
         self.home = home or cache_home()
-        self._steps = self.home / "steps"
+        self._steps, self._choices, self._durations = (self.home / name for name in ("steps", "choices", "durations"))
 
     def find(self, key: str, inputs: tuple[str, ...] | None = None) -> Entry | Miss:
         """The verified entry of a key, or why there is none.
@@ -191,18 +216,22 @@ class Cache:
 
     def remember_seconds(self, key: str, seconds: float) -> None:
         """How long a step took that is never cached, for the next plan."""
-        folder = self.home / "durations"
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(folder / f"{key}.json", round(seconds, 3))
+        self._durations.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(self._durations / f"{key}.json", round(seconds, 3))
 
     def seconds(self, key: str) -> float | None:
         """What `remember_seconds` was told last; None if nothing."""
-        path = self.home / "durations" / f"{key}.json"
+        path = self._durations / f"{key}.json"
         return float(json.loads(path.read_text())) if path.exists() else None
 
-    def choices(self, key: str, *, fresh: bool = False) -> StoredChoices:
-        """Decisions of a step; `fresh` forgets those made before."""
-        path = self.home / "choices" / f"{key}.json"
+    def choices(self, key: str, inputs: tuple[str, ...], *, fresh: bool = False) -> StoredChoices:
+        """Decisions of a step.
+
+        Args:
+            inputs: digests of the steps it reads: what was decided about other weights does not hold for these.
+            fresh: forget those made before.
+        """
+        path = self._choices / f"{key}-{sha256_json(list(inputs))[:16]}.json"
         if fresh:
             path.unlink(missing_ok=True)
         return StoredChoices(path)
@@ -233,26 +262,47 @@ class Cache:
         ]
         return sorted(rows, key=lambda row: str(row["used"]), reverse=True)
 
-    def prune(self, max_bytes: int) -> tuple[int, int]:
+    def prune(self, max_bytes: int, spare: Collection[str] = ()) -> tuple[int, int]:
         """Remove what killed runs left, then the longest unused entries until at most `max_bytes` are left.
 
-        An entry that another process holds is kept. Returns (entries removed, bytes left).
+        An entry's choices go with it. Choices of steps that were never finished, and durations of steps that are never cached, go when they are older
+        than what was removed. Locks stay: they are empty, and two processes could hold locks of one name if one of them removed its file.
+
+        Args:
+            spare: keys that are kept, as those that another process holds are.
+
+        Returns:
+            (entries removed, bytes left).
         """
         for left_behind in [p for p in self._steps.glob("*") if not (p / DONE).exists()] if self._steps.exists() else []:
             self._remove(left_behind)
-        sized = [(e, e.size_bytes) for e in self.entries()]
-        sized.sort(key=lambda pair: (pair[0].folder / DONE).stat().st_mtime)
-        left, removed = sum(size for _, size in sized), 0
-        for entry, size in sized:
+        sized = sorted(((_used(e.folder / DONE), e, e.size_bytes) for e in self.entries()), key=lambda found: found[0])
+        left, removed = sum(size for *_, size in sized), 0
+        for used, entry, size in sized:
             if left <= max_bytes:
                 break
-            if self._remove(entry.folder):
+            if entry.key not in spare and self._remove(entry.folder):
                 left, removed = left - size, removed + 1
+                self._forget(entry.key, used)
         return removed, left
+
+    def _forget(self, key: str, until: float) -> None:
+        """Drop a removed entry's choices, and whatever belongs to no entry and was last written before `until`."""
+        kept = {p.name for p in self._steps.glob("*")}
+        for path in self._choices.glob("*.json"):
+            owner = path.name.partition("-")[0]
+            if owner == key or (owner not in kept and _used(path) < until):
+                path.unlink(missing_ok=True)
+        for path in self._durations.glob("*.json"):
+            if _used(path) < until:
+                path.unlink(missing_ok=True)
 
     def _lock(self, key: str) -> FileLock:
         locks = self.home / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
+        try:
+            locks.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LackingEnvironment(f"the cache {self.home} cannot be written: {error.strerror}", "set XDG_CACHE_HOME to a folder that can") from error
         return FileLock(locks / f"{key}.lock")
 
     def _remove(self, folder: Path) -> bool:
@@ -275,6 +325,14 @@ class Cache:
         if done["format"] != FORMAT:
             raise ValueError(f"cache format {done['format']}, wanted {FORMAT}")
         return Entry(folder, done["key"], done["parts"], done["files"], tuple(done["inputs"]), sha256_json(done["files"]), done["seconds"])
+
+
+def _used(path: Path) -> float:
+    """When a file was last written or touched; the Unix epoch for one that has just gone."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def touch(entry: Entry) -> None:
@@ -334,8 +392,15 @@ def new_run_folder(parent: Path, recipe_name: str, recipe_sha256: str) -> Path:
     """`parent/<recipe>-<utc>-<hash8>`, created."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     folder = parent / f"{recipe_name}-{stamp}-{recipe_sha256[:8]}"
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_run_folder(folder)
     return folder
+
+
+def _make_run_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LackingEnvironment(f"the run folder {folder} cannot be made: {error.strerror}", "choose another folder with --run-dir") from error
 
 
 @contextmanager
@@ -349,7 +414,7 @@ def locked(run_folder: Path) -> Iterator[None]:
     owner = run_folder / ".owner.json"
     lock = FileLock(run_folder / ".lock")
     try:
-        run_folder.mkdir(parents=True, exist_ok=True)
+        _make_run_folder(run_folder)
         lock.acquire(timeout=0)
     except Timeout as error:
         try:

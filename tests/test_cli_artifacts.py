@@ -102,9 +102,35 @@ def test_predict_names_classes_and_bad_images(run_folder: Path, tmp_path: Path) 
     assert len(found["classes"]) == 2
     assert found["classes"][0]["name"] in DIGITS
     assert deployopt("predict", run_folder, image).stdout.startswith(f"{image}: {found['classes'][0]['name']} ")
+    asked = ("--device", "cpu", "--threads", "1", "--quiet", "--top", "2", "--json")
+    assert json.loads(deployopt("predict", run_folder, image, *asked).stdout)[0]["classes"][0]["name"] == found["classes"][0]["name"]
     missing = deployopt("predict", run_folder, tmp_path / "absent.png")
     assert missing.returncode == 2
     assert "absent.png" in missing.stderr
+
+
+@pytest.mark.parametrize("command", ["bench", "eval", "predict"])
+def test_a_device_that_is_not_there_is_lacking(model: Path, command: str) -> None:
+    more = {"bench": (), "eval": ("--data", "digits:image_size=8"), "predict": (model,)}[command]
+    done = deployopt(command, model, *more, "--device", "cuda:99")
+    assert done.returncode == 3, done.stderr
+    assert "wanted cuda:99" in done.stderr
+    assert deployopt(command, model, *more, "--device", "tpu").returncode == 2
+
+
+def test_a_file_that_cannot_be_written_is_named_with_its_option(run_folder: Path, tmp_path: Path) -> None:
+    nowhere, compare = tmp_path / "nowhere" / "x.md", ("compare", run_folder, run_folder)
+    for arguments, option in (
+        (("report", run_folder, "--format", "markdown", "-o", nowhere), "--output"),
+        *(((*compare, option, nowhere), option) for option in ("--markdown", "--junit", "--history")),
+    ):
+        done = deployopt(*arguments)
+        assert done.returncode == 3, done.stderr
+        remedy = f"name a file in a folder that exists and can be written: {option} FILE"
+        assert done.stderr == f"error: {nowhere} cannot be written: No such file or directory\n  → {remedy}\n"
+    folder = deployopt("report", run_folder, "--format", "json", "-o", run_folder)
+    assert folder.returncode == 3, folder.stderr
+    assert f"error: {run_folder} cannot be written: Is a directory" in folder.stderr
 
 
 def test_report_and_compare_read_a_run(run_folder: Path) -> None:

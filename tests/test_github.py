@@ -91,6 +91,21 @@ def _steps(content: Any) -> list[Any]:
     return [step for job in jobs for step in job.get("steps", [])]
 
 
+def test_the_checks_run_as_everywhere_on_pushes_and_pull_requests(repository: Path) -> None:
+    checks = document(repository / ".github/workflows/checks.yml")
+    assert set(checks["on"]) == {"push", "pull_request"}
+    script = repository / _steps(checks)[-1]["run"]
+    assert os.access(script, os.X_OK)
+    assert {"make lint types layers docker", "make test"} <= set(re.findall(r"^time (make .*)$", script.read_text(), re.MULTILINE))
+
+
+def test_actions_are_pinned_alike_everywhere(repository: Path) -> None:
+    used = {step["uses"] for path in (repository / ".github").rglob("*.yml") for step in _steps(document(path)) if "uses" in step}
+    foreign = [name for name in used if not name.startswith("./")]
+    assert all("@" in name for name in foreign)
+    assert len({name.partition("@")[0] for name in foreign}) == len(foreign)
+
+
 def test_workflows_give_what_is_declared(repository: Path, action: Any) -> None:
     folder = repository / ".github/workflows"
     gate = document(folder / "gate.yml")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deployopt import store
-from deployopt.errors import RunLocked
+from deployopt.errors import RunLocked, UsageError
 
 HOLD = """
 import pathlib, sys, time
@@ -158,6 +158,45 @@ def test_prune_takes_what_killed_runs_left_and_spares_what_is_held(tmp_path: Pat
     assert cache.prune(0) == (1, 0)
 
 
+def test_what_is_spared_is_kept_however_small_the_cap(tmp_path: Path) -> None:
+    cache = store.Cache(tmp_path)
+    for number, key in enumerate(("used", "unused")):
+        os.utime(put(cache, key).folder / "DONE", (number, number))
+    assert cache.prune(0, spare={"used"}) == (1, 7)
+    assert [e.key for e in cache.entries()] == ["used"]
+
+
+def test_choices_and_durations_go_with_the_steps(tmp_path: Path) -> None:
+    cache = store.Cache(tmp_path)
+    for number, key in enumerate(("old", "new")):
+        os.utime(put(cache, key).folder / "DONE", (10 + number, 10 + number))
+    for age, key in ((11, "old"), (5, "new"), (9, "forgotten"), (12, "killed")):
+        choices = cache.choices(key, ("d0",))
+        choices.get_or_make("round_to", lambda: 8)
+        os.utime(choices.path, (age, age))
+    for age, kind in ((9, "slow"), (11, "quick")):
+        cache.remember_seconds(kind, 1.0)
+        os.utime(tmp_path / "durations" / f"{kind}.json", (age, age))
+    assert cache.prune(7)[0] == 1
+    assert {p.name.partition("-")[0] for p in (tmp_path / "choices").iterdir()} == {"new", "killed"}
+    assert (cache.seconds("slow"), cache.seconds("quick")) == (None, 1.0)
+
+
+@pytest.mark.parametrize(("text", "size"), [(None, 20 * 10**9), ("", 20 * 10**9), ("1.5GB", 15 * 10**8), ("500 mb", 5 * 10**8), ("0", 0)])
+def test_the_cap_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, text: str | None, size: int) -> None:
+    monkeypatch.delenv("DEPLOYOPT_CACHE_MAX_SIZE", raising=False)
+    if text is not None:
+        monkeypatch.setenv("DEPLOYOPT_CACHE_MAX_SIZE", text)
+    assert store.size_cap() == size
+
+
+@pytest.mark.parametrize("text", ["much", "-1GB", "nan", "infGB"])
+def test_a_cap_that_is_no_size_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("DEPLOYOPT_CACHE_MAX_SIZE", text)
+    with pytest.raises(UsageError, match=f"DEPLOYOPT_CACHE_MAX_SIZE: wanted a size such as 20GB or 500MB; found '{text}'"):
+        store.size_cap()
+
+
 def test_a_second_maker_waits_and_says_so(tmp_path: Path) -> None:
     cache = store.Cache(tmp_path)
     waited: list[str] = []
@@ -185,11 +224,18 @@ def test_choices_outlive_the_process_that_made_them(tmp_path: Path) -> None:
         made.append(1)
         return [8, 16]
 
-    assert store.Cache(tmp_path).choices("k").get_or_make("round_to", measure) == [8, 16]
-    assert store.Cache(tmp_path).choices("k").get_or_make("round_to", measure) == [8, 16]
+    assert store.Cache(tmp_path).choices("k", ("d0",)).get_or_make("round_to", measure) == [8, 16]
+    assert store.Cache(tmp_path).choices("k", ("d0",)).get_or_make("round_to", measure) == [8, 16]
     assert len(made) == 1
-    store.Cache(tmp_path).choices("k", fresh=True).get_or_make("round_to", measure)
+    store.Cache(tmp_path).choices("k", ("d0",), fresh=True).get_or_make("round_to", measure)
     assert len(made) == 2
+
+
+def test_choices_about_other_inputs_are_made_anew(tmp_path: Path) -> None:
+    cache = store.Cache(tmp_path)
+    assert cache.choices("k", ("d0",)).get_or_make("float_layers", lambda: ["conv1"]) == ["conv1"]
+    assert cache.choices("k", ("d1",)).get_or_make("float_layers", lambda: ["fc"]) == ["fc"]
+    assert cache.choices("k", ("d0",)).get_or_make("float_layers", list) == ["conv1"]
 
 
 def test_the_second_process_in_a_run_folder_is_refused_by_name(tmp_path: Path) -> None:

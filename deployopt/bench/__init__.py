@@ -1,1 +1,1 @@
-"""Accuracy, latency and environment of sessions: what a row says, and the contract it was taken under (measurement contract in the README)."""
+"""Accuracy, latency and environment of sessions: what a row says, and the contract it was taken under (each row's `contract`; `harness` writes it)."""

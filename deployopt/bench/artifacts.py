@@ -19,9 +19,10 @@ from deployopt.bench.scenarios import Scenario, ScenarioName
 from deployopt.bench.targets import Description, Target, describe, measured_rows, opener, precision_of, resolve
 from deployopt.data import Dataset
 from deployopt.errors import ArtifactMismatch, DeployoptError, UsageError
+from deployopt.report import units
 from deployopt.runtime import preprocessing as pre
 from deployopt.runtime.preprocessing import Preprocessing
-from deployopt.runtime.progress import Bar, Progress
+from deployopt.runtime.progress import Bar, Progress, SilentProgress
 from deployopt.runtime.session import Session, SessionOptions, TensorSpec
 from deployopt.runtime.worker import Opened, Worker
 from deployopt.tasks import Task
@@ -198,7 +199,14 @@ def evaluate(
 
 
 def predict(
-    artifact: str | Path, images: Sequence[str | Path], *, backend: str | None = None, top: int = 3, threads: int = 1, device: str = "cpu"
+    artifact: str | Path,
+    images: Sequence[str | Path],
+    *,
+    backend: str | None = None,
+    top: int = 3,
+    threads: int = 1,
+    device: str = "cpu",
+    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Run image files through the preprocessing that evaluation used and then through the artifact.
 
@@ -216,7 +224,8 @@ def predict(
     """
     missing = [str(image) for image in images if not Path(image).is_file()]
     if missing:
-        raise UsageError(f"wanted image files, found nothing at {', '.join(missing)}")
+        found = f"found nothing at {', '.join(missing[:5])}{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}"
+        raise UsageError(f"wanted {units.plural(len(images), 'image file')}, {found}", "give paths of image files; a folder's are FOLDER/*.jpg")
     target = resolve(artifact, backend)
     described = describe(target)
     if described.preprocessing is None:
@@ -229,7 +238,8 @@ def predict(
         opened = worker.start()
         classes = _classes(target, described, _width(target, opened))
         batch = _batch(opened, described.max_batch, len(decoded))
-        outputs = outputs_of(lambda pixels: _infer(worker, opened, pixels), decoded, batch)
+        with (progress or SilentProgress()).track("predict", len(decoded)) as bar:
+            outputs = outputs_of(lambda pixels: _infer(worker, opened, pixels, bar), decoded, batch)
     if classes is None and outputs.shape[1] > 1:
         classes = tuple(map(str, range(outputs.shape[1])))
     return [{"image": str(path), **_prediction(row, classes, top)} for path, row in zip(images, outputs, strict=True)]

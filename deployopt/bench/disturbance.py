@@ -10,6 +10,7 @@ import numpy as np
 
 from deployopt.bench.environment import Condition
 from deployopt.runtime import host
+from deployopt.runtime.clock import now_ns
 from deployopt.runtime.host import CpuTimes
 
 DRIFT_BLOCKS = 9  # fewer have no thirds to speak of
@@ -37,26 +38,28 @@ class Limits:
 
 
 class Counters(NamedTuple):
-    """What the kernel has counted since boot; each None where it does not say."""
+    """What the kernel has counted since boot, each None where it does not say, and when they were read: `at_ns` of the host clock."""
 
     cpu: CpuTimes | None
     pressure_s: float | None
+    at_ns: int
 
     @staticmethod
     def now() -> Counters:
-        return Counters(host.cpu_times(), host.cpu_pressure_s())
+        return Counters(host.cpu_times(), host.cpu_pressure_s(), now_ns())
 
 
 class Load:
-    """CPU time that others took while blocks of one row were timed. Time between its blocks does not count."""
+    """CPU time that others took while blocks of one row were timed, as a share of the time between the counters on either side: for short blocks the way
+    to the timed process and back is a large part of it. Time between its blocks does not count."""
 
     def __init__(self) -> None:
         self._wall_s = self._other_s = self._stolen_s = self._waited_s = 0.0
         self._cpu_known = self._pressure_known = True
 
-    def add(self, before: Counters, after: Counters, wall_s: float, own_cpu_s: float) -> None:
-        """One block: counters on either side, its wall time, and the CPU time of the timed process."""
-        self._wall_s += wall_s
+    def add(self, before: Counters, after: Counters, own_cpu_s: float) -> None:
+        """One block: counters on either side, and the CPU time of the timed process."""
+        self._wall_s += (after.at_ns - before.at_ns) * 1e-9
         if before.cpu is None or after.cpu is None:
             self._cpu_known = False
         else:

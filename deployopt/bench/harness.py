@@ -157,7 +157,7 @@ class _Run:
         block = self.worker.block(self.iterations, self.runs, self.lead_in)
         after = Counters.now()
         self.blocks.append(block)
-        self.load.add(before, after, block.elapsed_s, block.process_cpu_s)
+        self.load.add(before, after, block.process_cpu_s)
         self.runs += self.iterations
         self.seconds += block.wall_s
 

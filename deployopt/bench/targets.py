@@ -101,7 +101,7 @@ def measured_rows(run: Path) -> list[str]:
     """
     found = list(dict.fromkeys(_address(row) for row in summary.measured(report.load(run)["rows"])))
     if not found:
-        raise UsageError(f"no row of {run} was measured")
+        raise UsageError(f"no row of {run} was measured", f"`deployopt report {run}` says why; name a file to time it all the same")
     return [f"{run}:{address}" for address in found]
 
 

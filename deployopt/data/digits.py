@@ -6,7 +6,6 @@ Source: UCI "Optical Recognition of Handwritten Digits" (test part), https://doi
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -15,9 +14,6 @@ from deployopt.data._arrays import ArraySet, stratified_split
 from deployopt.errors import MissingDependency
 from deployopt.runtime.hashing import sha256_json
 from deployopt.runtime.preprocessing import Preprocessing
-
-if TYPE_CHECKING:
-    pass
 
 
 class Config(DataConfig):

@@ -81,6 +81,7 @@ class FolderSet:
 
 
 def fingerprint(config: Config) -> str:
+    """Of names, sizes and times of change, not of contents: a plan asks for it, and may not take as long as reading every image."""
     root = _root(config)
     files = sorted(p for split in ("train", "val", "test") for p in (root / split).rglob("*") if p.suffix.lower() in SUFFIXES)
     stats = [[p.relative_to(root).as_posix(), s.st_size, s.st_mtime_ns] for p in files for s in [p.stat()]]

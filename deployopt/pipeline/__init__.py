@@ -11,15 +11,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deployopt.pipeline.binding import available, schema, validate
     from deployopt.pipeline.inspection import EXTRAS, diagnose, evaluate
-    from deployopt.pipeline.planning import Plan, Step, plan
+    from deployopt.pipeline.planning import Plan, Step, choose_device, plan
     from deployopt.pipeline.running import Observer, SilentObserver, execute
 
-__all__ = ["EXTRAS", "Observer", "Plan", "SilentObserver", "Step", "available", "diagnose", "evaluate", "execute", "plan", "schema", "validate"]
+__all__ = [
+    "EXTRAS",
+    "Observer",
+    "Plan",
+    "SilentObserver",
+    "Step",
+    "available",
+    "choose_device",
+    "diagnose",
+    "evaluate",
+    "execute",
+    "plan",
+    "schema",
+    "validate",
+]
 
 _HOMES = {
     "binding": ("available", "schema", "validate"),
     "inspection": ("EXTRAS", "diagnose", "evaluate"),
-    "planning": ("Plan", "Step", "plan"),
+    "planning": ("Plan", "Step", "choose_device", "plan"),
     "running": ("Observer", "SilentObserver", "execute"),
 }
 

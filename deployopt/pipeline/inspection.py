@@ -17,7 +17,14 @@ REPORTED = ("torch", "torchvision", "torch-pruning", "torchao", "onnx", "onnxrun
 
 
 def evaluate(
-    artifact: str | Path, data_spec: str, *, task: str = "classification", backend: str | None = None, threads: int | None = None, progress: Progress
+    artifact: str | Path,
+    data_spec: str,
+    *,
+    task: str = "classification",
+    backend: str | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    progress: Progress,
 ) -> dict[str, Any]:
     """Score an artifact on the test split of a data set; see `bench.artifacts.evaluate`.
 
@@ -32,7 +39,8 @@ def evaluate(
 
     source, config = data_of(data_spec)
     scorer: Task = plugins.find("tasks", task)
-    return artifacts.evaluate(artifact, data.load(source, config, progress), scorer, backend=backend, threads=threads or host.usable_cores(), progress=progress)
+    cores = threads or host.usable_cores()
+    return artifacts.evaluate(artifact, data.load(source, config, progress), scorer, backend=backend, threads=cores, device=device, progress=progress)
 
 
 def diagnose() -> dict[str, Any]:

@@ -115,7 +115,7 @@ def plan(
     """
     bound = bind_recipe(recipe)
     entries = _until(bound.entries, until)
-    chosen_device, chosen_threads = _device(device, processes), threads or host.usable_cores()
+    chosen_device, chosen_threads = choose_device(device, processes), threads or host.usable_cores()
     _check_processes(processes, chosen_threads)
     data_problem: LackingEnvironment | None = None
     fingerprint = None
@@ -169,8 +169,12 @@ def _check_processes(processes: int, threads: int) -> None:
         raise UsageError(f"--nproc {processes} needs a CPU thread for each process, found {threads}", f"--nproc {threads}, or raise --threads")
 
 
-def _device(asked: str, processes: int) -> str:
-    """The first process's device; the others' are the GPUs after it."""
+def choose_device(asked: str, processes: int = 1) -> str:
+    """What a command line's --device means here: "cpu", or "cuda:N", the first process's; the others' are the GPUs after it.
+
+    Raises:
+        UsageError: no such kind of device. DeviceUnavailable: no such GPU, or fewer than processes.
+    """
     gpus = host.gpus()
     if asked == "auto":
         asked = "cuda" if gpus else "cpu"

@@ -19,7 +19,7 @@ from deployopt.pipeline.inspection import REPORTED
 from deployopt.pipeline.invocation import RESULT, Invocation, load_data, read_output, write_result
 from deployopt.pipeline.planning import Plan, Step
 from deployopt.recipe import read_document
-from deployopt.runtime.files import atomic_write, atomic_write_json
+from deployopt.runtime.files import atomic_write, atomic_write_json, is_left_behind
 from deployopt.runtime.hashing import sha256_json
 from deployopt.runtime.progress import Progress, SilentProgress
 from deployopt.stages import StepOutput, StepResult
@@ -52,13 +52,15 @@ def execute(planned: Plan, run_dir: Path | None = None, observer: Observer | Non
         run_dir: the run folder itself; one that exists is continued. None makes `runs/<recipe>-<utc>-<hash8>`.
         fresh: take nothing from the cache.
 
+    Afterwards the cache is pruned to `store.size_cap()`, without what this run used.
+
     Raises:
-        UsageError: the folder holds something else than a run of this recipe.
+        UsageError: the folder holds something else than a run of this recipe, or $DEPLOYOPT_CACHE_MAX_SIZE no size.
         DataNotFound, MissingDependency, StageFailed, RunLocked.
     """
     if planned.data_problem is not None:
         raise planned.data_problem
-    watcher = observer or SilentObserver()
+    watcher, size_cap = observer or SilentObserver(), store.size_cap()
     sha = sha256_json(planned.resolved)
     folder = run_dir or store.new_run_folder(Path("runs"), planned.recipe.name, sha)
     with store.locked(folder), _log_into(folder / "log.txt"):
@@ -71,18 +73,28 @@ def execute(planned: Plan, run_dir: Path | None = None, observer: Observer | Non
         outputs = [runner.run(step) for step in planned.steps]
         document = assemble(planned, outputs, runner.dataset_facts(), where, started, folder.name, sha)
         report.write_all(document, folder)
+        _prune_cache(planned, size_cap)
         return report.load(folder)
+
+
+def _prune_cache(planned: Plan, size_cap: int) -> None:
+    removed, left = planned.cache.prune(size_cap, spare={step.key for step in planned.steps if step.key is not None})
+    if removed:
+        log.info("the cache was over its %.1f GB: removed the %d longest unused steps, %.1f GB left", size_cap / 1e9, removed, left / 1e9)
 
 
 def _adopt(folder: Path, planned: Plan) -> None:
     """Make sure that the folder is new or a run of this recipe, and clear what this plan will not make again."""
-    found = sorted(p.name for p in folder.iterdir() if p.name not in {".lock", ".owner.json", "log.txt"})
+    left = [p for p in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")) if is_left_behind(p.name)]  # by a killed run: this one holds the folder's lock
+    found = sorted(p.name for p in folder.iterdir() if p not in left and p.name not in {".lock", ".owner.json", "log.txt"})
     if found and "recipe.yaml" not in found:
         raise UsageError(f"wanted a run folder, found {folder.name} with {', '.join(found[:5])}", "choose another folder with --run-dir")
     if found:
         earlier = read_document(folder / "recipe.yaml").data.get("name")
         if earlier != planned.recipe.name:
             raise UsageError(f"{folder.name} is a run of the recipe '{earlier}', not of '{planned.recipe.name}'", "choose another folder with --run-dir")
+    for temporary in left:
+        temporary.unlink()
     steps = {step.id for step in planned.steps}
     for old in [p.parent for p in folder.glob(f"*/{RESULT}") if p.parent.name not in steps]:
         shutil.rmtree(old)
@@ -163,7 +175,7 @@ class _Runner:
                 log.info("%s: not cached: %s", step.id, entry.why)
                 with cache.writing(step.key) as folder:
                     began = time.perf_counter()
-                    result = self._invoke(step, folder, cache.choices(step.key, fresh=self._fresh))
+                    result = self._invoke(step, folder, cache.choices(step.key, inputs, fresh=self._fresh))
                     seconds = time.perf_counter() - began
                     if result.record.get("status") == "failed":  # perhaps it works next time: tell it, do not keep it
                         return StepOutput(step.id, step.stage_name, step.expansion.makes, result.record, {}, self._folder, cached=False, seconds=seconds)

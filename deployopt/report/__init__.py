@@ -16,7 +16,7 @@ from deployopt.runtime.files import atomic_write, atomic_write_json
 
 SCHEMA = 1
 FORMATS = ("terminal", "markdown", "html", "json", "junit")
-REQUIRED = ("variants", "rows")
+REQUIRED = {"variants": ("name",), "rows": ("variant", "backend", "precision", "batch", "status")}  # lists, and what each entry of them has
 TERMINAL_WIDTH = 100  # of a terminal report that is written to a file
 RERUN = "deployopt run RECIPE --run-dir RUN continues the run and writes its report again"
 
@@ -75,6 +75,9 @@ def load(path: Path) -> Report:
     missing = [key for key in REQUIRED if not isinstance(report.get(key), list)]
     if missing:
         raise ArtifactError(f"{file}: the report has no list {' and '.join(repr(k) for k in missing)}", RERUN)
+    incomplete = _first_incomplete(report)
+    if incomplete:
+        raise ArtifactError(f"{file}: {incomplete}", RERUN)
     loaded = Report(report)
     loaded.folder = file.parent
     return loaded
@@ -103,6 +106,16 @@ def render(report: Mapping[str, Any], format: str) -> str:
     if format not in renderers:
         raise UsageError(f"unknown report format '{format}' (available: {', '.join(FORMATS)})")
     return renderers[format](report)
+
+
+def _first_incomplete(report: Mapping[str, Any]) -> str | None:
+    """What the first variant or row that is not whole lacks, as "rows[3] has no 'status'"; None if all are whole."""
+    for name, keys in REQUIRED.items():
+        for index, entry in enumerate(report[name]):
+            lacking = [repr(key) for key in keys if not isinstance(entry, Mapping) or key not in entry]
+            if lacking:
+                return f"{name}[{index}] has no {', '.join(lacking)}"
+    return None
 
 
 def _first_not_finite(value: Any, where: str = "report") -> str:

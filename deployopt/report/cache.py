@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from deployopt.report import units
+
 
 def render(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """One line a step, newest first, and the sum."""
@@ -15,10 +17,10 @@ def render(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     table.add_column("key", no_wrap=True)
     table.add_column("stage")
     table.add_column("label", overflow="fold")
-    table.add_column("MB", justify="right", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
     table.add_column("took", justify="right", no_wrap=True)
     table.add_column("last used", no_wrap=True)
     for row in rows:
-        table.add_row(row["key"][:12], row["stage"], row["label"] or "", f"{row['bytes'] / 1e6:.1f}", f"{row['seconds']:.1f} s", row["used"][:16])
+        table.add_row(row["key"][:12], row["stage"], row["label"] or "", units.size(row["bytes"]), units.seconds(row["seconds"]), row["used"][:16])
     console.print(table)
-    console.print(f"{len(rows)} steps, {sum(row['bytes'] for row in rows) / 1e6:.1f} MB")
+    console.print(f"{units.plural(len(rows), 'step')}, {units.size(sum(row['bytes'] for row in rows))}")

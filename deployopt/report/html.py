@@ -355,8 +355,9 @@ def _pruning(report: Report) -> list[Section]:
     """For each prune stage what it reached, the search for its latency, and the sensitivity of its groups."""
     task, sections = summary.task_of(report), []
     for index, (name, facts, cached) in enumerate(pruning.variants(report)):
-        lead = "; ".join(pruning.sentences(facts, cached)) + "."
-        sections.append(Section(f"pruning-{index}", f"Pruning: {name}", [], lead[0].upper() + lead[1:], pruning.trace(facts)))
+        said, trace = "; ".join(pruning.sentences(facts, cached)), pruning.trace(facts)
+        if said or trace is not None:
+            sections.append(Section(f"pruning-{index}", f"Pruning: {name}", [], f"{said[:1].upper()}{said[1:]}." if said else "", trace))
         scores = pruning.sensitivity(facts, task)
         if scores is not None:
             figures = [_group_sensitivity(facts["sensitivity"], position, task) for position in range(len(facts["sensitivity"]["ratios"]))]

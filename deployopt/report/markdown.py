@@ -77,12 +77,13 @@ def _pruning(report: Report) -> list[str]:
     """What each prune stage reached and measured; long tables are folded."""
     parts = []
     for name, facts, cached in pruning.variants(report):
-        parts.append("\n".join([f"**Pruning: {cell(name)}**", "", *(f"- {cell(told)}" for told in pruning.sentences(facts, cached))]))
+        if said := pruning.sentences(facts, cached):
+            parts.append("\n".join([f"**Pruning: {cell(name)}**", "", *(f"- {cell(sentence)}" for sentence in said)]))
         if (trace := pruning.trace(facts)) is not None:
-            parts.append(folded("Search for the latency", table(*trace)))
+            parts.append(folded(f"Search for the latency: {cell(name)}", table(*trace)))
         if (scores := pruning.sensitivity(facts, summary.task_of(report))) is not None:
             lead = cell(pruning.lead(facts["sensitivity"], summary.task_of(report)))
-            parts.append(folded("Sensitivity", f"{lead}\n\n{table(*scores)}"))
+            parts.append(folded(f"Sensitivity: {cell(name)}", f"{lead}\n\n{table(*scores)}"))
     return parts
 
 

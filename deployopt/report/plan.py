@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from deployopt.report import units
+
 
 def render(facts: Mapping[str, Any], console: Console) -> None:
     """One line a step that runs or is cached; unavailable ones by reason. What is not here is said once, with its remedy."""
@@ -19,7 +21,7 @@ def render(facts: Mapping[str, Any], console: Console) -> None:
     for step in facts["steps"]:
         if step["cached"] or step["runs"]:
             state = "[green]cached[/]" if step["cached"] else "[yellow]run[/]"
-            table.add_row(step["id"], state, _duration(step["seconds"]), "" if facts["data_problem"] else step["why"] or "")
+            table.add_row(step["id"], state, units.seconds(step["seconds"]), "" if facts["data_problem"] else step["why"] or "")
     console.print(table)
     reasons: dict[str, list[str]] = {}
     for step in facts["steps"]:
@@ -28,12 +30,6 @@ def render(facts: Mapping[str, Any], console: Console) -> None:
     for reason, steps in reasons.items():
         console.print(f"not here ({len(steps)} step{'s' if len(steps) > 1 else ''}): {reason}", soft_wrap=True, markup=False, style="dim")
     unknown = "what they need is not here" if facts["data_problem"] else "some steps never ran here"
-    total = _duration(facts["seconds"]) or f"unknown ({unknown})"
+    total = f"unknown ({unknown})" if facts["seconds"] is None else units.seconds(facts["seconds"])
     processes = f", training in {facts['processes']} processes" if facts["processes"] > 1 else ""
     console.print(f"on {facts['device']}, {facts['threads']} threads{processes}; time for what would run: {total}")
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} min"

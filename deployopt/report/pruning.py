@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deployopt.report import units
+from deployopt.report.records import Facts, told
 from deployopt.report.summary import EARLIER, Report
 
-Facts = Mapping[str, Any]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def variants(report: Report) -> list[tuple[str, Facts, bool]]:
-    """(variant, its facts of pruning, whether they come from the cache), in trunk order."""
-    found = ((v["name"], (v.get("record") or {}).get("pruning"), bool(v.get("cached"))) for v in report["variants"])
+    """(variant, what of its record's "pruning" can be told, whether it comes from the cache), in trunk order; without those of which nothing can."""
+    found = ((v["name"], told(v, "pruning"), bool(v.get("cached"))) for v in report["variants"])
     return [(name, facts, cached) for name, facts, cached in found if facts]
 
 
@@ -36,36 +36,36 @@ def against_parent(found: Facts) -> str:
 
 
 def sentences(facts: Facts, cached: bool) -> list[str]:
-    """What was wanted, what was reached, and what was chosen on the way.
+    """What was wanted, what was reached, and what was chosen on the way: of each what is known.
 
     Args:
         cached: the facts are of an earlier run; latencies among them are then not told as new.
     """
-    reached = facts["reached"]
-    kept = f"{100 * reached['macs']:.1f} % of the MACs, {100 * reached['params']:.1f} % of the parameters"
-    told = [f"target {_target(facts['target'])}; kept {kept}"]
-    alignment = facts["alignment"]
+    outcome = [f"target {_target(facts['target'])}"] if "target" in facts else []
+    if "reached" in facts:
+        outcome.append(f"kept {100 * facts['reached']['macs']:.1f} % of the MACs, {100 * facts['reached']['params']:.1f} % of the parameters")
+    said = ["; ".join(outcome)] if outcome else []
+    alignment = facts.get("alignment", {})
     if "p50_ms" in alignment:
         timed = ", ".join(f"{key}: {units.milliseconds(ms)}" for key, ms in alignment["p50_ms"].items())
-        told.append(f"channels are multiples of {alignment['round_to']}, the fastest on {alignment['backend']} at batch {alignment['batch']} ({timed})")
+        said.append(f"channels are multiples of {alignment['round_to']}, the fastest on {alignment['backend']} at batch {alignment['batch']} ({timed})")
     if "sparse" in facts:
         small = facts["sparse"]["small_channels"]
-        told.append(
+        said.append(
             f"sparse training: channels under 1 % of their group's largest norm went from {100 * small['before']:.1f} % to {100 * small['after']:.1f} %"
         )
     if "against_parent" in facts:
-        told.append(against_parent(facts["against_parent"]))
+        said.append(against_parent(facts["against_parent"]))
     if cached and ("p50_ms" in alignment or facts.get("latency") or "ratio" in facts.get("against_parent", {})):
-        told.append(f"these latencies were {EARLIER}")
-    return told
+        said.append(f"these latencies were {EARLIER}")
+    return said
 
 
 def _target(target: Facts) -> str:
     latency = target.get("latency")
     if latency is None:
-        ((metric, ratio),) = target.items()
-        return f"{metric} ratio {ratio:.3g}"
-    wanted = f"{latency['ratio']:.3g} of the latency" if "ratio" in latency else f"{latency['ms']:.3g} ms"
+        return ", ".join(f"{metric} ratio {ratio:.3g}" for metric, ratio in target.items())
+    wanted = f"{latency['ratio']:.3g} of the latency" if "ratio" in latency else units.milliseconds(latency.get("ms"))
     return f"{wanted} on {latency['backend']} at batch {latency['batch']}"
 
 

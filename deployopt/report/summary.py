@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from deployopt.artifact import INT8_PRECISIONS, TORCH
 from deployopt.report import units
+from deployopt.report.records import told
 
 Report = Mapping[str, Any]
 JsonRow = Mapping[str, Any]
@@ -119,12 +120,13 @@ class SensitivityTable(NamedTuple):
 
 def sensitivities(variants: Sequence[Mapping[str, Any]], task: Mapping[str, Any]) -> list[SensitivityTable]:
     """One for each variant whose stage was asked for `sensitivity`."""
-    return [_sensitivity(v, found, task) for v in variants if (found := (v.get("record") or {}).get("quantization") or {}).get("sensitivity")]
+    known = ((v, told(v, "quantization")) for v in variants)
+    return [_sensitivity(v, found, task) for v, found in known if "sensitivity" in found]
 
 
 def _sensitivity(variant: Mapping[str, Any], quantization: Mapping[str, Any], task: Mapping[str, Any]) -> SensitivityTable:
-    table, kept, chosen = quantization["sensitivity"], quantization["float_layers"], quantization.get("mixed_precision") or {}
-    distance = {"kl": "KL, nats", "mse": "mean squared error"}[table["distance"]]
+    table, kept, chosen = quantization["sensitivity"], quantization.get("float_layers", []), quantization.get("mixed_precision") or {}
+    distance = {"kl": "KL, nats", "mse": "mean squared error"}.get(table["distance"], table["distance"])
     metric, costs = units.metric_name(task["primary"]), chosen.get("latency_cost") or {}
     headers = ["layer", f"alone in INT8: {distance}", metric, f"alone in float: {distance}", metric, "latency in float", "kept in float"]
     rows, distances = [], []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deployopt.artifact import INT8_PRECISIONS, TORCH, TORCH_COMPILE
+from deployopt.errors import DeployoptError, LackingEnvironment, StageFailed
 from deployopt.report import summary, units
 from deployopt.report.summary import JsonRow
 
@@ -172,6 +174,28 @@ def _recommend(
             row, kept = max(candidates, key=lambda r: _goodness(r, task)), True
             why = f"no limits on rows in the recipe, and no row loses at most {rule} against dense: the most accurate row"
     return {"row": next(i for i, r in enumerate(rows) if r is row), "why": why, "within_budget": kept}
+
+
+def shortfall(report: Mapping[str, Any]) -> DeployoptError | None:
+    """The error that a run ends in which left nothing valid to deploy; None if it left something, or was not asked to build anything.
+
+    Returns:
+        StageFailed if a build or a measurement failed, LackingEnvironment if this machine lacks every backend. A run whose rows are all built ahead of
+        time, or too disturbed to count, is neither: its artifacts are there.
+    """
+    rows = [r for r in report["rows"] if r["backend"] != "torch"]
+    ended = [(summary.row_key(r), r) for r in rows] or [(s["id"], s) for s in report.get("steps") or [] if s["stage"] == "build"]
+    states = Counter(str(found["status"]) for _, found in ended)
+    if not states or states["ok"] or not (states["failed"] or states.keys() == {"unavailable"}):
+        return None
+    worst = "failed" if states["failed"] else "unavailable"
+    where, first = next((name, found) for name, found in ended if found["status"] == worst)
+    reason, remedy = summary.split_remedy(first.get("reason"))
+    counted = ", ".join(f"{number} {state}" for state, number in states.items())
+    message = f"wanted an artifact to deploy, found {counted}; {where} {worst}: {reason}"
+    if worst == "failed":
+        return StageFailed(message, remedy or "the run's log.txt says more; the same command builds what failed again")
+    return LackingEnvironment(message, remedy or "`deployopt doctor` says what this machine can build and run, and what to install")
 
 
 def _goodness(row: JsonRow, task: Mapping[str, Any]) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from deployopt.runtime.progress import Bar, ContextManagerOfBar, Progress, Silen
 
 GRACE_SECONDS = 0.8  # with the time it takes to end a process, Ctrl-C is honoured within a second
 Message = Dict[str, Any]
+_FOREIGN = "the log has the traceback; what it does not explain, as memory that ran out, is a fault to report"
 
 
 def run_in_child(target: str, arguments: Mapping[str, Any], progress: Progress, purpose: str, timeout_s: Optional[float] = None) -> Any:
@@ -46,7 +47,7 @@ def run_in_child(target: str, arguments: Mapping[str, Any], progress: Progress, 
     with _Child(target, arguments, timeout_s) as child:
         child.follow(progress)
     if child.failed:
-        raise child.error(purpose, BuildFailed)
+        raise child.error(purpose, BuildFailed, progress)
     return child.result
 
 
@@ -75,7 +76,7 @@ def run_in_children(target: str, calls: Sequence[Mapping[str, Any]], progress: P
             watcher.join()
     failed = [child for child in children if child.failed]
     if failed:
-        raise min(failed, key=_Child.distance_from_cause).error(purpose, StageFailed)
+        raise min(failed, key=_Child.distance_from_cause).error(purpose, StageFailed, progress)
     return first.result
 
 
@@ -164,14 +165,17 @@ class _Child:
             return 3 if self._killed else 1, self._ended
         return 2 if self._last["error"]["type"] is None else 0, self._ended
 
-    def error(self, purpose: str, otherwise: Type[DeployoptError]) -> DeployoptError:
-        """What the call raised; a crash and anything foreign as `otherwise`."""
+    def error(self, purpose: str, otherwise: Type[DeployoptError], progress: Progress) -> DeployoptError:
+        """What the call raised; a crash and anything foreign, whose traceback is logged, as `otherwise`."""
         if self._last is None and self._overdue:
             return otherwise(f"{purpose}: not done within {(self._timeout_s or 0.0) / 60:g} min, and ended{self._said}", "raise build.timeout_minutes")
         if self._last is None:
             return otherwise(f"{purpose}: the process {describe_exit(self._process.returncode)}{self._said}", _remedy(self._process.returncode))
         error = self._last["error"]
-        return otherwise(f"{purpose}: {error['message']}") if error["type"] is None else error_from_json(error, purpose)
+        if error["type"] is not None:
+            return error_from_json(error, purpose)
+        progress.log(self._last["traceback"])
+        return otherwise(f"{purpose}: {error['message']}", _FOREIGN)
 
     def __exit__(self, *exc: Any) -> None:
         """Close the child's input, which asks it to stop, and kill it if it does not."""
@@ -267,9 +271,7 @@ def _answer(sender: _Sender, request: Message) -> None:
     try:
         result = getattr(importlib.import_module(module), name)(progress=sender, **request["arguments"])
     except Exception as exc:
-        if not isinstance(exc, DeployoptError):
-            traceback.print_exc()
-        sender.send("end", error=error_to_json(exc))
+        sender.send("end", error=error_to_json(exc), traceback=None if isinstance(exc, DeployoptError) else traceback.format_exc())
     else:
         sender.send("end", result=result)
 

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, Union
+
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as `tempfile.mkstemp` names what `atomic_write` asks for
 
 
 def fsync_directory(path: Path) -> None:
@@ -16,9 +19,25 @@ def fsync_directory(path: Path) -> None:
         os.close(handle)
 
 
+def is_left_behind(name: str) -> bool:
+    """Whether a file of this name is what `atomic_write` leaves beside its target when it is killed."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
 def atomic_write(path: Path, data: Union[bytes, str]) -> None:
-    """Write beside the target, fsync, rename over it, fsync the directory."""
-    raw = data.encode() if isinstance(data, str) else data
+    """Write beside the target, fsync, rename over it, fsync the directory.
+
+    Raises:
+        OSError: it cannot be written; `filename` is the target's.
+    """
+    try:
+        _write(path, data.encode() if isinstance(data, str) else data)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
+def _write(path: Path, raw: bytes) -> None:
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=str(path.parent))
     try:
         with os.fdopen(handle, "wb") as stream:

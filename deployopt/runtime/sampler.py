@@ -37,13 +37,12 @@ class Block(NamedTuple):
         host_ns: int64 [n], request in → result in host memory.
         device_ms: float64 [n] without copies, None where the runtime has no such clock.
         wall_s: the timed loop took.
-        elapsed_s, process_cpu_s: wall time and CPU time of this process (all threads) of the whole call, lead-in included.
+        process_cpu_s: CPU time of this process (all threads) of the whole call, lead-in included.
     """
 
     host_ns: np.ndarray
     device_ms: Optional[np.ndarray]
     wall_s: float
-    elapsed_s: float
     process_cpu_s: float
 
 
@@ -96,7 +95,7 @@ def time_block(loaded: Loaded, iterations: int, first_index: int = 0, lead_in: i
     `lead_in` untimed runs come first: they bring back the caches that another session's block has just filled. Around each run stand one
     read of the clock on either side and one store into a preallocated array (tests/runtime/test_sampler.py holds it under 1 µs).
     """
-    entered, cpu = now_ns(), cpu_ns()
+    cpu = cpu_ns()
     run, read = loaded.run, now_ns
     for index in range(first_index - lead_in, first_index):
         run(index)
@@ -120,7 +119,7 @@ def time_block(loaded: Loaded, iterations: int, first_index: int = 0, lead_in: i
                 keep(device_clock())
             wall = read() - start
     device = np.array(on_device, dtype=np.float64) if on_device else None
-    return Block(np.array(samples, dtype=np.int64), device, wall * 1e-9, seconds_since(entered), (cpu_ns() - cpu) * 1e-9)
+    return Block(np.array(samples, dtype=np.int64), device, wall * 1e-9, (cpu_ns() - cpu) * 1e-9)
 
 
 class _Abreast:
@@ -157,7 +156,7 @@ def time_streams(streams: Sequence[Loaded], iterations: int, first_index: int = 
     """
     if len(streams) == 1:
         return time_block(streams[0], iterations, first_index, lead_in)
-    entered, cpu = now_ns(), cpu_ns()
+    cpu = cpu_ns()
     indices, ready = count(), Barrier(len(streams))
 
     def lead(stream: Loaded) -> None:
@@ -183,4 +182,4 @@ def time_streams(streams: Sequence[Loaded], iterations: int, first_index: int = 
         done = [busy.result() for busy in [pool.submit(keep_busy, stream) for stream in streams]]
     wall = max(end for _, end, _ in done) - min(start for start, _, _ in done)
     host = np.concatenate([np.array(durations, dtype=np.int64) for _, _, durations in done])
-    return Block(host, None, wall * 1e-9, seconds_since(entered), (cpu_ns() - cpu) * 1e-9)
+    return Block(host, None, wall * 1e-9, (cpu_ns() - cpu) * 1e-9)

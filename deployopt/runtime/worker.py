@@ -287,7 +287,7 @@ class _Service:
         answer = {"host_ns": timed.host_ns}
         if timed.device_ms is not None:
             answer["device_ms"] = timed.device_ms
-        return {"wall_s": timed.wall_s, "elapsed_s": timed.elapsed_s, "process_cpu_s": timed.process_cpu_s}, answer
+        return {"wall_s": timed.wall_s, "process_cpu_s": timed.process_cpu_s}, answer
 
     def profile(self, arrays: Arrays, runs: int) -> Answer:
         session = self._opened()

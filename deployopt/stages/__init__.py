@@ -160,7 +160,7 @@ class StageContext:
     Attributes:
         folder: write everything here; it becomes the step's folder only when `run` returns.
         name: of the stage instance.
-        base: the recipe's `model` section as JSON values (arch, weights, stem, checkpoint …).
+        base: the recipe's `model` section as JSON values (arch, weights, stem).
         seed: of the recipe. device: "cpu" or "cuda:N". threads: CPU threads to compute with.
         processes: that run this step side by side, each with a context, a device and `threads` of its own (see `Stage.trains`); all of them have to
             train, evaluate and call `choices` in the same order.

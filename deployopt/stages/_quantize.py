@@ -11,12 +11,12 @@ from deployopt.runtime.progress import Bar
 from deployopt.stages import Expansion, Planning, StageConfig, StageContext
 from deployopt.stages._timing import TimedOn, key_parts
 from deployopt.stages._training import DISTRIBUTIONS as TRAINING
-from deployopt.stages._training import next_point
+from deployopt.stages._training import next_point, outputs
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from deployopt.nn.models import Network
     from deployopt.nn.prepared import Prepared
@@ -105,13 +105,4 @@ def parent_outputs(context: StageContext, config: Quantization, network: Network
     """The float network's outputs on the validation split, if `config` compares with them."""
     if not config.sensitivity and config.automatic is None:
         return None
-    return validation_outputs(context, network.to(context.device).eval())
-
-
-def validation_outputs(context: StageContext, module: nn.Module) -> NDArray[np.float32]:
-    """Outputs float32 [N, K] of a module in evaluation mode on the validation split."""
-    from deployopt.nn import evaluate
-
-    validation = context.dataset().validation
-    with context.progress.track("validate", len(validation)) as bar:
-        return evaluate.outputs(module, validation, device=context.device, on_batch=bar.advance)
+    return outputs(context, network.to(context.device).eval(), "validation")

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from deployopt.errors import StageFailed
 from deployopt.nn.schedule import Augment, TrainingConfig
 from deployopt.stages import Planning, Point, StageContext, StepOutput, StepResult
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import nn
 
     from deployopt.nn.models import Network
@@ -56,6 +59,29 @@ def train(context: StageContext, module: nn.Module, schedule: TrainingConfig, ph
     )
 
 
+def outputs(context: StageContext, module: nn.Module, split: Literal["validation", "test"]) -> NDArray[np.float32]:
+    """Outputs float32 [N, K] of a module in evaluation mode on a split.
+
+    Raises:
+        StageFailed: NaN or infinite ones; says of how many images.
+    """
+    import numpy as np
+
+    from deployopt.nn import evaluate
+
+    images = getattr(context.dataset(), split)
+    with context.progress.track(f"score on the {split} split", len(images)) as bar:
+        found = evaluate.outputs(module, images, device=context.device, on_batch=bar.advance)
+    broken = int((~np.isfinite(found)).any(axis=1).sum())
+    if broken:
+        source = "the weights that the run starts from (model.weights)" if context.base.get("weights") else "what its stages made of the network"
+        raise StageFailed(
+            f"{context.name}: the network's outputs on {broken} of {len(found)} images of the {split} split are NaN or infinite",
+            f"check {source}: a weight, or a BatchNorm's statistics, is NaN or far too large",
+        )
+    return found
+
+
 def finish(context: StageContext, network: Network, parent: str | None, family: str, *, scored: nn.Module | None = None, **facts: Any) -> StepResult:
     """Score a finished network once on test, save it, and write the record every variant has.
 
@@ -63,22 +89,23 @@ def finish(context: StageContext, network: Network, parent: str | None, family: 
         parent: the variant it was made from.
         scored: whose outputs are scored, in evaluation mode; None is the network's own (int8: the fake-quantised graph).
         facts: more of the record: "curves", "validation", "pruning" …
+
+    Raises:
+        StageFailed: its outputs are NaN or infinite.
     """
-    from deployopt.nn import checkpoint, evaluate, macs
+    from deployopt.nn import checkpoint, macs
 
     dataset = context.dataset()
     network.to(context.device).eval()
-    module = network if scored is None else scored.to(context.device)
-    with context.progress.track("score on the test split", len(dataset.test)) as bar:
-        outputs = evaluate.outputs(module, dataset.test, device=context.device, on_batch=bar.advance)
+    found = outputs(context, network if scored is None else scored.to(context.device), "test")
     artifact = checkpoint.save(context.folder, network)
     params, multiply_accumulates = macs.count(network, network.input_shape)
     record = {
         "params": params,
         "macs": multiply_accumulates,
         "size_bytes": artifact.size_bytes,
-        "accuracy": context.task.score(outputs, dataset.test.targets),
-        "details": context.task.details(outputs, dataset.test.targets, dataset.classes),
+        "accuracy": context.task.score(found, dataset.test.targets),
+        "details": context.task.details(found, dataset.test.targets, dataset.classes),
         "family": family,
         "parent": parent,
         **facts,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from deployopt.stages import Expansion, StageContext, StepOutput, StepResult
 from deployopt.stages._mixed_precision import check, decide
-from deployopt.stages._quantize import DISTRIBUTIONS, Quantization, calibrated, expand, parent_outputs, validation_outputs
-from deployopt.stages._training import finish, load_parent
+from deployopt.stages._quantize import DISTRIBUTIONS, Quantization, calibrated, expand, parent_outputs
+from deployopt.stages._training import finish, load_parent, outputs
 
 __all__ = ["Config", "after", "cacheable", "distributions", "expand", "from_scratch", "not_after", "run", "timed", "trains", "version"]
 
@@ -34,5 +34,5 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     prepared.write_back(network)
     facts = decide(context, config, network, reference)
     quantized = fake_quantized(network).to(context.device)
-    validation = context.task.score(validation_outputs(context, quantized), context.dataset().validation.targets)
+    validation = context.task.score(outputs(context, quantized, "validation"), context.dataset().validation.targets)
     return finish(context, network, expansion.inputs[0].variant, "int8", scored=quantized, validation=validation, curves=[], quantization=facts)

@@ -11,8 +11,8 @@ from pydantic import Field
 from deployopt.config import ForLoss
 from deployopt.stages import Expansion, StageConfig, StageContext, StepOutput, StepResult
 from deployopt.stages._mixed_precision import check, decide
-from deployopt.stages._quantize import DISTRIBUTIONS, Observer, Quantization, calibrated, expand, parent_outputs, validation_outputs
-from deployopt.stages._training import TrainingConfig, finish, load_parent, train
+from deployopt.stages._quantize import DISTRIBUTIONS, Observer, Quantization, calibrated, expand, parent_outputs
+from deployopt.stages._training import TrainingConfig, finish, load_parent, outputs, train
 
 if TYPE_CHECKING:
     from deployopt.nn.prepared import Prepared
@@ -83,7 +83,7 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     facts["quantization"] = decide(context, config, network, reference)
     quantized = fake_quantized(network).to(context.device)
     if config.automatic is not None:
-        facts["validation"] = context.task.score(validation_outputs(context, quantized), context.dataset().validation.targets)
+        facts["validation"] = context.task.score(outputs(context, quantized, "validation"), context.dataset().validation.targets)
     return finish(context, network, expansion.inputs[0].variant, "int8", scored=quantized, **facts)
 
 

@@ -1,4 +1,5 @@
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import onnx
@@ -31,6 +32,21 @@ def no_vendor(monkeypatch):
 @pytest.fixture
 def model(tmp_path):
     return tiny_onnx.convolution(tmp_path / "tiny.onnx")
+
+
+class Counting(SilentProgress):
+    """Keeps what was tracked and adds up the steps."""
+
+    def __init__(self):
+        self.tracked, self.done = [], 0
+
+    @contextmanager
+    def track(self, description, total):
+        self.tracked.append((description, total))
+        yield self
+
+    def advance(self, steps=1, note=""):
+        self.done += steps
 
 
 def bench(*paths, **options):
@@ -228,6 +244,13 @@ def test_prediction_preprocesses_as_evaluation_does(exported, photograph):
     assert len(predict(exported, [photograph] * 3)[2]["classes"]) == 3
 
 
+def test_a_prediction_tells_how_far_it_is(exported, photograph):
+    progress = Counting()
+    predict(exported, [photograph] * 40, progress=progress)
+    assert progress.tracked == [("predict", 40)]
+    assert progress.done >= 40  # the last batch is filled up
+
+
 def test_a_regression_predicts_its_outputs(tmp_path, photograph):
     (found,) = predict(exporting(tmp_path / "two.onnx", (), classes=2), [photograph])
     assert set(found) == {"image", "outputs"}
@@ -245,8 +268,10 @@ def test_a_run_predicts_with_its_recommended_artifact(tmp_path, exported, photog
 def test_what_cannot_be_predicted_is_said(tmp_path, model, exported, photograph):
     with pytest.raises(ArtifactMismatch, match="records no preprocessing"):
         predict(model, [photograph])
-    with pytest.raises(UsageError, match=r"absent\.png"):
+    with pytest.raises(UsageError, match=r"wanted 2 image files, found nothing at .*absent\.png\n  → give paths of image files"):
         predict(exported, [photograph, tmp_path / "absent.png"])
+    with pytest.raises(UsageError, match=r"wanted 9 image files, found nothing at .*4\.png and 4 more\n"):
+        predict(exported, [tmp_path / f"{i}.png" for i in range(9)])
     photograph.write_bytes(photograph.read_bytes()[:100])
     with pytest.raises(ArtifactError, match=r"photograph\.png"):
         predict(exported, [photograph])

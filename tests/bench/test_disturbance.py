@@ -16,7 +16,8 @@ def condition(clock=1500, *reasons, throttles=0):
 def load(*, other_s=0.0, stolen_s=0.0, waited_s=0.0, own_s=2.0, wall_s=2.0):
     """Of one block in which the timed process itself used `own_s`."""
     found = Load()
-    found.add(Counters(CpuTimes(100.0, 5.0), 50.0), Counters(CpuTimes(100.0 + own_s + other_s, 5.0 + stolen_s), 50.0 + waited_s), wall_s, own_s)
+    after = Counters(CpuTimes(100.0 + own_s + other_s, 5.0 + stolen_s), 50.0 + waited_s, int(wall_s * 1e9))
+    found.add(Counters(CpuTimes(100.0, 5.0), 50.0, 0), after, own_s)
     return found
 
 
@@ -74,8 +75,8 @@ def test_several_disturbances_are_all_named():
 
 def test_load_leaves_out_the_timed_process():
     found = Load()
-    found.add(Counters(CpuTimes(100.0, 5.0), 1.0), Counters(CpuTimes(103.0, 5.5), 1.5), wall_s=2.0, own_cpu_s=2.0)
-    found.add(Counters(CpuTimes(110.0, 6.0), 9.0), Counters(CpuTimes(113.0, 6.5), 9.5), wall_s=2.0, own_cpu_s=2.0)
+    found.add(Counters(CpuTimes(100.0, 5.0), 1.0, 0), Counters(CpuTimes(103.0, 5.5), 1.5, 2 * 10**9), own_cpu_s=2.0)
+    found.add(Counters(CpuTimes(110.0, 6.0), 9.0, 7 * 10**9), Counters(CpuTimes(113.0, 6.5), 9.5, 9 * 10**9), own_cpu_s=2.0)
     assert found.other_cores == pytest.approx(0.5)
     assert found.stolen_cores == pytest.approx(0.25)
     assert found.pressure == pytest.approx(0.25)
@@ -83,7 +84,7 @@ def test_load_leaves_out_the_timed_process():
 
 def test_what_cannot_be_read_is_unknown_and_no_fault():
     found = Load()
-    found.add(Counters(None, None), Counters(None, None), wall_s=1.0, own_cpu_s=1.0)
+    found.add(Counters(None, None, 0), Counters(None, None, 10**9), own_cpu_s=1.0)
     assert (found.other_cores, found.stolen_cores, found.pressure) == (None, None, None)
     assert faults(load=found) == []
     assert disturbance.flags(found, Limits(), cores=2) == ["other load unknown"]

@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import tiny_onnx
 from deployopt.artifact import Row
 from deployopt.bench.disturbance import Limits
 from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject, make_buffers, measure, speedup, with_figures, write_samples
+from deployopt.runtime import host
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
 
@@ -62,6 +64,19 @@ def test_an_injected_slowdown_is_found(results):
     value, (low, high) = speedup(results["a"], results["slow"])
     assert value == pytest.approx(1 / 1.3, abs=0.1)
     assert low <= value <= high < 1
+
+
+def test_the_pressure_on_short_blocks_is_a_share_of_the_time_they_took(model):
+    """The way to the session and back takes longer than these blocks do; processes that want every core wait meanwhile too."""
+    wanting = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * host.usable_cores())]
+    try:
+        found = measure([subject("short", model)], IMAGES, replace(SETTINGS, min_seconds=0.005), SilentProgress())["short"]
+    finally:
+        for process in wanting:
+            process.kill()
+            process.wait()
+    pressure = found.contract["load"]["pressure_percent"]
+    assert pressure is None or 0 < pressure <= 101  # the kernel's counter and the clock are not read at once
 
 
 def test_figures_come_from_all_blocks(results):

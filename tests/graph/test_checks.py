@@ -1,9 +1,9 @@
 import pytest
-from residual_onnx import LAYERS, quantized, residual
+from residual_onnx import residual
 
 from deployopt.errors import ExportFailed
 from deployopt.graph.canonical import canonicalize
-from deployopt.graph.checks import check, quantization_report
+from deployopt.graph.checks import check
 
 
 def test_a_sound_model_passes():
@@ -29,10 +29,3 @@ def test_contradicting_shapes_are_refused():
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 11
     with pytest.raises(ExportFailed):
         check(model)
-
-
-def test_the_report_counts_layers_and_residual_adds():
-    floating = quantization_report(canonicalize(residual()))
-    assert (len(floating.quantized), len(floating.floating), floating.adds, floating.quantized_adds) == (0, LAYERS, 2, 0)
-    int8 = quantization_report(canonicalize(quantized()[0]))
-    assert (len(int8.quantized), int8.floating, int8.adds, int8.quantized_adds) == (LAYERS, (), 2, 2)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -30,6 +33,24 @@ def test_killed_at_any_moment_a_run_goes_on_and_ends_with_the_same_weights(recip
     assert {"init", "00-finetune", "01-prune", "02-qat"} <= cached(document)
     assert weights(folder) == weights(finished.folder)
     assert not list((cache / "deployopt" / "steps").glob("*.partial"))
+
+
+@pytest.mark.parametrize("written", [".owner.json", "recipe.yaml", "environment.json"])
+def test_killed_while_it_writes_its_first_files_a_run_can_be_continued(recipe: Path, tmp_path: Path, written: str) -> None:
+    folder, cache, options = tmp_path / "run", tmp_path / "cache", ("--until", "init", "--threads", "1")
+    die_there = (
+        "import os, signal, sys\n"
+        "replace = os.replace\n"
+        f"os.replace = lambda old, new: os.kill(os.getpid(), signal.SIGKILL) if new.endswith('/{written}') else replace(old, new)\n"
+        "from deployopt.cli import main\n"
+        "main()"
+    )
+    command = [sys.executable, "-c", die_there, "run", str(recipe), "--run-dir", str(folder), *options]
+    killed = subprocess.run(command, env={**os.environ, "XDG_CACHE_HOME": str(cache)}, timeout=100, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [p for p in folder.iterdir() if p.suffix == ".tmp"], "it was not killed while it wrote"
+    assert [step["status"] for step in run(recipe, folder, cache, *options)["steps"]] == ["ok"]
+    assert not [p for p in folder.iterdir() if p.suffix == ".tmp"]
 
 
 def finished_steps(folder: Path) -> set[str]:

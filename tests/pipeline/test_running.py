@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from cli_runs import TINY, Finished, logged, run, start, wait_for
+from distributions import install
 
-from deployopt import load_recipe, pipeline
+from deployopt import load_recipe, pipeline, store
 from deployopt.errors import UsageError
 
 FLOAT = ["fp32", "fp16", "bf16"]
@@ -62,13 +63,14 @@ def test_two_runs_in_one_folder_the_second_is_refused(recipe: Path, tmp_path: Pa
 
 def test_ctrl_c_ends_with_130_and_the_command_that_resumes(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with start(recipe, folder, tmp_path / "cache") as process:
+    with start(recipe, folder, tmp_path / "cache", "--fresh") as process:
         wait_for(logged(folder / "log.txt", "00-finetune: started"), process)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"deployopt run {recipe} --run-dir {folder} --threads 1\n" in err
+    assert f"deployopt run {recipe} --run-dir {folder} --threads 1\n  (without --fresh, which would begin again;" in err
+    assert "interrupted\n" in err
     assert "Traceback" not in err
 
 
@@ -76,6 +78,20 @@ def test_a_run_that_ends_before_it_measures_judges_no_budget(recipe: Path, tmp_p
     document = run(recipe, tmp_path / "run", tmp_path / "cache", "--until", "init", "--set", "budget.min_speedup=2")  # asserts exit code 0
     assert document["rows"] == []
     assert document["budget"]["met"] is True
+
+
+def test_a_run_prunes_the_cache_and_spares_what_it_used(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    cache = store.Cache()
+    with cache.holding("other"), cache.writing("other") as folder:
+        (folder / "model.bin").write_bytes(bytes(1000))
+        cache.commit(folder, "other", {"stage": "finetune", "label": ""}, (), 1.0)
+    planned = pipeline.plan(load_recipe(recipe), until="init", threads=1)
+    monkeypatch.setenv("DEPLOYOPT_CACHE_MAX_SIZE", "much")
+    with pytest.raises(UsageError, match="DEPLOYOPT_CACHE_MAX_SIZE"):
+        pipeline.execute(planned, tmp_path / "run")
+    monkeypatch.setenv("DEPLOYOPT_CACHE_MAX_SIZE", "0")
+    pipeline.execute(planned, tmp_path / "run")
+    assert [e.key for e in cache.entries()] == [planned.steps[0].key]
 
 
 def test_a_folder_that_is_no_run_of_this_recipe_is_left_alone(recipe: Path, tmp_path: Path) -> None:
@@ -91,6 +107,40 @@ def test_a_folder_that_is_no_run_of_this_recipe_is_left_alone(recipe: Path, tmp_
     with pytest.raises(UsageError, match="'large', not of 'tiny'"):
         pipeline.execute(planned, other)
     assert (mine / "thesis.tex").read_text() == "precious"
+
+
+BROKEN = """\
+from deployopt.artifact import Availability
+from deployopt.errors import BuildFailed
+
+distributions, build_depends_on_machine = (), False
+
+
+def probe():
+    return Availability(True, True, "1.0", "CPU", None, {"fp32": None})
+
+
+def prepare(canonical, precision, out):
+    raise BuildFailed("this backend builds nothing", "take another")
+"""
+ABSENT = BROKEN.replace('Availability(True, True, "1.0", "CPU", None', 'Availability(False, False, None, None, "its runtime is not installed"')
+
+
+@pytest.mark.parametrize(("backend", "code", "said"), [("broken", 4, "this backend builds nothing\n  → take another"), ("absent", 3, "not installed")])
+def test_a_run_without_anything_to_deploy_ends_in_the_code_of_its_cause(
+    recipe: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, code: int, said: str
+) -> None:
+    install(tmp_path, "vendor", "[deployopt.backends]\nbroken = vendor.broken\nabsent = vendor.absent\n", {"broken": BROKEN, "absent": ABSENT})
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    options = ("--set", f"stages.build.backends=[{backend}]", "--until", "build")
+    with start(recipe, tmp_path / "run", cache, *options) as process:
+        _, err = process.communicate(timeout=200)
+    assert process.returncode == code, err
+    found = "2 failed, 5 unavailable" if code == 4 else "7 unavailable"
+    assert f"error: wanted an artifact to deploy, found {found}; 04-build-finetune-{backend}-fp32" in err
+    assert said in err
+    assert "to go on from the last finished step: deployopt run" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.slow  # half a minute

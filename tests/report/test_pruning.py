@@ -73,3 +73,32 @@ def test_what_could_not_be_measured_is_said(pruned: dict[str, Any]) -> None:
     text = markdown.render(pruned)
     assert "whether it is faster than the uncut network on tensorrt at batch 1 is not known: no driver" in text
     assert "target macs ratio 0.5" in text
+
+
+@pytest.mark.parametrize("part", FACTS)
+def test_of_an_older_record_what_is_there_is_told(pruned: dict[str, Any], part: str) -> None:
+    whole = {render: render(pruned) for render in (html.render, markdown.render)}
+    next(v for v in pruned["variants"] if v["name"] == "prune")["record"] = {"pruning": {k: v for k, v in FACTS.items() if k != part}}
+    for render, text in whole.items():
+        less = render(pruned)
+        assert len(less) < len(text)
+        assert "uning: prune" in less
+
+
+@pytest.mark.parametrize(
+    "facts",
+    ["halved", ["conv1"], 0.5, {"ratio": 0.5}, {"target": {"latency": "less"}, "alignment": 8, "latency": [{"trace": None}], "sensitivity": {"whole": 1}}],
+)
+def test_a_third_partys_pruning_is_its_own_affair(pruned: dict[str, Any], facts: Any) -> None:
+    next(v for v in pruned["variants"] if v["name"] == "prune")["record"] = {"pruning": facts, "quantization": facts}
+    assert "Pruning:" not in markdown.render(pruned)
+    assert "Pruning:" not in html.render(pruned)
+
+
+def test_half_a_comparison_is_none(pruned: dict[str, Any]) -> None:
+    facts = {**FACTS, "against_parent": {"backend": "openvino", "batch": 1}, "alignment": {"round_to": 8, "p50_ms": {"8": 1.0}}}
+    next(v for v in pruned["variants"] if v["name"] == "prune")["record"] = {"pruning": facts}
+    text = markdown.render(pruned)
+    assert "than the uncut network" not in text
+    assert "multiples of" not in text
+    assert "kept 41.0 % of the MACs" in text

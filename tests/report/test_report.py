@@ -44,6 +44,9 @@ def test_figures_that_are_not_finite_are_refused_and_located(report: dict[str, A
         ("[1]", "not a report"),
         ('{"schema": 2, "deployopt": "9.0"}', r"wanted report schema 1, found schema 2 \(written by deployopt 9.0\)"),
         ('{"schema": 1, "rows": []}', "no list 'variants'"),
+        ('{"schema": 1, "variants": [{}], "rows": []}', r"variants\[0\] has no 'name'"),
+        ('{"schema": 1, "variants": [], "rows": [{"variant": "a", "backend": "b", "precision": "c"}]}', r"rows\[0\] has no 'batch', 'status'"),
+        ('{"schema": 1, "variants": [], "rows": ["fast"]}', r"rows\[0\] has no 'variant'"),
     ],
 )
 def test_damaged_reports_are_named(tmp_path: Path, content: str, message: str) -> None:
@@ -86,4 +89,16 @@ def test_sensitivity_is_shown_layer_by_layer(report: dict[str, Any], format: str
     for wanted in ("body.layer1.0.conv1", "0.0400", "+5.2 %", "body.conv1 to float 98.06 %", "All in INT8: 0.0500"):
         assert wanted in text
     report["variants"][2]["record"] = {}
+    assert "Sensitivity of each layer" not in reports.render(report, format)
+
+
+@pytest.mark.parametrize("format", ["markdown", "html"])
+def test_of_a_quantisation_record_of_another_form_what_is_there_is_told(report: dict[str, Any], format: str) -> None:
+    record = report["variants"][2]["record"]["quantization"]
+    del record["float_layers"], record["mixed_precision"]["trace"]
+    text = re.sub(r"\\(.)", r"\1", reports.render(report, format))
+    assert "All in INT8: 0.0500" in text
+    assert "Kept in float: none" in text
+    assert "Chosen for a drop" not in text
+    record["sensitivity"]["layers"] = [{"name": "body.conv1"}]
     assert "Sensitivity of each layer" not in reports.render(report, format)

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 
+from deployopt.errors import DeployoptError, LackingEnvironment, StageFailed
 from deployopt.report import verdict
 
 TASK = {"name": "classification", "primary": "top1", "unit": "", "higher_is_better": True}
@@ -142,3 +143,30 @@ def test_a_failed_int8_row_counts_with_what_was_verified() -> None:
     failed = row("qat", "int8", 0.3, 0.97, status="failed", latency_ms=None, backend="x", verified={"quantized_layers": 3, "quantizable_layers": 21})
     budget, _ = verdict.judge([*rows(), failed], VARIANTS, {"min_quantized_layers": 0.9}, TASK)
     assert [v["row"] for v in budget["violations"]] == ["qat/x/int8/b1"]
+
+
+@pytest.mark.parametrize(
+    ("states", "error"),
+    [
+        (["failed", "unavailable", "failed"], StageFailed),
+        (["failed", "built", "invalid"], StageFailed),
+        (["unavailable", "unavailable"], LackingEnvironment),
+        (["ok", "failed", "unavailable"], None),
+        (["built", "unavailable"], None),
+        (["invalid"], None),
+        ([], None),
+    ],
+)
+def test_a_run_that_left_nothing_to_deploy_ends_in_an_error_that_says_why(states: list[str], error: type[DeployoptError] | None) -> None:
+    baseline = row("finetune", "fp32", 2.0, 0.98, backend="torch")
+    ended = [row("qat", "int8", 1.0, 0.9, batch=i, status=state, reason="no driver\n  → install one") for i, state in enumerate(states, 1)]
+    steps = [{"id": f"04-build-{i}", "stage": "build", "status": state, "reason": None} for i, state in enumerate(states)]
+    measured, unmeasured = verdict.shortfall({"rows": [baseline, *ended]}), verdict.shortfall({"rows": [], "steps": steps})
+    assert type(measured) is type(unmeasured) is (error or type(None))
+    if measured is not None and unmeasured is not None:
+        assert f"{states.count('failed') or 2} {'failed' if 'failed' in states else 'unavailable'}" in measured.message
+        assert "qat/openvino/int8/b1" in measured.message
+        assert "no driver" in measured.message
+        assert measured.remedy == "install one"
+        assert "04-build-0" in unmeasured.message
+        assert unmeasured.remedy

@@ -4,6 +4,8 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from deployopt.graph.editing import PRODUCTS, Graph, has_constant_weight, layer_name, unmoved
+
 CONVOLUTIONS = ("conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2", "layer2.0.downsample.0")
 LAYERS = len(CONVOLUTIONS) + 1  # and the head
 SIZE = 16
@@ -123,3 +125,14 @@ def quantized(stem_limit=63, seed=0):
         "layer2.0.conv2": {"output": ranges["layer2.0.conv2.out"] / 127, "sum": ranges["layer2.0.sum"] / 127},
     }
     return residual(ranges, stem_limit, seed), scales
+
+
+def layers_by_kind(model):
+    """(names of layers whose input and weight come from Q/DQ, names of the other convolutions and matrix products) of a canonical graph."""
+    graph = Graph(model.graph)
+    quantized, floating = [], []
+    for node in graph.nodes(*PRODUCTS):
+        if has_constant_weight(graph, node):
+            is_int8 = all(graph.producer(unmoved(graph, name), "DequantizeLinear") is not None for name in node.input[:2])
+            (quantized if is_int8 else floating).append(layer_name(graph, node))
+    return quantized, floating

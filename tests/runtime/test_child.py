@@ -78,8 +78,14 @@ def test_our_errors_keep_class_and_remedy():
 
 
 def test_foreign_errors_become_build_failures():
-    with pytest.raises(BuildFailed, match="building: LookupError: nothing there"):
-        run_in_child("child_targets:foreign", {}, SilentProgress(), "building")
+    progress = Recorder()
+    with pytest.raises(BuildFailed, match="building: LookupError: nothing there") as caught:
+        run_in_child("child_targets:foreign", {}, progress, "building")
+    ((kind, logged),) = progress.seen
+    assert kind == "log"
+    assert "in foreign\n" in logged
+    assert caught.value.remedy is not None
+    assert "log" in caught.value.remedy
 
 
 def test_several_calls_work_together_and_the_first_counts(tmp_path):

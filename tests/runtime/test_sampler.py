@@ -4,7 +4,6 @@ import time
 import numpy as np
 import pytest
 
-from deployopt.runtime.clock import resolution_ns
 from deployopt.runtime.sampler import time_block, time_once, time_streams, warm_up, warm_up_streams
 
 
@@ -51,8 +50,8 @@ def test_block_times_each_run_over_rotated_feeds():
     assert loaded.indices == [8, 9, 10, 11, 12, 13, 14]
     assert block.host_ns.dtype == np.int64
     assert (block.host_ns >= 2_000_000).all()
-    assert block.host_ns.sum() * 1e-9 <= block.wall_s < block.elapsed_s
-    assert block.process_cpu_s < block.elapsed_s
+    assert block.host_ns.sum() * 1e-9 <= block.wall_s
+    assert block.process_cpu_s < block.wall_s
     assert block.device_ms is None
 
 
@@ -93,10 +92,6 @@ def test_warm_up_is_bounded():
 
 def test_time_once_is_in_milliseconds():
     assert 5 <= time_once(Steps(0.005)) < 50
-
-
-def test_clock_shows_steps_below_a_microsecond():
-    assert 0 < resolution_ns() < 1000
 
 
 def test_streams_run_at_once_and_share_the_runs():

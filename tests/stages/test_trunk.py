@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from deployopt.data import Dataset
 from deployopt.data._arrays import ArraySet
-from deployopt.errors import UsageError
-from deployopt.nn import checkpoint
-from deployopt.stages import Planning, Point, StepOutput, finetune, init, prune
+from deployopt.errors import StageFailed, UsageError
+from deployopt.nn import checkpoint, models
+from deployopt.stages import Planning, Point, StepOutput, finetune, init, prune, ptq
 from deployopt.tasks import regression
 
 START = [(init, init.Config(fan_out=False)), (finetune, finetune.Config(epochs=2, batch_size=32, warmup_epochs=0.5))]
@@ -38,6 +38,30 @@ def test_records_hold_what_reports_need(trained: list[StepOutput]) -> None:
     assert tuned["validation"]["top1"] == tuned["curves"][tuned["kept_epoch"] - 1]["validation_top1"]
     assert (tuned["family"], tuned["parent"]) == ("float", "init")
     assert tuned["size_bytes"] == trained[1].artifacts["model"].path.stat().st_size
+
+
+def test_weights_that_give_no_numbers_are_named(run_stages, trained: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    network = checkpoint.load(trained[-1].folder)
+    with torch.no_grad():
+        network.state_dict()["body.fc.bias"][1] = float("nan")
+    broken = dataclasses.replace(trained[-1], folder=tmp_path / "broken", artifacts={"model": checkpoint.save(tmp_path / "broken", network)})
+    with pytest.raises(StageFailed, match="ptq: the network's outputs on 57 of 57 images of the validation split are NaN or infinite") as caught:
+        run_stages(tmp_path, [(ptq, ptq.Config(calibration_images=8, sensitivity=True))], [broken])
+    assert "what its stages made of the network" in str(caught.value)
+
+
+def test_a_checkpoint_that_gives_no_numbers_is_named(run_stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Scored on test, as every variant that is not trained first."""
+    build = models.build
+
+    def with_nan(*arguments: Any) -> models.Network:
+        network = build(*arguments)
+        network.state_dict()["body.fc.bias"][0] = float("inf")
+        return network
+
+    monkeypatch.setattr(models, "build", with_nan)
+    with pytest.raises(StageFailed, match="init: the network's outputs on 162 of 162 images of the test split are NaN or infinite"):
+        run_stages(tmp_path, [(init, init.Config())])
 
 
 def test_a_repeated_run_writes_the_same_bytes(run_stages, trained: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
