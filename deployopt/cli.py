@@ -35,6 +35,7 @@ app = typer.Typer(
 cache_app = typer.Typer(help="The cache of finished steps.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (.yaml).", show_default=False)]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. stages.qat.lr=0.001. Repeatable.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -50,6 +51,8 @@ def main() -> None:
     try:
         result = app(standalone_mode=False)
         sys.stdout.flush()
+        if result == INTERRUPTED:  # what typer makes of Ctrl-C; older ones raise Abort
+            _end_interrupted()
         sys.exit(result if isinstance(result, int) else 0)
     except DeployoptError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -58,7 +61,7 @@ def main() -> None:
         _end_interrupted()
     except SystemExit as ending:
         if isinstance(ending.__context__, BrokenPipeError):  # stderr's reader left; typer ends with 1, which would be a missed budget
-            sys.exit(130)
+            sys.exit(INTERRUPTED)
         raise
     except OSError as error:
         if error.errno not in _MACHINES_FAULTS:
@@ -66,7 +69,7 @@ def main() -> None:
         print(f"error: {error.filename or 'a file'}: {error.strerror}\n  → {_MACHINES_FAULTS[error.errno]}", file=sys.stderr)
         sys.exit(LackingEnvironment.exit_code)
     except Exception as error:
-        if type(error).__name__ == "Abort":  # what typer makes of Ctrl-C
+        if type(error).__name__ == "Abort":
             _end_interrupted()
         code = _click_exit_code(error)
         if code is None:
@@ -107,7 +110,7 @@ _MACHINES_FAULTS = {  # what the machine refuses, and what mends it; a path that
 
 def _end_interrupted() -> NoReturn:
     print("interrupted", file=sys.stderr)
-    sys.exit(130)
+    sys.exit(INTERRUPTED)
 
 
 def _report_bug() -> NoReturn:

@@ -60,7 +60,7 @@ def test_a_checkpoint_that_gives_no_numbers_is_named(run_stages, tmp_path: Path,
         return network
 
     monkeypatch.setattr(models, "build", with_nan)
-    with pytest.raises(StageFailed, match="init: the network's outputs on 162 of 162 images of the test split are NaN or infinite"):
+    with pytest.raises(StageFailed, match="init: the network's outputs on 161 of 161 images of the test split are NaN or infinite"):
         run_stages(tmp_path, [(init, init.Config())])
 
 
