@@ -31,6 +31,7 @@ TINY = DATA + overrides(
     "stages.calibrate_bn.images=128",
     "stages.export.precisions=[int8]",
     "stages.benchmark.min_seconds=0.1",
+    "stages.benchmark.profile=false",
     "stages.benchmark.max_spread=100",  # other tests run beside this one: what is tested is that it measures, not how fast it is
     "stages.benchmark.max_contention=100",
     "stages.benchmark.max_drift=100",

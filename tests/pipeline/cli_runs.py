@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 QUIET = ("max_contention", "max_drift", "max_pressure", "max_spread", "max_steal_percent")  # a shared machine's timing is not judged
-HURRIED = {"min_seconds": 0.05, **dict.fromkeys(QUIET, 100)}
+HURRIED = {"min_seconds": 0.05, "profile": False, **dict.fromkeys(QUIET, 100)}
 TINY = f"""\
 name: tiny
 model: {{arch: resnet20, stem: cifar}}

@@ -115,7 +115,9 @@ def test_manifest_of_another_schema(tmp_path):
     ],
 )
 def test_an_engine_for_another_machine_is_refused(tmp_path, changes, message):
-    engine = put(tmp_path, **changes)
+    folder = tmp_path / "no" / "run"
+    folder.mkdir(parents=True)
+    engine = put(folder, **changes)
     with pytest.raises(ArtifactMismatch, match=message) as caught:
         opened(engine)
     assert "deployopt run RECIPE --until build (on this machine" in caught.value.remedy
