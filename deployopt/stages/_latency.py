@@ -15,7 +15,7 @@ from deployopt.artifact import Artifact
 from deployopt.errors import PruningImpossible
 from deployopt.runtime.progress import Progress
 from deployopt.stages import StageContext
-from deployopt.stages._timing import SECONDS, Candidates, TimedOn, canonical
+from deployopt.stages._timing import SECONDS, Candidates, TimedOn
 
 if TYPE_CHECKING:
     from deployopt.bench.harness import Measured
@@ -75,9 +75,9 @@ class Timing(Candidates):
         return self.measure({key: self._artifact(network) for key, network in networks.items()}, SECONDS, BLOCKS, seed)
 
     def _artifact(self, network: Network) -> Artifact:
-        from deployopt.nn.export import deployed
+        from deployopt.nn.export import canonical, deployed
 
-        return self.built(_architecture(network), lambda: canonical(deployed(network), network))
+        return self.built(_architecture(network), lambda: canonical(deployed(network), network, None))
 
 
 def _reading(lifetimes: Sequence[tuple[Measured, Measured]]) -> Reading:

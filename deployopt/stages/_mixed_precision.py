@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from deployopt.artifact import Precision
 from deployopt.stages import StageContext
 from deployopt.stages._quantize import MixedPrecision, Quantization, Sensitivity
-from deployopt.stages._timing import SECONDS, Candidates, canonical
+from deployopt.stages._timing import SECONDS, Candidates
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,6 +112,7 @@ def latency_cost(context: StageContext, config: MixedPrecision, network: Network
         BuildFailed, StageFailed: a candidate could not be built or timed.
     """
     from deployopt.bench.harness import speedup
+    from deployopt.nn.export import canonical
     from deployopt.nn.quantizer import recorded_scales
 
     def export(kept: Sequence[str]) -> ModelProto:
