@@ -8,16 +8,11 @@ import torch
 from onnx import ModelProto
 
 from deployopt.bench.artifacts import natural_noise
-from deployopt.graph.canonical import canonicalize
-from deployopt.nn import CIFAR_ARCHITECTURES, models
-from deployopt.nn.capture import example_input
-from deployopt.nn.export import deployed, to_onnx
+from deployopt.nn import CIFAR_ARCHITECTURES, export, models
 from deployopt.nn.models import Network
 from deployopt.nn.prepared import Prepared, Scheme
 from deployopt.nn.quantizer import quantization, recorded_scales
 from deployopt.runtime.preprocessing import Preprocessing, to_feed
-
-OPSET = 21
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ def settle_batchnorm(made: Network, images: torch.Tensor) -> None:
 
 def exported(made: Network) -> ModelProto:
     """The canonical file of a network, quantised or not."""
-    return canonicalize(to_onnx(deployed(made), example_input(made.preprocessing), OPSET), scales=recorded_scales(made))
+    return export.canonical(export.deployed(made), made, recorded_scales(made))
 
 
 def int8(made: Network, images: torch.Tensor) -> ModelProto:

@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deployopt.bench.environment import environment
+from deployopt.graph import OPSET
 
 RESULT = Path(__file__).resolve().parent / "results" / "export_speed.json"
-OPSET = 21
 
 
 def steps(arch: str, image_size: int) -> dict[str, float]:

@@ -2,3 +2,5 @@
 
 Every function leaves its argument as it was and returns a new model.
 """
+
+OPSET = 21  # of ONNX files, unless the recipe says another (`export.opset`); here, so that checking a recipe loads no onnx

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, ModelProto, TensorProto, checker, helper, numpy_helper, version_converter
 
 from deployopt.errors import ExportFailed
+from deployopt.graph import OPSET
 from deployopt.graph.editing import Graph, clone, opset_of, with_shapes
 
 _TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -30,7 +31,7 @@ def cast(model: ModelProto, precision: Literal["fp16", "bf16"]) -> ModelProto:
     target = _TYPES[precision]
     opset = opset_of(model)
     if opset < _Q_OPSET and any(n.op_type in ("QuantizeLinear", "DequantizeLinear") for n in model.graph.node):
-        raise ExportFailed(f"INT8 with {precision.upper()} around it needs opset {_Q_OPSET} or newer, found {opset}", "set export.opset: 21")
+        raise ExportFailed(f"INT8 with {precision.upper()} around it needs opset {_Q_OPSET} or newer, found {opset}", f"set export.opset: {OPSET}")
     model = version_converter.convert_version(model, _BF16_OPSET) if precision == "bf16" and opset < _BF16_OPSET else clone(model)
     graph = Graph(model.graph)
     scales = {n.input[1] for n in graph.nodes("QuantizeLinear", "DequantizeLinear")}

@@ -14,6 +14,8 @@ from deployopt.graph.editing import PRODUCTS, TRANSPARENT, Graph, attribute, clo
 
 SATURATION_KEY = "deployopt.int16_saturation"  # read by runtime/onnxruntime_session.py
 _PAIR_SAFE = 64  # 2 · 255 · 64 < 2^15: a pair of products of x86's vpmaddubsw fits int16
+_POOLING = ("GlobalAveragePool", "AveragePool", "GlobalMaxPool", "ReduceMean", "ReduceMax")
+_SIGN_KEEPING = frozenset({*TRANSPARENT, *_POOLING, "QuantizeLinear", "DequantizeLinear"})
 _BIAS_LIMIT = 2**30  # leaves as much of the int32 accumulator to the products
 
 
@@ -151,16 +153,22 @@ def _add_pair(graph: Graph, tensor: str, scale: np.float32) -> str:
 
 
 def is_non_negative(graph: Graph, tensor: str) -> bool:
-    """Whether a tensor provably holds no negative value: after a ReLU (or Clip from 0), through pooling, reshaping and Q/DQ."""
+    """Whether a tensor provably holds no negative value: after a ReLU (or Clip from 0) or Sigmoid, through pooling, means, reshaping, Q/DQ, sums and
+    concatenations of such.
+
+    It has to say what `nn.placement` said before training, which left weights behind such a tensor unguarded: a test holds both to each other.
+    """
     node = graph.producers.get(tensor)
-    while node is not None and node.op_type in (*TRANSPARENT, "GlobalAveragePool", "AveragePool", "QuantizeLinear", "DequantizeLinear"):
+    while node is not None and node.op_type in _SIGN_KEEPING:
         node = graph.producers.get(node.input[0])
     if node is None:
         return False
+    if node.op_type in ("Add", "Concat"):
+        return all(is_non_negative(graph, name) for name in node.input)
     if node.op_type == "Clip" and len(node.input) > 1:
         low = graph.constant(node.input[1])
         return low is not None and bool(low >= 0)
-    return node.op_type in ("Relu", "Sigmoid", "Softmax")
+    return node.op_type in ("Relu", "Sigmoid", "HardSigmoid", "Softmax")
 
 
 def make_unsigned(graph: Graph, *, keep_signed: bool) -> None:

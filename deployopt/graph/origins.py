@@ -7,7 +7,9 @@ from collections.abc import Container, Iterable, Sequence
 
 from onnx import GraphProto, NodeProto
 
-PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+from deployopt.graph.editing import PRODUCTS
+
+_ANCHORS = frozenset({*PRODUCTS, "ConvTranspose"})  # what the nodes around are fused into
 _MADE_UNIQUE, _LAYOUT = re.compile(r"_token_\d+$"), re.compile(r"_nchwc$")  # what ONNX Runtime appends to the names it derives
 
 
@@ -68,7 +70,7 @@ class _Nodes:
         """The nodes before `anchor` along first inputs up to its product, [] if there is none before a node that is taken."""
         before: list[int] = []
         node = anchor
-        while self.nodes[node].op_type not in PRODUCTS:
+        while self.nodes[node].op_type not in _ANCHORS:
             earlier = self.producers.get(self.nodes[node].input[0]) if self.nodes[node].input else None
             if earlier is None or earlier in taken:
                 return []

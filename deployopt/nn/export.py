@@ -7,7 +7,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 from deployopt.errors import ExportFailed
-from deployopt.nn.capture import MAX_BATCH, source_of
+from deployopt.graph import OPSET
+from deployopt.graph.canonical import Scales, canonicalize
+from deployopt.nn.capture import MAX_BATCH, example_input, source_of
 from deployopt.nn.quantizer import fake_quantized, folded, quantization
 
 if TYPE_CHECKING:
@@ -36,6 +38,18 @@ def deployed(network: Network) -> nn.Module:
     if quantization(network) is not None:
         return fake_quantized(network)
     return folded(network)
+
+
+def canonical(module: nn.Module, network: Network, scales: Scales | None, *, opset: int = OPSET, metadata: Mapping[str, str] | None = None) -> ModelProto:
+    """Canonical ONNX of a `deployed` graph of `network`: what `export` writes as FP32 or INT8, and candidates that are timed are built from.
+
+    Args:
+        scales: as `nn.quantizer.recorded_scales` says; None for a float network.
+
+    Raises:
+        ExportFailed: an operator has no ONNX form; names it and the line of source.
+    """
+    return canonicalize(to_onnx(module, example_input(network.preprocessing), opset), scales=scales, metadata=metadata)
 
 
 def to_onnx(graph_module: nn.Module, example: torch.Tensor, opset: int) -> ModelProto:

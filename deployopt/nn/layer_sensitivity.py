@@ -104,19 +104,31 @@ class Study:
         return found
 
 
-def keep_fewest(study: Study, table: Sequence[LayerScores], accepted: Callable[[Score], bool], cost: Cost, describe: Callable[[Score], str]) -> dict[str, Any]:
-    """The layers to keep in float so that the validation score is accepted: greedily those that bring the outputs nearest to the parent's for each
-    share of latency, until it is; then those without which it still is are returned to INT8.
+def keep_few(
+    study: Study,
+    table: Sequence[LayerScores],
+    whole: float,
+    accepted: Callable[[Score], bool],
+    cost: Cost,
+    *,
+    describe: Callable[[Score], str],
+    option: str,
+) -> dict[str, Any]:
+    """A few layers to keep in float so that the validation score is accepted, chosen greedily: those that bring the outputs nearest to the parent's
+    for each share of latency, until it is; then those without which it still is are returned to INT8. At least one layer stays in INT8.
+
+    Each layer is judged by what it gains as the only float one. Fewer might do together, but 2^layers sets are too many to try.
 
     Args:
-        describe: a score in words, for errors.
+        whole: distance of the network with all layers in INT8, on the images of the table: gains are differences from it.
+        describe: a score in words, option: the recipe's path of the limit that `accepted` holds scores to; for errors.
 
     Returns:
         {"float_layers", "latency_cost": {layer: share}, "trace": [{"layer", "kept" (False: returned to INT8), "distance", "primary", "accepted"}]};
         the trace begins with the whole INT8 network, layer None.
 
     Raises:
-        StageFailed: no set that was tried is accepted; says the best.
+        StageFailed: no set that was tried and leaves a layer in INT8 is accepted; says the best.
     """
     trace: list[dict[str, Any]] = []
 
@@ -129,19 +141,21 @@ def keep_fewest(study: Study, table: Sequence[LayerScores], accepted: Callable[[
     if accepts((), None, False):
         return {"float_layers": [], "latency_cost": {}, "trace": trace}
     by_gain = [row.layer for row in sorted(table, key=lambda row: row.spared.distance)]
-    whole = study.score((), None).distance
     gains = {row.layer: max(0.0, whole - row.spared.distance) for row in table}
     costs = dict(cost(by_gain[:TIMED]))
     order = sorted(costs, key=lambda name: gains[name] / max(costs[name], LEAST_COST), reverse=True) + by_gain[TIMED:]
     chosen: list[str] = []
-    for name in order:
+    for name in order[:-1]:  # all of them in float would be the float network under the name of INT8
         chosen.append(name)
         if accepts(chosen, name, True):
             break
     else:
         best = min(trace, key=lambda step: float(step["distance"]))
         reached = describe(Score(best["distance"], best["primary"]))
-        raise StageFailed(f"no set of layers kept in float meets mixed_precision's accuracy; the best reached is {reached}", "raise max_accuracy_drop_pp")
+        raise StageFailed(
+            f"no set of layers kept in float that leaves one in INT8 meets mixed_precision's accuracy; the best of {len(trace)} tried reaches {reached}",
+            f"raise {option}, or leave this INT8 variant out",
+        )
     for name in chosen[-2::-1]:  # without the last it was not accepted
         fewer = [other for other in chosen if other != name]
         if accepts(fewer, name, False):

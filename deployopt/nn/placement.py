@@ -19,6 +19,7 @@ that reads (input, identity) or makes it (output, sum): names of torch.export or
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, cast
@@ -38,6 +39,7 @@ SIGN_KEEPING = {
     aten.avg_pool2d.default,
     aten.adaptive_avg_pool2d.default,
     aten.adaptive_max_pool2d.default,
+    operator.getitem,  # the values or the indices of that
     aten.mean.dim,
     aten.flatten.using_ints,
     aten.view.default,

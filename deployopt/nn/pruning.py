@@ -143,6 +143,15 @@ class Cuts:
             counts.append(min(group.size, -(-at_least // self.rules.round_to) * self.rules.round_to))
         return counts
 
+    @property
+    def smallest_macs(self) -> int:
+        """Of the network that loses all it may."""
+        return self.cost(self.kept(1.0))["macs"]
+
+    def nearest(self, macs: int, progress: Progress | None = None) -> list[int]:
+        """Channels to keep for about so many MACs: as `within`, or the smallest cut if that has more."""
+        return self.within(max(macs, self.smallest_macs), progress=progress)
+
     def within(self, at_most: int, metric: Metric = "macs", progress: Progress | None = None) -> list[int]:
         """Channels to keep so that at most `at_most` MACs or parameters are left, and as close to that as the layers allow.
 
@@ -155,7 +164,7 @@ class Cuts:
             raise PruningImpossible(
                 f"wanted at most {at_most:,} {metric} ({at_most / whole:.3f} of {whole:,}); with max_layer_ratio {self.rules.max_layer_ratio:g} and "
                 f"round_to {self.rules.round_to} the best reached is {smallest:,} ({smallest / whole:.3f})",
-                "raise prune.target, raise prune.max_layer_ratio, or lower prune.round_to",
+                "raise the stage's target, raise its max_layer_ratio, or lower its round_to",
             )
         with (progress or SilentProgress()).track(f"search for {at_most:,} {metric}", 1 + BISECTIONS + len(self.groups)) as bar:
 

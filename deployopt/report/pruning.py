@@ -19,8 +19,20 @@ def variants(report: Report) -> list[tuple[str, Facts, bool]]:
 
 
 def is_faster(found: Facts) -> bool:
-    """Whether the interval of the latency ratio lies below 1; without an interval (too few blocks) nothing is shown."""
-    return found["ratio_ci95"] is not None and found["ratio_ci95"][1] < 1
+    """Whether the interval of the latency ratio lies below 1; without an interval (too few blocks), or a ratio, nothing is shown."""
+    return found.get("ratio_ci95") is not None and found["ratio_ci95"][1] < 1
+
+
+def warning(facts: Facts) -> str | None:
+    """What the stage warns of: a cut network that is not shown to be faster than the uncut one. None if it is, or was not to be timed."""
+    found = facts.get("against_parent")
+    return None if not found or is_faster(found) else against_parent(found)
+
+
+def warnings(report: Report) -> list[tuple[str, str]]:
+    """(variant, warning) of those that have one; for a cached variant it says that the timing is an earlier run's."""
+    found = ((name, warning(facts), cached) for name, facts, cached in variants(report))
+    return [(name, f"{told} ({EARLIER})" if cached else told) for name, told, cached in found if told is not None]
 
 
 def against_parent(found: Facts) -> str:
@@ -48,7 +60,9 @@ def sentences(facts: Facts, cached: bool) -> list[str]:
     alignment = facts.get("alignment", {})
     if "p50_ms" in alignment:
         timed = ", ".join(f"{key}: {units.milliseconds(ms)}" for key, ms in alignment["p50_ms"].items())
-        said.append(f"channels are multiples of {alignment['round_to']}, the fastest on {alignment['backend']} at batch {alignment['batch']} ({timed})")
+        best, chosen = alignment.get("fastest", alignment["round_to"]), alignment["round_to"]
+        judged = "the fastest" if best == chosen else f"not shown to be slower than {best}, the fastest,"
+        said.append(f"channels are multiples of {chosen}, {judged} on {alignment['backend']} at batch {alignment['batch']} in FP32 ({timed})")
     if "sparse" in facts:
         small = facts["sparse"]["small_channels"]
         said.append(
@@ -66,7 +80,7 @@ def _target(target: Facts) -> str:
     if latency is None:
         return ", ".join(f"{metric} ratio {ratio:.3g}" for metric, ratio in target.items())
     wanted = f"{latency['ratio']:.3g} of the latency" if "ratio" in latency else units.milliseconds(latency.get("ms"))
-    return f"{wanted} on {latency['backend']} at batch {latency['batch']}"
+    return f"{wanted} on {latency['backend']} at batch {latency['batch']} in FP32"
 
 
 def trace(facts: Facts) -> Table | None:

@@ -53,6 +53,7 @@ class TimedAlignment(Alignment):
     backend: str
     batch: int
     p50_ms: dict[str, float]
+    fastest: NotRequired[int]
 
 
 class SmallChannels(TypedDict):

@@ -14,7 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from deployopt.report import profiles, summary, sweeps, units
+from deployopt.report import profiles, pruning, summary, sweeps, units
 from deployopt.report.summary import JsonRow, Report
 from deployopt.report.verdict import headline
 
@@ -91,6 +91,8 @@ def _variants(report: Report, console: Console) -> None:
         Column("took", ["cached" if v.get("cached") else units.seconds(v.get("seconds")) for v in variants], 2),
     ]
     console.print(table(spaced(columns), console))
+    for name, told in pruning.warnings(report):
+        _print_item(console, Text.assemble(("warning", "yellow"), " ", (name, "bold"), ":"), told)
     console.print()
 
 

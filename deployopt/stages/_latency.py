@@ -1,6 +1,7 @@
 """Decisions by timing while pruning: cut candidates run on the target backend, interleaved with the network they are cut from.
 
-A candidate is exported, prepared and built as `export` and `build` would, as FP32 and untrained: latency depends on widths, not on weights.
+A candidate is exported, prepared and built as `export` and `build` would, as FP32, untrained and in the default opset: latency depends on widths, not
+on weights.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from deployopt.artifact import Artifact
 from deployopt.errors import PruningImpossible
 from deployopt.runtime.progress import Progress
 from deployopt.stages import StageContext
-from deployopt.stages._timing import SECONDS, Candidates, TimedOn, canonical
+from deployopt.stages._timing import SECONDS, Candidates, TimedOn
 
 if TYPE_CHECKING:
     from deployopt.bench.harness import Measured
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from deployopt.nn.pruning import Cuts
 
 ALIGNMENTS = (1, 4, 8, 16)
+ALIGNING_LIFETIMES = 3  # of all alignments' sessions, timed together as long as one lifetime is elsewhere: two give no interval worth the name
 PRECISION: Literal["fp32"] = "fp32"
 PARENT = "parent"
 CONFIRMING_LIFETIMES = 4  # of its sessions' processes, for the candidate that is taken: each keeps its luck in memory layout for life
@@ -59,25 +61,28 @@ class Timing(Candidates):
 
     def parent_ms(self) -> float:
         """p50 of the parent alone."""
-        return float(self._measured({}, 0)[PARENT].host["p50"])
+        return float(self._measured({}, SECONDS, 0)[PARENT].host["p50"])
 
-    def compare(self, candidates: Mapping[str, Network], lifetimes: int = 1) -> dict[str, Reading]:
+    def compare(self, candidates: Mapping[str, Network], lifetimes: int = 1, seconds: float = SECONDS) -> dict[str, Reading]:
         """Time candidates and the parent in shuffled rounds, in new processes for each of `lifetimes`.
+
+        Args:
+            seconds: for each network in each lifetime, at least.
 
         Raises:
             BuildFailed, ExportFailed: of a candidate. StageFailed: one could not be timed.
         """
-        found = [self._measured(candidates, seed) for seed in range(lifetimes)]
+        found = [self._measured(candidates, seconds, seed) for seed in range(lifetimes)]
         return {key: _reading([(results[key], results[PARENT]) for results in found]) for key in candidates}
 
-    def _measured(self, candidates: Mapping[str, Network], seed: int) -> dict[str, Measured]:
+    def _measured(self, candidates: Mapping[str, Network], seconds: float, seed: int) -> dict[str, Measured]:
         networks = {PARENT: self._parent, **candidates}
-        return self.measure({key: self._artifact(network) for key, network in networks.items()}, SECONDS, BLOCKS, seed)
+        return self.measure({key: self._artifact(network) for key, network in networks.items()}, seconds, BLOCKS, seed)
 
     def _artifact(self, network: Network) -> Artifact:
-        from deployopt.nn.export import deployed
+        from deployopt.nn.export import canonical, deployed
 
-        return self.built(_architecture(network), lambda: canonical(deployed(network), network))
+        return self.built(_architecture(network), lambda: canonical(deployed(network), network, None))
 
 
 def _reading(lifetimes: Sequence[tuple[Measured, Measured]]) -> Reading:
@@ -110,13 +115,17 @@ def _candidate(network: Network, cuts: Cuts, kept: Sequence[int]) -> Network:
 
 
 def fastest(timing: Timing, network: Network, cuts: Cuts, reach: Callable[[Cuts], list[int]]) -> dict[str, Any]:
-    """Which multiple of channels to keep: the fastest of `ALIGNMENTS` at the same target.
+    """Which multiple of channels to keep: of `ALIGNMENTS` at the same target the largest that cannot be told from the fastest.
+
+    That is, whose interval over process lifetimes reaches down to the fastest's ratio. Kernels work on whole vectors of channels, and INT8's are four
+    times as long as the FP32 ones that are timed here: where timing cannot tell, the larger multiple is the safer one.
 
     Args:
         reach: channels to keep by some cuts so that the target is met.
 
     Returns:
-        {"round_to": the fastest, "p50_ms": {alignment: median}, "backend", "batch"}; alignments that cannot reach the target are left out.
+        {"round_to": the choice, "fastest": that of the least ratio, "ratio" (to the parent's latency), "ratio_ci95" and "p50_ms": each by alignment,
+        "backend", "batch", "lifetimes"}; alignments that cannot reach the target are left out.
 
     Raises:
         PruningImpossible: none of them can.
@@ -131,13 +140,17 @@ def fastest(timing: Timing, network: Network, cuts: Cuts, reach: Callable[[Cuts]
             impossible = error
     if not candidates and impossible is not None:
         raise impossible
-    readings = timing.compare(candidates)
+    readings = timing.compare(candidates, ALIGNING_LIFETIMES, SECONDS / ALIGNING_LIFETIMES)
     best = min(readings, key=lambda key: readings[key].ratio)
+    alike = [int(key) for key, r in readings.items() if key == best or (r.ratio_ci95 is not None and r.ratio_ci95[0] <= readings[best].ratio)]
     return {
-        "round_to": int(best),
+        "round_to": max(alike),
+        "fastest": int(best),
         "backend": timing.backend,
         "batch": timing.batch,
+        "lifetimes": ALIGNING_LIFETIMES,
         "ratio": {key: r.ratio for key, r in readings.items()},
+        "ratio_ci95": {key: r.ratio_ci95 for key, r in readings.items()},
         "p50_ms": {key: r.ms for key, r in readings.items()},
     }
 
@@ -164,16 +177,26 @@ class Search:
         goal: largest value of it that will do.
         whole: the value of `network` itself.
         parent_macs: of the network that `timing` compares with; None if that is `network`.
+        stage: the instance's name in the recipe, for errors.
     """
 
     def __init__(
-        self, timing: Timing, network: Network, cuts: Cuts, metric: Literal["ratio", "ms"], goal: float, whole: float, parent_macs: int | None = None
+        self,
+        timing: Timing,
+        network: Network,
+        cuts: Cuts,
+        metric: Literal["ratio", "ms"],
+        goal: float,
+        whole: float,
+        *,
+        stage: str,
+        parent_macs: int | None = None,
     ) -> None:
         self._timing, self._network, self._cuts = timing, network, cuts
-        self._metric, self._goal, self._whole = metric, goal, whole
+        self._metric, self._goal, self._whole, self._stage = metric, goal, whole, stage
         self._macs = cuts.cost([g.size for g in cuts.groups])["macs"]
         self._parent_macs = parent_macs or self._macs
-        self._smallest = cuts.cost(cuts.kept(1.0))["macs"]
+        self._smallest = cuts.smallest_macs
         self._tried: dict[tuple[int, ...], _Tried] = {}
         self._trace: list[dict[str, Any]] = []
 
@@ -197,10 +220,8 @@ class Search:
                 else:
                     break
                 bar.advance(1, f"{self._trace[-1]['ratio']:.3f} of the parent's")
-        best = self._best()
-        if best is not None and not best.confirmed:  # out of tries
+        while (best := self._best()) is not None and not best.confirmed:  # out of tries: down the list, until one holds or none is left
             self._read(best.kept, CONFIRMING_LIFETIMES)
-        best = self._best(confirmed=True)
         if best is None:
             raise self._impossible()
         names = [g.name for g in self._cuts.groups]
@@ -232,10 +253,9 @@ class Search:
     def _close(self, tried: _Tried) -> bool:
         return self._value(tried.reading) >= self._goal * (1 - TOLERANCE)
 
-    def _best(self, confirmed: bool = False) -> _Tried | None:
-        """The largest candidate that meets the target."""
-        meeting = [t for t in self._tried.values() if self._meets(t) and (t.confirmed or not confirmed)]
-        return max(meeting, key=lambda t: t.macs, default=None)
+    def _best(self) -> _Tried | None:
+        """The largest candidate that meets the target by its latest reading."""
+        return max((t for t in self._tried.values() if self._meets(t)), key=lambda t: t.macs, default=None)
 
     def _next(self, best: _Tried | None) -> tuple[int, ...] | None:
         """The widths to try next, None if nothing untried lies between the nearest candidates."""
@@ -250,7 +270,7 @@ class Search:
             share = (aim - low) / (high - low) if high > low else 0.5
             wanted = low_macs + min(max(share, 0.1), 0.9) * (high_macs - low_macs)
         for macs in (wanted, (low_macs + high_macs) / 2, low_macs):
-            kept = tuple(self._cuts.within(max(int(macs), self._smallest)))
+            kept = tuple(self._cuts.nearest(int(macs)))
             if kept not in self._tried:
                 return kept
         return None
@@ -258,9 +278,11 @@ class Search:
     def _impossible(self) -> PruningImpossible:
         fastest_tried = min(self._tried.values(), key=lambda t: self._value(t.reading))
         rules, reading = self._cuts.rules, fastest_tried.reading
+        lucky = sum(t.confirmed for t in self._tried.values())
+        unconfirmed = f"; {lucky} met it at first and not when confirmed over {CONFIRMING_LIFETIMES} process lifetimes" if lucky else ""
         return PruningImpossible(
             f"wanted latency.{self._metric} {self._goal:.3g} on {self._timing.backend} at batch {self._timing.batch}; the best reached by {len(self._tried)} "
             f"candidates, with max_layer_ratio {rules.max_layer_ratio:g} and round_to {rules.round_to}, is {reading.ms:.3g} ms, {reading.ratio:.3f} of the "
-            f"parent's {reading.parent_ms:.3g} ms, with {fastest_tried.macs / self._parent_macs:.3f} of its MACs",
-            "raise prune.target.latency, raise prune.max_layer_ratio, or lower prune.round_to",
+            f"parent's {reading.parent_ms:.3g} ms, with {fastest_tried.macs / self._parent_macs:.3f} of its MACs{unconfirmed}",
+            f"raise {self._stage}.target.latency, raise {self._stage}.max_layer_ratio, or lower {self._stage}.round_to",
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from deployopt.artifact import Precision
 from deployopt.stages import StageContext
 from deployopt.stages._quantize import MixedPrecision, Quantization, Sensitivity
-from deployopt.stages._timing import SECONDS, Candidates, canonical
+from deployopt.stages._timing import SECONDS, Candidates
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,7 @@ def check(context: StageContext, config: Quantization) -> None:
         BackendUnavailable: it does not run INT8 on this machine.
     """
     if config.automatic is not None:
-        Candidates(context, config.automatic, PRECISION).require("mixed_precision.backend")
+        Candidates(context, config.automatic, PRECISION).require(f"{context.name}.mixed_precision.backend")
 
 
 def decide(context: StageContext, config: Quantization, network: Network, reference: NDArray[np.float32] | None) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def decide(context: StageContext, config: Quantization, network: Network, refere
         reference: the float parent's outputs on the validation split; None if `config` asks for nothing that needs it.
 
     Returns:
-        The record's "quantization": {"float_layers", "sensitivity" (None if not asked for), "mixed_precision" (None unless auto)}.
+        The record's "quantization": {"float_layers", "sensitivity" (None unless asked for or auto), "mixed_precision" (None unless auto)}.
     """
     from deployopt.nn.layer_sensitivity import Study
     from deployopt.nn.quantizer import float_layers, keep_float, quantization
@@ -59,7 +59,12 @@ def decide(context: StageContext, config: Quantization, network: Network, refere
 
 
 def _table(context: StageContext, config: Quantization, study: Study) -> dict[str, Any]:
-    """{"images", "distance" ("kl" | "mse"), "int8" and "float" (the whole network in INT8, or in float with these weights), "layers"}."""
+    """Every layer's sensitivity, which `mixed_precision: auto` needs and reports whether or not `sensitivity` asks for it: two passes a layer.
+
+    Returns:
+        {"images", "distance" ("kl" | "mse"), "int8" and "float" (the whole network in INT8, or in float with these weights), "layers"}, all scored on
+        the same images.
+    """
     asked = config.sensitivity if isinstance(config.sensitivity, Sensitivity) else Sensitivity()
     images = min(asked.images, len(context.dataset().validation))
     rows = study.sensitivity(images, context.progress)
@@ -73,7 +78,7 @@ def _table(context: StageContext, config: Quantization, study: Study) -> dict[st
 
 
 def _choose(context: StageContext, config: MixedPrecision, network: Network, study: Study, table: Mapping[str, Any]) -> dict[str, Any]:
-    from deployopt.nn.layer_sensitivity import LayerScores, Score, keep_fewest
+    from deployopt.nn.layer_sensitivity import LayerScores, Score, keep_few
     from deployopt.report import summary, units
 
     task = {name: getattr(context.task, name) for name in ("primary", "unit", "higher_is_better")}
@@ -88,7 +93,15 @@ def _choose(context: StageContext, config: MixedPrecision, network: Network, stu
         return f"{change} of {units.metric_name(context.task.primary)} on validation (wanted a drop of at most {config.max_accuracy_drop_pp:g})"
 
     rows = [LayerScores(row["layer"], Score(**row["alone"]), Score(**row["spared"])) for row in table["layers"]]
-    chosen = keep_fewest(study, rows, accepted, lambda names: latency_cost(context, config, network, study, names), describe)
+    chosen = keep_few(
+        study,
+        rows,
+        table["int8"]["distance"],
+        accepted,
+        lambda names: latency_cost(context, config, network, study, names),
+        describe=describe,
+        option=f"{context.name}.mixed_precision.max_accuracy_drop_pp",
+    )
     return {"backend": config.backend, "batch": config.batch, "max_accuracy_drop_pp": config.max_accuracy_drop_pp, "parent": parent, **chosen}
 
 
@@ -99,6 +112,7 @@ def latency_cost(context: StageContext, config: MixedPrecision, network: Network
         BuildFailed, StageFailed: a candidate could not be built or timed.
     """
     from deployopt.bench.harness import speedup
+    from deployopt.nn.export import canonical
     from deployopt.nn.quantizer import recorded_scales
 
     def export(kept: Sequence[str]) -> ModelProto:

@@ -68,7 +68,10 @@ def compare(outputs: NDArray[np.float32], reference: NDArray[np.float32], limit:
 
 
 def onnx_outputs(path: Path, images: ImageSet, threads: int) -> NDArray[np.float32]:
-    """Outputs float32 [N, K] of an ONNX file, run as it is written, in batches of several sizes: a batch axis that is not dynamic fails here.
+    """Outputs of an ONNX file, run as it is written, in batches of all of `BATCHES`: a batch axis that is not dynamic fails here.
+
+    Returns:
+        float32 [M, K]: of the N images, and of the first ones again where N is less than the batches' sum, M.
 
     Raises:
         BackendUnavailable, ArtifactMismatch: ONNX Runtime is not installed, or cannot run it.
@@ -79,8 +82,8 @@ def onnx_outputs(path: Path, images: ImageSet, threads: int) -> NDArray[np.float
     from deployopt.runtime.preprocessing import to_feed
 
     ends = [sum(BATCHES[:i]) for i in range(len(BATCHES) + 1)]
-    bounds = sorted({min(end, len(images)) for end in (*ends, len(images))})
+    bounds = sorted({*ends, max(ends[-1], len(images))})
     with open_unoptimized(path, threads) as session:
         name = session.inputs[0].name
-        parts = [next(iter(session.infer({name: to_feed(images.images(range(a, b)))}).values())) for a, b in pairwise(bounds)]
+        parts = [next(iter(session.infer({name: to_feed(images.images([i % len(images) for i in range(a, b)]))}).values())) for a, b in pairwise(bounds)]
     return np.concatenate(parts)

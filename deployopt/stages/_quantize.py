@@ -34,7 +34,7 @@ class Sensitivity(StageConfig):
 
 
 class MixedPrecision(TimedOn):
-    """Keep the fewest layers in float that meet an accuracy; the latency that each costs there is timed on `backend`."""
+    """Keep a few layers in float, chosen greedily until an accuracy is met; the latency that each costs there is timed on `backend`."""
 
     max_accuracy_drop_pp: float = Field(default=0.5, ge=0)
     """How much the whole validation split's headline metric may fall below the float parent's: percentage points, or the task's unit."""
@@ -52,10 +52,11 @@ class Quantization(StageConfig):
     """Keep weights of layers whose input may be negative (the first) within ±63, so that x86 CPUs without VNNI do not overflow int16."""
     sensitivity: bool | Sensitivity = False
     """Measure for each layer how far the outputs move from the float parent's, and the accuracy, with it alone in INT8 and with it alone in float: two
-    passes over the images a layer."""
+    passes over the images a layer. `mixed_precision: auto` needs the table: it then is measured and reported also where this is false."""
     mixed_precision: Literal["auto"] | MixedPrecision | Annotated[tuple[str, ...], Field(strict=False)] | None = None
-    """Layers kept in float: a list of names as in the sensitivity table; null none; auto, or its options, the fewest that meet an accuracy, those first
-    that gain most for the latency they cost. auto chooses after calibration (ptq) or training (qat), and is stored and reused when the run is resumed."""
+    """Layers kept in float: a list of names as in the sensitivity table; null none; auto, or its options, few that together meet an accuracy, chosen
+    greedily: those first that, alone in float, gain most for the latency they cost. At least one stays in INT8. auto chooses
+    after calibration (ptq) or training (qat), and is stored and reused when the run is resumed."""
 
     @property
     def automatic(self) -> MixedPrecision | None:

@@ -20,14 +20,11 @@ from deployopt.stages import StageConfig, StageContext
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-    from torch import nn
 
     from deployopt.bench.harness import Measured
-    from deployopt.nn.models import Network
 
 SECONDS = 1.0  # timed for each candidate
 IMAGES = 32
-OPSET = 21
 
 
 class TimedOn(StageConfig):
@@ -135,15 +132,6 @@ class Candidates:
     def _threads(self) -> int:
         """Of all processes that train together: only one of them times."""
         return self._context.threads * self._context.processes
-
-
-def canonical(module: nn.Module, network: Network, scales: Mapping[str, Mapping[str, float]] | None = None) -> ModelProto:
-    """Canonical ONNX of a `deployed` graph of `network`."""
-    from deployopt.graph.canonical import canonicalize
-    from deployopt.nn.capture import example_input
-    from deployopt.nn.export import to_onnx
-
-    return canonicalize(to_onnx(module, example_input(network.preprocessing), OPSET), scales=scales)
 
 
 def _obstacle(backend: str, precision: Precision) -> str | None:

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact, Precision
 from deployopt.data import ImageSet, Leading
 from deployopt.errors import ExportFailed, OptionRefused
+from deployopt.graph import OPSET
 from deployopt.runtime.files import atomic_write
 from deployopt.runtime.preprocessing import PREPROCESSING_KEY
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from deployopt.nn.models import Network
 
-version = 2
+version = 3
 not_after = frozenset({"build", "benchmark"})
 after: frozenset[str] = frozenset()
 cacheable = True
@@ -42,7 +43,7 @@ _TYPED: dict[Precision, Literal["fp16", "bf16"]] = {"fp16": "fp16", "bf16": "bf1
 class Config(StageConfig):
     """Options of the export."""
 
-    opset: int = Field(default=21, ge=MIN_OPSET, le=MAX_OPSET)
+    opset: int = Field(default=OPSET, ge=MIN_OPSET, le=MAX_OPSET)
     """ONNX operator set. BF16 files have at least 22, the first whose convolution takes it."""
     precisions: tuple[Precision, ...] = Field(default=("fp32", "fp16", "bf16", "int8"), min_length=1, strict=False)
     """Files to make: of float variants those of fp32, fp16 and bf16; of quantised variants int8 (FP32 around the INT8 layers) and int8_fp16 (FP16 there,
@@ -76,10 +77,8 @@ def expand(config: Config, planning: Planning) -> list[Expansion]:
 
 
 def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
-    from deployopt.graph.canonical import canonicalize
     from deployopt.nn import evaluate
-    from deployopt.nn.capture import example_input
-    from deployopt.nn.export import deployed, to_onnx
+    from deployopt.nn.export import canonical, deployed
     from deployopt.nn.quantizer import float_layers, quantization, recorded_scales
 
     precisions: list[Precision] = list(expansion.parameters["precisions"])
@@ -93,12 +92,11 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
         module = deployed(network)
         reference = evaluate.outputs(module, images)
     with context.progress.track(f"write {variant} by torch.onnx", None):
-        model = to_onnx(module, example_input(network.preprocessing), config.opset)
-        canonical = canonicalize(model, scales=recorded_scales(network), metadata=_metadata(context, network, variant))
+        model = canonical(module, network, recorded_scales(network), opset=config.opset, metadata=_metadata(context, network, variant))
     with context.progress.track(f"cast and compare {variant}", len(precisions)) as bar:
         for precision in precisions:
             path = context.folder / f"{precision}.onnx"
-            records[precision] = _write(canonical, precision, path)
+            records[precision] = _write(model, precision, path)
             records[precision]["parity"] = _parity(path, precision, records[precision]["layers"], images, reference, context)
             artifacts[precision] = _artifact(path, precision, records[precision], inputs[0].artifacts["model"], kept)
             bar.advance(note=precision)
@@ -145,7 +143,10 @@ def _parity(path: Path, precision: Precision, layers: int, images: ImageSet, ref
     """
     if precision in UNCHECKED:
         return {"checked": False, "reason": UNCHECKED[precision]}
-    agreement, fault = compare(onnx_outputs(path, images, context.threads), reference, limit_of(precision, layers), context.task)
+    import numpy as np
+
+    outputs = onnx_outputs(path, images, context.threads)
+    agreement, fault = compare(outputs, np.resize(reference, outputs.shape), limit_of(precision, layers), context.task)  # repeats as the images do
     if fault:
         raise ExportFailed(
             f"{path.name} disagrees with its torch parent on {len(images)} validation images: {fault}",

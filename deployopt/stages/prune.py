@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from deployopt.nn.models import Network
     from deployopt.nn.pruning import Cuts, Metric
 
-version = 2
+version = 3
 not_after: frozenset[str] = frozenset({"qat", "ptq", "export", "build", "benchmark"})
 after: frozenset[str] = frozenset()
 cacheable = True
@@ -32,12 +32,13 @@ distributions = (*DISTRIBUTIONS, "torch-pruning", "onnx")
 
 
 class Latency(TimedOn):
-    """A latency to reach, searched by measuring candidates; either `ratio` or `ms`."""
+    """A latency to reach, searched by measuring candidates; either `ratio` or `ms`. Candidates are timed in FP32, also where an INT8 stage follows:
+    `budget` judges what is shipped."""
 
     ratio: float | None = Field(default=None, gt=0, lt=1)
-    """Share of the network's latency to keep: 0.5 is twice as fast."""
+    """Share of the network's latency to keep, FP32 against FP32: 0.5 is twice as fast."""
     ms: float | None = Field(default=None, gt=0)
-    """Median latency in milliseconds."""
+    """Median latency in milliseconds, in FP32."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Latency:
@@ -56,7 +57,7 @@ class Target(StageConfig):
     speedup: float | None = Field(default=None, gt=1)
     """Theoretical speed-up: 2.5 is macs_ratio 0.4."""
     latency: Latency | None = None
-    """Measured latency on a backend."""
+    """FP32 latency measured on a backend."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Target:
@@ -143,15 +144,16 @@ class Config(StageConfig):
     between: Recovery | Literal["finetune"] | None = "finetune"
     """Training after each iteration but the last: as `finetune`, with options of its own, or null for none."""
     round_to: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = 8
-    """Keep a multiple of this many channels: INT8 and FP16 kernels are fastest on full vectors. auto times 1, 4, 8 and 16 and takes the fastest; the
-    choice is stored and reused when the run is resumed."""
+    """Keep a multiple of this many channels: INT8 and FP16 kernels are fastest on full vectors. auto times 1, 4, 8 and 16, as
+    FP32 networks in several processes each, and takes the largest that is not shown to be slower than the fastest; the choice is stored and reused when
+    the run is resumed."""
     max_layer_ratio: float = Field(default=0.9, gt=0, lt=1)
     """No layer loses a larger share of its channels in an iteration."""
     timed_on: TimedOn | None = None
     """Where `round_to: auto` and `if_not_faster` time; null: where target.latency does, else ONNX Runtime at batch 1."""
     if_not_faster: Literal["warn", "refuse", "ignore"] = "warn"
-    """What to do if the cut network, timed before its recovery, is not faster than the uncut one: the 95 % interval of the latency ratio reaches 1.
-    ignore does not time."""
+    """What to do if the cut network, timed in FP32 before its recovery, is not faster than the uncut one: the 95 % interval of the latency ratio reaches
+    1. warn notes it in the report; refuse fails, after several more processes of both said so too; ignore does not time."""
     finetune: Recovery | None = Recovery()
     """Training after the last iteration; null leaves the network as cut."""
 
@@ -175,9 +177,13 @@ class Config(StageConfig):
         return self
 
     @property
+    def is_decided_by_timing(self) -> bool:
+        """Whether the network, or whether there is one, depends on this machine's speed; a warning alone changes no weight."""
+        return self.target.latency is not None or self.round_to == "auto" or self.if_not_faster == "refuse"
+
+    @property
     def is_timed(self) -> bool:
-        """Whether the result depends on this machine's speed."""
-        return self.target.latency is not None or self.round_to == "auto" or self.if_not_faster != "ignore"
+        return self.is_decided_by_timing or self.if_not_faster == "warn"
 
     @property
     def where(self) -> TimedOn:
@@ -185,7 +191,7 @@ class Config(StageConfig):
 
 
 def expand(config: Config, planning: Planning) -> list[Expansion]:
-    timed = key_parts(config.where) if config.is_timed and planning.here else {}
+    timed = key_parts(config.where) if config.is_decided_by_timing and planning.here else {}
     return [Expansion((planning.trunk,), (next_point(planning, "float"),), parameters=timed)]
 
 
@@ -238,8 +244,8 @@ class _Pruning:
         if self._timing is None:
             return
         keys = {
-            "prune.target.latency.backend": self._config.target.latency is not None,
-            "prune.timed_on.backend": self._config.round_to == "auto" or self._config.if_not_faster == "refuse",
+            f"{self._context.name}.target.latency.backend": self._config.target.latency is not None,
+            f"{self._context.name}.timed_on.backend": self._config.round_to == "auto" or self._config.if_not_faster == "refuse",
         }
         for key, needed in keys.items():
             if needed:
@@ -309,6 +315,8 @@ class _Pruning:
             if latency is not None:  # about as small as it will have to be
                 ratio = latency.ratio or min(1.0, (latency.ms or 0) / timing.parent_ms())
             first = 1 - (1 - ratio) / self._config.iterations
+            if latency is not None:  # MACs only estimate it: what they say is out of reach may not be
+                return fastest(timing, self._network, cuts, lambda aligned: aligned.nearest(int(self._whole["macs"] * first), self._context.progress))
             return fastest(timing, self._network, cuts, lambda aligned: self._within(aligned, first))
 
         self.facts["alignment"] = self._context.choices.get_or_make("alignment", choose)
@@ -324,7 +332,8 @@ class _Pruning:
             whole = parent if self._latency is None else self._latency["reached"]["ratio" if target.ratio is not None else "ms"]
             goal = parent - (parent - (target.ratio or target.ms or 0.0)) * iteration / self._config.iterations
             metric: Literal["ratio", "ms"] = "ms" if target.ratio is None else "ratio"
-            found = Search(timing, self._network, cuts, metric, goal, whole, self._whole["macs"]).run(context.progress)
+            search = Search(timing, self._network, cuts, metric, goal, whole, stage=context.name, parent_macs=self._whole["macs"])
+            found = search.run(context.progress)
             return {"iteration": iteration, "goal": goal, **found}
 
         self._latency = context.choices.get_or_make(f"latency {iteration}", search)
@@ -338,6 +347,7 @@ class _Pruning:
         timing, config, context = self._timing, self._config, self._context
         if timing is None or config.if_not_faster == "ignore":
             return
+        refuse = config.if_not_faster == "refuse"
 
         def measure() -> dict[str, Any]:
             where = {"backend": timing.backend, "batch": timing.batch}
@@ -348,20 +358,20 @@ class _Pruning:
                 return {**where, "reason": reason}
             try:
                 reading = timing.compare({"cut": self._network})["cut"]
-                if reading.invalid:  # the machine was disturbed: once more, for longer
+                if reading.invalid or (refuse and not report.is_faster(asdict(reading))):  # disturbed, or the bad luck of one process: once more, in more
                     reading = timing.compare({"cut": self._network}, CONFIRMING_LIFETIMES)["cut"]
                 return {**where, **asdict(reading)}
             except DeployoptError as error:
-                if config.if_not_faster == "refuse":
+                if refuse:
                     raise
                 return {**where, "reason": error.message.splitlines()[0]}
 
         found = self.facts["against_parent"] = context.choices.get_or_make("against parent", measure)
-        told = f"{context.name}: {report.against_parent(found)}"
-        if "ratio" in found and not report.is_faster(found) and config.if_not_faster == "refuse":
-            remedy = "choose a smaller target, another round_to, a target in latency, or prune.if_not_faster: warn; --fresh times it anew"
+        told, warning = f"{context.name}: {report.against_parent(found)}", report.warning(self.facts)
+        if refuse and warning is not None:
+            remedy = f"choose a smaller target, another round_to, a target in latency, or {context.name}.if_not_faster: warn; --fresh times it anew"
             raise PruningImpossible(told, remedy)
-        context.progress.log(told)
+        context.progress.log(told if warning is None else f"warning: {told}")
 
     def recover(self, iteration: int) -> None:
         config = self._config

@@ -5,7 +5,8 @@ from residual_onnx import CONVOLUTIONS, quantized, residual
 
 from deployopt.graph.canonical import canonicalize
 from deployopt.graph.dialects import to_unsigned
-from deployopt.graph.origins import PRODUCTS, of_names, of_optimized
+from deployopt.graph.editing import PRODUCTS
+from deployopt.graph.origins import of_names, of_optimized
 
 
 def optimized(model, folder):

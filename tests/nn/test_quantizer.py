@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -9,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from deployopt.errors import ArtifactMismatch, ExportFailed, StageFailed
-from deployopt.graph.canonical import canonicalize
+from deployopt.graph.dialects import is_non_negative
+from deployopt.graph.editing import Graph, layer_name
 from deployopt.nn import checkpoint, models
 from deployopt.nn.capture import capture, example_input
 from deployopt.nn.cifar_resnet import CifarResNet
-from deployopt.nn.export import deployed, to_onnx
+from deployopt.nn.export import canonical, deployed, to_onnx
 from deployopt.nn.fold import fold_batchnorm
 from deployopt.nn.models import Network
 from deployopt.nn.placement import layers
 from deployopt.nn.prepared import MeanSquaredErrorObserver, MinMaxObserver, Prepared, Scheme, SiteFakeQuantize
-from deployopt.nn.quantizer import fake_quantized, replay
+from deployopt.nn.quantizer import fake_quantized, folded, recorded_scales, replay
 from deployopt.runtime.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing(16, 3, None, (0.5,) * 3, (0.25,) * 3)
@@ -119,6 +122,52 @@ def test_placement_without_residuals_keeps_an_asymmetric_weight_range_for_signed
     assert found["body.b"].weight_limit(saturation_guard=True) == 127
     assert found["body.a"].weight_limit(saturation_guard=True) == 63
     assert found["body.a"].weight_limit(saturation_guard=False) == 127
+
+
+class Signs(nn.Module):
+    """Layers behind all that keeps a tensor from being negative, and behind what looks like it."""
+
+    WAYS: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = {
+        "relu": torch.relu,
+        "relu6": nn.functional.relu6,
+        "sigmoid": torch.sigmoid,
+        "hardsigmoid": nn.functional.hardsigmoid,
+        "softmax": lambda x: x.softmax(1),
+        "sum": lambda x: x.relu() + x.sigmoid(),
+        "cat": lambda x: torch.cat([x[:, :4].relu(), x[:, 4:].sigmoid()], 1),
+        "max_pool": lambda x: nn.functional.max_pool2d(x.relu(), 2),
+        "avg_pool": lambda x: nn.functional.avg_pool2d(x.relu(), 2),
+        "adaptive_max": lambda x: nn.functional.adaptive_max_pool2d(x.relu(), 1),
+        "adaptive_avg": lambda x: nn.functional.adaptive_avg_pool2d(x.relu(), 1),
+        "mean": lambda x: x.relu().mean((2, 3), keepdim=True),
+        "mean_of_rows": lambda x: x.relu().mean(2, keepdim=True),
+        "plain": lambda x: x,
+        "signed_sum": lambda x: x.relu() + x,
+        "signed_cat": lambda x: torch.cat([x[:, :4].relu(), x[:, 4:]], 1),
+        "hardtanh": nn.functional.hardtanh,
+        "signed_pool": lambda x: nn.functional.adaptive_max_pool2d(x, 1),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.after = nn.ModuleDict({name: nn.Conv2d(8, 4, 1) for name in self.WAYS})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return torch.cat([self.after[name](way(x)).mean((2, 3)) for name, way in self.WAYS.items()], 1)
+
+
+def test_training_and_the_dialect_agree_on_what_cannot_be_negative() -> None:
+    """Training leaves weights behind such a tensor unguarded, the dialect gives it the zero point 0: if only one did, products might saturate."""
+    torch.manual_seed(0)
+    made, _ = quantized(Network(Signs(), {"arch": "signs", "outputs": 4 * len(Signs.WAYS)}, PREPROCESSING).eval())
+    trained = {layer.name: not layer.signed_input for layer in layers(folded(made).graph)}
+    graph = Graph(canonical(deployed(made), made, recorded_scales(made)).graph)
+    told = {layer_name(graph, node): is_non_negative(graph, node.input[0]) for node in graph.nodes("Conv")}
+    assert told == trained
+    signed = {"stem", *(f"after.{name}" for name in ("plain", "signed_sum", "signed_cat", "hardtanh", "signed_pool"))}
+    assert {name for name, non_negative in told.items() if not non_negative} == {f"body.{name}" for name in signed}
 
 
 @pytest.mark.parametrize("make", [plain, network])
@@ -330,9 +379,8 @@ def test_replay_refuses_sites_that_do_not_fit(change: object, message: str, quan
 
 def test_resnet18_exports_tensorrts_placement() -> None:
     made, _ = quantized(network("resnet18", stem="small"))
-    example = example_input(PREPROCESSING)
-    canonical = canonicalize(to_onnx(deployed(made), example, 21))
-    counts = Counter(node.op_type for node in canonical.graph.node)
+    model = canonical(deployed(made), made, recorded_scales(made))
+    counts = Counter(node.op_type for node in model.graph.node)
     assert {k: counts[k] for k in ("QuantizeLinear", "DequantizeLinear", "Conv", "Add", "Relu", "GlobalAveragePool")} == {
         "QuantizeLinear": 21,
         "DequantizeLinear": 42,
@@ -341,7 +389,7 @@ def test_resnet18_exports_tensorrts_placement() -> None:
         "Relu": 17,
         "GlobalAveragePool": 1,
     }
-    names = {initializer.name for initializer in canonical.graph.initializer}
+    names = {initializer.name for initializer in model.graph.initializer}
     assert {"body.layer1.0.conv1.weight", "body.layer1.0.conv1.bias", "body.fc.weight"} <= names
 
 

@@ -1,11 +1,13 @@
 """Pruning's facts in the report: sentences, the search's trace, the sensitivity table and its bars."""
 
+import io
 import re
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from deployopt.report import html, markdown
+from deployopt.report import html, markdown, terminal
 
 READING = {"ratio": 0.497, "ratio_ci95": [0.49, 0.504], "ms": 1.02, "parent_ms": 2.05, "blocks": 40, "invalid": None}
 FACTS = {
@@ -33,13 +35,40 @@ def pruned(report: dict[str, Any]) -> dict[str, Any]:
 
 def test_both_formats_say_what_was_reached_and_measured(pruned: dict[str, Any]) -> None:
     for text in (html.render(pruned), markdown.render(pruned).replace("\\", "")):
-        assert "arget 0.5 of the latency on openvino at batch 1; kept 41.0 % of the MACs" in text
-        assert "multiples of 8, the fastest on openvino at batch 1 (1: 1.20 ms, 8: 1.00 ms)" in text
+        assert "arget 0.5 of the latency on openvino at batch 1 in FP32; kept 41.0 % of the MACs" in text
+        assert "multiples of 8, the fastest on openvino at batch 1 in FP32 (1: 1.20 ms, 8: 1.00 ms)" in text
         assert "faster than the uncut network on openvino at batch 1: 0.497 of its p50 (95 % 0.490–0.504, 40 blocks" in text
         assert "from 0.0 % to 31.0 %" in text
         assert "confirming" in text
         assert "61.00 %" in text
         assert "body.<i>" not in text
+
+
+def test_an_alignment_as_good_as_the_fastest_is_not_called_that(pruned: dict[str, Any]) -> None:
+    alignment = {**FACTS["alignment"], "round_to": 8, "fastest": 1}
+    next(v for v in pruned["variants"] if v["name"] == "prune")["record"] = {"pruning": {**FACTS, "alignment": alignment}}
+    assert "multiples of 8, not shown to be slower than 1, the fastest, on openvino" in markdown.render(pruned).replace("\\", "")
+
+
+@pytest.mark.parametrize(
+    ("found", "warning"),
+    [
+        ({**READING, "ratio": 1.2, "ratio_ci95": [1.1, 1.3]}, "warning prune: slower than the uncut network on openvino at batch 1: 1.200 of its p50"),
+        ({**READING, "ratio": 0.97, "ratio_ci95": [0.9, 1.04]}, "warning prune: not shown to be faster than the uncut network on openvino at batch 1: 0.970"),
+        ({**READING, "ratio_ci95": None}, "warning prune: not shown to be faster than"),
+        ({"reason": "no driver"}, "warning prune: whether it is faster than the uncut network on openvino at batch 1 is not known: no driver"),
+        (READING, None),
+    ],
+)
+def test_the_terminal_warns_of_what_is_not_shown_to_be_faster(pruned: dict[str, Any], found: dict[str, Any], warning: str | None) -> None:
+    variant = next(v for v in pruned["variants"] if v["name"] == "prune")
+    variant["record"] = {"pruning": {**FACTS, "against_parent": {"backend": "openvino", "batch": 1, **found}}}
+    for variant["cached"] in (False, True):
+        console = Console(file=io.StringIO(), width=100)
+        terminal.render(pruned, console)
+        text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+        assert (warning in text) if warning else "warning" not in text
+        assert ("measured when the variant was made, not in this run" in text) == (variant["cached"] and warning is not None)
 
 
 def test_latencies_of_a_cached_variant_are_not_told_as_new(pruned: dict[str, Any]) -> None:

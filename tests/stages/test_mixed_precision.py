@@ -9,10 +9,10 @@ import pytest
 from deployopt import plugins
 from deployopt.artifact import Availability
 from deployopt.errors import BackendUnavailable, StageFailed, UsageError
-from deployopt.nn import checkpoint
+from deployopt.nn import checkpoint, layer_sensitivity
 from deployopt.nn.quantizer import fake_quantized, quantization
 from deployopt.stages import StepOutput, build, export, finetune, init, ptq, qat
-from deployopt.stages._quantize import MixedPrecision
+from deployopt.stages._quantize import MixedPrecision, Sensitivity
 
 TRAIN = {"batch_size": 32, "warmup_epochs": 0.0}
 KEPT = ("body.conv1", "body.layer1.0.conv1", "body.layer2.0.conv2", "body.fc")  # stem, before and at an Add, head
@@ -78,17 +78,37 @@ class Kept:
         return self.values[name]
 
 
-def test_auto_keeps_the_fewest_layers_and_repeats_its_choice(run_stages, floating: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+@pytest.fixture
+def choosing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the choice is given, and what the first layer costs by real sessions; the choice itself is as ever."""
+    given: dict[str, Any] = {}
+    choose = layer_sensitivity.keep_few
+
+    def keep_few(study: Any, table: Any, whole: float, accepted: Any, cost: Any, **words: Any) -> dict[str, Any]:
+        given.update(whole=whole, first=table[0].layer, costs=cost([table[0].layer]))
+        return choose(study, table, whole, accepted, cost, **words)
+
+    monkeypatch.setattr(layer_sensitivity, "keep_few", keep_few)
+    return given
+
+
+def test_auto_meets_the_accuracy_and_repeats_its_choice(  # type: ignore[no-untyped-def]
+    run_stages, floating: list[StepOutput], tmp_path: Path, choosing: dict[str, Any]
+) -> None:
     choices = Kept()
-    config = ptq.Config(calibration_images=64, observer="min_max", mixed_precision=MixedPrecision(max_accuracy_drop_pp=0.0))
+    automatic = MixedPrecision(max_accuracy_drop_pp=0.0)
+    config = ptq.Config(calibration_images=64, observer="min_max", sensitivity=Sensitivity(images=20), mixed_precision=automatic)
     first = run_stages(tmp_path / "a", [(ptq, config)], floating, choices=choices)[-1]
-    decision = first.record["quantization"]["mixed_precision"]
+    decision, table = (first.record["quantization"][part] for part in ("mixed_precision", "sensitivity"))
     assert choices.values["mixed_precision"] == decision
+    assert table["images"] == 20
+    assert choosing["whole"] == table["int8"]["distance"] != decision["trace"][0]["distance"]  # gains are from 20 images, what is accepted from all 57
+    assert list(choosing["costs"]) == [choosing["first"]]
+    assert -0.9 < choosing["costs"][choosing["first"]] < 9
     assert decision["trace"][0]["layer"] is None
     assert first.record["validation"]["top1"] >= decision["parent"]
     kept = [step["layer"] for step in decision["trace"][1:] if step["kept"]]
     assert set(decision["float_layers"]) <= set(kept)
-    assert set(decision["latency_cost"]) == (set() if decision["trace"][0]["accepted"] else set(decision["latency_cost"]))
     second = run_stages(tmp_path / "b", [(ptq, config)], floating, choices=choices)[-1]
     assert quantization(checkpoint.load(second.folder)) == quantization(checkpoint.load(first.folder))
 
@@ -104,7 +124,7 @@ def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("stage", [ptq, qat])
 def test_a_backend_that_cannot_time_is_refused_at_once(run_stages, floating: list[StepOutput], tmp_path: Path, stage: Any) -> None:  # type: ignore[no-untyped-def]
     config = stage.Config(mixed_precision=MixedPrecision(backend="openvino"))
-    with pytest.raises(BackendUnavailable, match=r"mixed_precision\.backend wants latency on openvino.*is not installed"):
+    with pytest.raises(BackendUnavailable, match=r"(ptq|qat)\.mixed_precision\.backend wants latency on openvino.*is not installed"):
         run_stages(tmp_path, [(stage, config)], floating)
 
 

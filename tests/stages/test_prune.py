@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from deployopt import plugins
 from deployopt.artifact import Availability
 from deployopt.errors import BackendUnavailable, PruningImpossible
 from deployopt.nn import checkpoint, pruning
@@ -47,9 +48,33 @@ class FakeTiming:
         return {key: Reading(ratio, [ratio * 0.99, ratio * 1.01], 10 * ratio, 10.0, 40, None)}
 
 
+class LuckyTiming(FakeTiming):
+    """One process alone reads `luck` too little."""
+
+    luck = 0.0
+
+    def compare(self, candidates: Mapping[str, Any], lifetimes: int = 1) -> dict[str, Reading]:
+        self.noise = {self.calls + 1: -self.luck if lifetimes == 1 else 0.0}
+        return super().compare(candidates, lifetimes)
+
+
+class WidthTiming:
+    """Readings of alignments by name."""
+
+    backend, batch = "made_up", 1
+
+    def __init__(self, readings: Mapping[str, tuple[float, float]]) -> None:
+        self.readings, self.lifetimes = readings, 0
+
+    def compare(self, candidates: Mapping[str, Any], lifetimes: int = 1, seconds: float = 1.0) -> dict[str, Reading]:
+        self.lifetimes = lifetimes
+        found = {key: self.readings[key] for key in candidates}
+        return {key: Reading((low + high) / 2, [low, high], 1.0, 1.0, 40, None) for key, (low, high) in found.items()}
+
+
 def search(timing: FakeTiming, network: Any, goal: float) -> dict[str, Any]:
     cuts = pruning.survey(network, pruning.Rules())
-    return Search(timing, network, cuts, "ratio", goal, 1.0).run(SilentProgress())  # type: ignore[arg-type]
+    return Search(timing, network, cuts, "ratio", goal, 1.0, stage="prune").run(SilentProgress())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("goal", "fixed"), [(0.5, 0.0), (0.5, 0.3), (0.8, 0.5), (0.35, 0.25)])
@@ -78,6 +103,48 @@ def test_a_latency_that_nothing_reaches_says_the_best(start: list[StepOutput]) -
     with pytest.raises(PruningImpossible, match=r"latency\.ratio 0\.3 on made_up .*best reached by \d+ candidates.* 0\.9\d* of the parent's 10 ms") as caught:
         search(FakeTiming(whole.cost([g.size for g in whole.groups])["macs"], fixed=0.9), network, 0.3)
     assert "prune.max_layer_ratio" in str(caught.value.remedy)
+    assert "confirmed" not in str(caught.value)
+
+
+def test_out_of_tries_the_next_best_is_confirmed_until_one_holds_or_none_is_left(start: list[StepOutput], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_latency, "TRIES", 2)
+    network = checkpoint.load(start[0].folder)
+    whole = pruning.survey(network, pruning.Rules())
+    macs = whole.cost([g.size for g in whole.groups])["macs"]
+    holding = LuckyTiming(macs)  # tries 0.5 first, reads 0.4, and tries more
+    holding.luck = 0.1
+    found = search(holding, network, 0.5)
+    assert [t["confirming"] for t in found["trace"]] == [False, False, True, True]
+    assert found["trace"][2]["ratio"] > 0.505 >= found["reached"]["ratio"]
+    hopeless = LuckyTiming(macs, fixed=0.3)  # 0.65 at the first try
+    hopeless.luck = 0.2
+    with pytest.raises(PruningImpossible, match=r"best reached by 2 candidates.*; 2 met it at first and not when confirmed over 4 process lifetimes"):
+        search(hopeless, network, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("readings", "fastest", "chosen"),
+    [
+        ({"1": (0.60, 0.70), "4": (0.48, 0.52), "8": (0.49, 0.55), "16": (0.53, 0.60)}, 4, 8),  # 8 reaches down to 0.50, 16 does not
+        ({"1": (0.48, 0.52), "4": (0.60, 0.70), "8": (0.60, 0.70), "16": (0.60, 0.70)}, 1, 1),
+    ],
+)
+def test_of_alignments_that_timing_cannot_tell_apart_the_largest_is_taken(
+    start: list[StepOutput], readings: dict[str, tuple[float, float]], fastest: int, chosen: int
+) -> None:
+    network = checkpoint.load(start[0].folder)
+    cuts, timing = pruning.survey(network, pruning.Rules()), WidthTiming(readings)
+    found = _latency.fastest(timing, network, cuts, lambda aligned: aligned.nearest(0))  # type: ignore[arg-type]
+    assert (found["fastest"], found["round_to"], found["lifetimes"], timing.lifetimes) == (fastest, chosen, 3, 3)
+    assert found["ratio_ci95"]["16"] == list(readings["16"])
+
+
+def test_a_latency_whose_macs_are_out_of_reach_is_aligned_by_the_smallest_cut(start: list[StepOutput]) -> None:
+    network = checkpoint.load(start[0].folder)
+    cuts = pruning.survey(network, pruning.Rules())
+    with pytest.raises(PruningImpossible, match=r"the best reached is"):
+        cuts.within(1)
+    assert cuts.cost(cuts.nearest(1))["macs"] == cuts.smallest_macs
 
 
 @pytest.mark.slow  # each candidate is exported, built and timed
@@ -107,7 +174,9 @@ def test_alignment_is_chosen_by_timing_on_the_target_and_the_choice_is_reused(ru
     first = run_stages(tmp_path / "first", [(prune, wanted)], start, choices=StoredChoices(stored))[-1].record["pruning"]["alignment"]
     assert (first["backend"], first["batch"]) == ("openvino", 2)
     assert {"1", "4"} <= set(first["p50_ms"]) <= {"1", "4", "8", "16"}
-    assert first["ratio"][str(first["round_to"])] == min(first["ratio"].values())
+    assert first["ratio"][str(first["fastest"])] == min(first["ratio"].values())
+    assert first["round_to"] >= first["fastest"]
+    assert first["ratio_ci95"][str(first["round_to"])][0] <= min(first["ratio"].values())
     assert json.loads(stored.read_text()) == {"alignment": first}
     slower = next(int(key) for key in first["p50_ms"] if key != str(first["round_to"]))
     stored.write_text(json.dumps({"alignment": {**first, "round_to": slower}}))  # as an earlier, killed run may have chosen
@@ -144,6 +213,28 @@ def test_what_is_not_faster_is_refused_or_told(run_stages, start: list[StepOutpu
             assert run_stages(folder, plan, start, choices=choices)[-1].record["pruning"]["against_parent"] == fast
     warned = run_stages(tmp_path / "warn", [(prune, config(if_not_faster="warn"))], start, choices=Decided(against_parent=slow))[-1]
     assert warned.record["pruning"]["against_parent"] == slow
+
+
+@pytest.mark.parametrize(("confirmed", "refused"), [((1.0, 1.1), True), ((0.8, 0.9), False)])
+def test_one_process_alone_refuses_nothing(  # type: ignore[no-untyped-def]
+    run_stages, start: list[StepOutput], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, confirmed: tuple[float, float], refused: bool
+) -> None:
+    asked: list[int] = []
+
+    def compare(timing: Any, candidates: Mapping[str, Any], lifetimes: int = 1) -> dict[str, Reading]:
+        asked.append(lifetimes)
+        low, high = (1.0, 1.1) if lifetimes == 1 else confirmed
+        return {key: Reading((low + high) / 2, [low, high], 1.0, 1.0, 40, None) for key in candidates}
+
+    monkeypatch.setattr(_latency.Timing, "compare", compare)
+    plan = [(prune, config(if_not_faster="refuse"))]
+    if refused:
+        with pytest.raises(PruningImpossible, match="not shown to be faster") as caught:
+            run_stages(tmp_path, plan, start)
+        assert "prune.if_not_faster: warn" in str(caught.value.remedy)
+    else:
+        assert run_stages(tmp_path, plan, start)[-1].record["pruning"]["against_parent"]["ratio_ci95"] == list(confirmed)
+    assert asked == [1, _latency.CONFIRMING_LIFETIMES]
 
 
 @pytest.fixture
@@ -215,10 +306,22 @@ def test_options_that_exclude_each_other_are_refused(options: dict[str, Any], me
         config(**options)
 
 
-def test_the_key_names_the_machine_where_timing_decides() -> None:
+@pytest.mark.parametrize(
+    ("options", "backend"),
+    [
+        ({"if_not_faster": "refuse"}, "onnxruntime"),
+        ({"if_not_faster": "refuse", "timed_on": {"backend": "openvino"}}, "openvino"),
+        ({"round_to": "auto"}, "onnxruntime"),
+        ({"target": {"latency": {"backend": "openvino", "ratio": 0.5}}}, "openvino"),
+    ],
+)
+def test_the_key_names_the_machine_and_the_runtime_where_timing_decides(options: dict[str, Any], backend: str) -> None:
+    (step,) = prune.expand(config(**options), Planning([Point("torch", "init", "float")], "prune"))
+    assert set(step.parameters) == {"machine", "runtime"}
+    assert step.parameters["runtime"] == plugins.find("backends", backend).probe().version
+
+
+def test_the_key_names_no_machine_where_timing_only_warns() -> None:
     planning = Planning([Point("torch", "init", "float")], "prune")
-    (timed,), (free,) = prune.expand(prune.Config(), planning), prune.expand(config(), planning)
-    (elsewhere,) = prune.expand(prune.Config.model_validate({"timed_on": {"backend": "openvino"}}), planning)
-    assert set(timed.parameters) == {"machine", "runtime"}
-    assert timed.parameters["runtime"] != elsewhere.parameters["runtime"]  # each runtime's own version
-    assert free.parameters == {}
+    for free in (prune.Config(), prune.Config.model_validate({"timed_on": {"backend": "openvino"}}), config()):
+        assert prune.expand(free, planning)[0].parameters == {}
