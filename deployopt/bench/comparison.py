@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from deployopt import backends, plugins
 from deployopt.bench.environment import environment, utc_now
@@ -33,7 +33,7 @@ class Gates:
 
     Attributes:
         max_latency_regression, max_throughput_regression, max_memory_regression, max_size_regression: shares, 0.05 for 5 %. The first three are
-            missed only where the whole 95 % interval lies beyond; sizes are exact.
+            missed only where the whole 95 % interval lies beyond; sizes are exact. The latency of an offline row is that under load and is not gated.
         max_accuracy_drop: percentage points, or the metric's unit if it is no fraction.
         allow_missing: a row that the base measured and the new run did not is then no miss of whatever gate was asked for.
     """
@@ -68,6 +68,7 @@ class RowComparison:
 
     Attributes:
         key: variant/backend/precision/bN.
+        judged_by: what the verdict goes by: "throughput" in the offline scenario, else "latency".
         why: what differs, for "not comparable", or what is odd about the verdict.
         ratio: new median / base median of the host clock; above 1 is slower. ratio_ci95: its 95 % interval.
         base_p50_ms, new_p50_ms: host clock.
@@ -82,6 +83,7 @@ class RowComparison:
 
     key: str
     verdict: Verdict
+    judged_by: Literal["latency", "throughput"] = "latency"
     why: str = ""
     ratio: float | None = None
     ratio_ci95: Bounds | None = None
@@ -301,35 +303,48 @@ def _compared(
     """One row of either or both runs, before any gate."""
     if base is None:
         assert new is not None
-        return RowComparison(key, "added", f"status {new['status']}", new_p50_ms=summary.p50_ms(new))
+        return RowComparison(key, "added", _judged_by(new), f"status {new['status']}", new_p50_ms=summary.p50_ms(new))
     if new is None:
-        return RowComparison(key, "removed", f"status {base['status']}", base_p50_ms=summary.p50_ms(base))
+        return RowComparison(key, "removed", _judged_by(base), f"status {base['status']}", base_p50_ms=summary.p50_ms(base))
     change = None if _other_data(*runs) else summary.accuracy_change(summary.primary_score(new, task), summary.primary_score(base, task), task)
     facts: dict[str, Any] = {"base_p50_ms": summary.p50_ms(base), "new_p50_ms": summary.p50_ms(new), "accuracy_change_pp": change}
+    facts["judged_by"] = _judged_by(new)
     before, after = summary.size_bytes(base), summary.size_bytes(new)
     facts["size_ratio"] = after / before if before and after else None
     if reran is not None:
         found = reran.get(key, "it was not measured again")
         if isinstance(found, str):
-            return RowComparison(key, "not comparable", found, **facts)
+            return RowComparison(key, "not comparable", why=found, **facts)
         facts |= _reran_figures(found)
     else:
         unmeasured = [f"{side}: {_unmeasured(r)}" for side, r in (("base", base), ("new", new)) if not summary.measured([r])]
         differs = _differences(*(_conditions(r, run.report.get("environment") or {}) for r, run in zip((base, new), runs, strict=True)))
         if unmeasured or differs:
-            return RowComparison(key, "not comparable", "; ".join(unmeasured) or differs, **facts)
+            return RowComparison(key, "not comparable", why="; ".join(unmeasured) or differs, **facts)
         facts |= _stored_figures(base, new, runs)
-    bounds = facts.get("ratio_ci95")
+    return RowComparison(key, _verdict(facts), **facts)
+
+
+def _judged_by(row: JsonRow) -> Literal["latency", "throughput"]:
+    return "throughput" if row.get("scenario") == "offline" else "latency"
+
+
+def _verdict(facts: dict[str, Any]) -> Verdict:
+    """By the interval of what the row is judged by; says in `why` where an offline row has none."""
+    of_throughput = facts["judged_by"] == "throughput"
+    bounds = facts.get("throughput_ratio_ci95" if of_throughput else "ratio_ci95")
     if bounds is None:
-        return RowComparison(key, "not comparable", **facts)
-    return RowComparison(key, "slower" if bounds[0] > 1 else "faster" if bounds[1] < 1 else "same within noise", **facts)
+        facts["why"] = "the throughput of its blocks is not stored, and an offline row is judged by that" if of_throughput else facts["why"]
+        return "not comparable"
+    fewer, more = ("slower", "faster") if of_throughput else ("faster", "slower")
+    return cast(Verdict, more if bounds[0] > 1 else fewer if bounds[1] < 1 else "same within noise")
 
 
 def _gated(row: RowComparison, task: Mapping[str, Any], gates: Gates) -> tuple[RowComparison, list[str]]:
     """The row with its regressions, and a sentence for each."""
     found: list[tuple[Regression, str]] = []
     limit = gates.max_latency_regression
-    if limit is not None and row.ratio_ci95 and row.ratio_ci95[0] > 1 + limit:
+    if limit is not None and row.judged_by == "latency" and row.ratio_ci95 and row.ratio_ci95[0] > 1 + limit:
         found.append(("latency", f"{units.factor(row.ratio)} the latency [{_bounds(row.ratio_ci95)}], more than {_percent(limit)} slower beyond noise"))
     limit = gates.max_throughput_regression
     if limit is not None and row.throughput_ratio_ci95 and row.throughput_ratio_ci95[1] < 1 - limit:
@@ -370,7 +385,7 @@ def _lost(row: RowComparison, base: JsonRow | None, new: JsonRow | None, reran: 
 def _nothing_compared(rows: Sequence[RowComparison], gates: Gates) -> list[str]:
     """Gates of which nothing could be compared: silence is no pass."""
     figures = (
-        ("latency", gates.max_latency_regression, [r.ratio_ci95 for r in rows]),
+        ("latency", gates.max_latency_regression, [r.ratio_ci95 for r in rows if r.judged_by == "latency"]),
         ("throughput", gates.max_throughput_regression, [r.throughput_ratio_ci95 for r in rows]),
         ("memory", gates.max_memory_regression, [r.memory_ratio_ci95 for r in rows]),
         ("size", gates.max_size_regression, [r.size_ratio for r in rows]),

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from deployopt.bench.artifacts import SYNTHETIC, images_for
 from deployopt.bench.comparison import Reran, check_same_recipe, chosen
 from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject
+from deployopt.bench.scenarios import Scenario
 from deployopt.bench.targets import opener, resolve
 from deployopt.errors import ArtifactError, DeployoptError, UsageError
 from deployopt.report import Report, summary
@@ -81,7 +82,8 @@ def _measure_again(rows: tuple[JsonRow, JsonRow], folders: tuple[Path, Path], pl
     threads = plan.threads or rows[0].get("threads") or host.usable_cores()
     for side, row, folder in zip(("base", "new"), rows, folders, strict=True):
         target, device = resolve(f"{folder}:{summary.row_key(row)}"), (row.get("contract") or {}).get("device", "cpu")
-        subjects.append(Subject(side, opener(target.backend), target.path, target.session_options(threads, device)))
+        scenario = Scenario(row.get("scenario") or "single_stream", threads)
+        subjects.append(Subject(side, opener(target.backend), target.path, scenario.options(target.session_options(threads, device)), scenario.name))
     pairs = measure_pair((subjects[0], subjects[1]), rows[0]["batch"], plan, progress)
     return pairs if isinstance(pairs, str) else summarize(pairs)
 
@@ -111,13 +113,22 @@ def measure_pair(subjects: tuple[Subject, Subject], batch: int, plan: Plan, prog
         if isinstance(base, Failure) or isinstance(new, Failure):
             return "; ".join(f"{s.key}: {r.reason}" for s, r in zip(subjects, (base, new), strict=True) if isinstance(r, Failure))
         pairs.append((base, new))
-        if len(pairs) >= plan.lifetimes and half_width(_latency(pairs)) <= plan.precision:
+        if len(pairs) >= plan.lifetimes and half_width(_judged(pairs)) <= plan.precision:
             break
     return pairs
 
 
 def _latency(pairs: Sequence[Pair]) -> Ratio:
     return ratio_over_lifetimes([paired_ratio(new.block_medians_ms, base.block_medians_ms) for base, new in pairs])
+
+
+def _throughput(pairs: Sequence[Pair]) -> Ratio:
+    return ratio_over_lifetimes([paired_ratio(new.block_throughputs_per_s, base.block_throughputs_per_s) for base, new in pairs])
+
+
+def _judged(pairs: Sequence[Pair]) -> Ratio:
+    """The ratio of what the scenario's figure is."""
+    return _throughput(pairs) if pairs[0][0].contract["scenario"] == "offline" else _latency(pairs)
 
 
 def half_width(ratio: Ratio) -> float:
@@ -132,7 +143,7 @@ def summarize(pairs: Sequence[Pair]) -> Reran:
         base_p50_ms=float(np.median([base.host["p50"] for base, _ in pairs])),
         new_p50_ms=float(np.median([new.host["p50"] for _, new in pairs])),
         latency=_latency(pairs),
-        throughput=ratio_over_lifetimes([paired_ratio(new.block_throughputs_per_s, base.block_throughputs_per_s) for base, new in pairs]),
+        throughput=_throughput(pairs),
         memory=ratio_over_lifetimes(peaks) if len(peaks) == len(pairs) else None,
         lifetimes=len(pairs),
         noise=_noise(pairs),

@@ -73,6 +73,15 @@ class Run:
         }
 
 
+def offline(run: Run, throughput: float) -> Run:
+    """The run with its row as an offline one: with this many images a second, and a latency under load that says the opposite."""
+    (row,) = run.report["rows"]
+    row |= {"scenario": "offline", "sweep": "offline"}
+    content = {"row": "qat/onnxruntime/int8/b1/offline", "host_block_medians": blocks(throughput, 1), "block_throughputs_per_s": blocks(throughput, 2)}
+    (run.folder / row["samples"]).write_text(json.dumps(content))
+    return run
+
+
 def only(result: Comparison) -> RowComparison:
     assert len(result.rows) == 1
     return result.rows[0]
@@ -332,3 +341,16 @@ def test_other_recipes_tasks_and_data(tmp_path: Path) -> None:
     new.report["task"] = {"name": "regression", "primary": "mae", "unit": "px", "higher_is_better": False}
     with pytest.raises(UsageError, match="one metric, found top1 and mae"):
         compare(base.report, new.report, base.folder, new.folder)
+
+
+def test_an_offline_row_is_judged_by_its_throughput(tmp_path: Path) -> None:
+    base, new = (offline(Run(tmp_path / name, {"qat": 1.0}, 0), throughput) for name, throughput in (("base", 1000.0), ("new", 1200.0)))
+    result = compare(base.report, new.report, base.folder, new.folder, Gates(max_latency_regression=0.0, max_throughput_regression=0.05))
+    row = only(result)
+    assert (row.verdict, row.judged_by, row.regressions) == ("faster", "throughput", ())
+    assert row.ratio is not None
+    assert row.ratio > 1.1  # of latencies under load
+    assert "throughput 1.2" in renderers.render_markdown(result.to_json())
+    (new.folder / new.report["rows"][0]["samples"]).unlink()
+    alone = only(compare(base.report, new.report, base.folder, new.folder))
+    assert (alone.verdict, alone.why) == ("not comparable", "the throughput of its blocks is not stored, and an offline row is judged by that")

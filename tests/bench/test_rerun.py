@@ -12,6 +12,7 @@ from deployopt.bench.disturbance import Limits
 from deployopt.bench.harness import Settings, Subject, measure, with_figures, write_samples
 from deployopt.bench.repeats import aa_repeats
 from deployopt.bench.rerun import Plan, measure_pair, rerun, summarize
+from deployopt.bench.scenarios import Scenario
 from deployopt.errors import UsageError
 from deployopt.runtime.hashing import sha256_file
 from deployopt.runtime.progress import SilentProgress
@@ -23,13 +24,15 @@ IMAGES = natural_noise(8, 16, 16, 3, 0)
 QUICK = Plan(lifetimes=3, precision=100.0, seconds=0.05, settings=LOUD)
 
 
-def run_folder(folder, **model):
+def run_folder(folder, scenario="single_stream", **model):
     """A run with one measured row, its artifact and its samples written by what writes them in a run."""
     folder.mkdir()
     path = tiny_onnx.convolution(folder / "model.onnx", **model)
-    subject = Subject("qat/onnxruntime/fp32", "worker_openers:OnnxRuntimeSession", path)
+    asked = Scenario(scenario, 1 if scenario == "single_stream" else 2)
+    subject = Subject("qat/onnxruntime/fp32", "worker_openers:OnnxRuntimeSession", path, asked.options(SessionOptions()), scenario)
     measured = measure([subject], IMAGES, LOUD, SilentProgress())[subject.key]
-    row = with_figures(Row("qat", "onnxruntime", "fp32", 1, "ok"), measured)
+    sweep = "" if scenario == "single_stream" else scenario
+    row = with_figures(Row("qat", "onnxruntime", "fp32", 1, "ok", scenario=scenario, sweep=sweep), measured)
     row.artifact = {"path": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size}
     row.samples = write_samples(measured, row, folder).name
     document = {"schema": 1, "environment": {}, "variants": [], "rows": [row.to_json()]}
@@ -60,6 +63,21 @@ def test_a_slower_artifact_is_slower_when_measured_again(runs):
     assert row.ratio_ci95[0] > 1.2
     assert row.throughput_ratio_ci95[1] < 1
     assert row.memory_ratio == pytest.approx(1, abs=0.5)
+
+
+def test_an_offline_row_is_measured_offline_again_and_judged_by_throughput(tmp_path, monkeypatch):
+    base, new = run_folder(tmp_path / "base", "offline"), run_folder(tmp_path / "new", "offline", channels=48, layers=4)
+    opened = []
+    monkeypatch.setattr("deployopt.bench.rerun.measure_pair", lambda subjects, *rest: opened.extend(subjects) or measure_pair(subjects, *rest))
+    found = rerun(base, new, QUICK, SilentProgress())
+    assert [(s.scenario, s.options.streams, s.threads) for s in opened] == [("offline", 2, 2)] * 2
+    gates = Gates(max_latency_regression=0.0, max_throughput_regression=0.05)
+    for reran in (found, None):
+        result = compare(base, new, base.folder, new.folder, gates, reran=reran)
+        (row,) = result.rows
+        assert (row.key, row.judged_by) == ("qat/onnxruntime/fp32/b1/offline", "throughput")
+        assert (row.verdict, row.regressions) == ("slower", ("throughput",))
+        assert result.misses[-1].startswith("no row's latency could be compared")
 
 
 def test_what_cannot_be_measured_again_says_why(runs, tmp_path):
