@@ -101,9 +101,10 @@ class Measured:
     """Figures of one subject at one batch size.
 
     Attributes:
-        host, device: `statistics.summary` of all samples, ms; `p50_ci95` is the bootstrap over blocks. device: None without such a clock.
+        host, device: `statistics.summary` of all samples, ms, but `p50`, which is the median of block medians, and `p50_ci95`, its bootstrap over blocks:
+            what intervals and ratios are about. device: None without such a clock.
         block_medians_ms, device_block_medians_ms, block_throughputs_per_s: one for each round, in the order of the rounds.
-        throughput_per_s: images of all blocks / their time. throughput_ci95: bootstrap over blocks.
+        throughput_per_s: median of the blocks'. throughput_ci95: its bootstrap over blocks.
         peak_memory_bytes, device_memory_bytes: of the process, in host memory at most since the buffers were bound, and on the GPU at the end.
         invalid: why the figures should not be used, None if they may.
         contract: how they were taken.
@@ -336,6 +337,7 @@ class Group:
             "iterations": run.iterations,
             "lead_in": run.lead_in,
             "duration_s": round(run.seconds, 3),
+            "p50_and_throughput": "medians of the blocks' own",
             "interleaved_with": others,
             "shuffled": True,
             "inputs": run.inputs,
@@ -360,7 +362,7 @@ class Group:
             block_medians_ms=medians,
             device_block_medians_ms=device_medians,
             block_throughputs_per_s=throughputs,
-            throughput_per_s=batch * run.runs / run.seconds,
+            throughput_per_s=float(np.median(throughputs)),
             throughput_ci95=list(bootstrap_median(throughputs, seed=settings.seed)),
             peak_memory_bytes=memory.peak_bytes,
             device_memory_bytes=memory.device_bytes,
@@ -451,8 +453,10 @@ def write_samples(measured: Measured, row: Row, folder: Path) -> Path:
 
 def _summarize(blocks_ns: Sequence[NDArray[Any]], seed: int) -> tuple[dict[str, Any], list[float]]:
     medians = [round(float(np.median(b)) * 1e-6, 6) for b in blocks_ns]
-    low, high = bootstrap_median(medians, seed=seed)
-    return {**summary(np.concatenate(blocks_ns)), "p50_ci95": [low, high]}, medians
+    figures = summary(np.concatenate(blocks_ns))
+    if figures["p50"] is not None:
+        figures |= {"p50": float(np.median(medians)), "p50_ci95": list(bootstrap_median(medians, seed=seed))}
+    return figures, medians
 
 
 def _flags(run: _Run, settings: Settings) -> list[str]:

@@ -13,6 +13,7 @@ from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject,
 from deployopt.runtime import host
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
+from deployopt.runtime.worker import Worker
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
 # tests share the machine with anything: what they assert is the bookkeeping and the ratios, not the quiet
@@ -85,9 +86,27 @@ def test_figures_come_from_all_blocks(results):
     assert found.host["n"] == found.contract["blocks"] * found.contract["iterations"]
     assert found.host["p50"] <= found.host["p90"]
     assert found.host["p50_ci95"][0] <= found.host["p50_ci95"][1]
-    assert found.throughput_per_s == pytest.approx(2e3 / found.host["mean"], rel=0.1)
+    assert found.throughput_per_s == np.median(found.block_throughputs_per_s)
+    assert found.host["p50"] == np.median(found.block_medians_ms)
+    assert found.contract["p50_and_throughput"] == "medians of the blocks' own"
     assert found.peak_memory_bytes > 10 << 20
     assert found.device is None
+
+
+def test_a_figure_lies_inside_its_interval_where_some_blocks_were_disturbed(model, monkeypatch):
+    """A few blocks so slow that the time of all together is theirs: images of all blocks / their time would lie outside the interval."""
+    measure_block, slow = Worker.block, iter([20.0] * 3 + [1.0] * 200)
+
+    def disturbed(*arguments):
+        block, factor = measure_block(*arguments), next(slow)
+        return block._replace(host_ns=block.host_ns * factor, wall_s=block.wall_s * factor)
+
+    monkeypatch.setattr(Worker, "block", disturbed)
+    found = measure([subject("a", model)], IMAGES, SETTINGS, SilentProgress())["a"]
+    assert found.throughput_ci95[0] <= found.throughput_per_s <= found.throughput_ci95[1]
+    assert found.host["p50_ci95"][0] <= found.host["p50"] <= found.host["p50_ci95"][1]
+    pooled = found.host["n"] / found.contract["duration_s"]
+    assert pooled < found.throughput_ci95[0]
 
 
 def test_the_contract_says_how(results):
