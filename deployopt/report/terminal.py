@@ -242,7 +242,7 @@ def _closing(report: Report, console: Console, folder: Path) -> None:
 
 
 def render_bench(rows: Sequence[JsonRow], console: Console) -> None:
-    """What `deployopt bench` measured: a table a batch size, who is faster than the first, what failed and why, and the contract.
+    """What `deployopt bench` measured: a table a batch size, who is faster than the first, what failed and why, where, and the contract.
 
     Args:
         rows: `artifact.Row`s as JSON; `variant` is the artifact's name, the first one is the baseline.
@@ -257,7 +257,8 @@ def render_bench(rows: Sequence[JsonRow], console: Console) -> None:
     for row in profiles.profiled(rows):
         _layers(row, console)
     _reasons(rows, console, lambda r: f"{r['variant']} b{r['batch']}")
-    for line in summary.contract_lines(rows):
+    where = next((r["contract"]["environment"] for r in rows if (r.get("contract") or {}).get("environment")), None)
+    for line in [*([summary.environment_line(where), summary.versions_line(where)] if where else []), *summary.contract_lines(rows)]:
         _print_parts(console, line, "dim")
 
 
