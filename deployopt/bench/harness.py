@@ -26,6 +26,7 @@ from deployopt.bench.environment import Condition, utc_now, without_folders
 from deployopt.bench.scenarios import ScenarioName
 from deployopt.errors import DeployoptError, LackingEnvironment, WorkerDied
 from deployopt.runtime import host, onnxruntime_gpu
+from deployopt.runtime.cuda import device_index
 from deployopt.runtime.files import atomic_write_json
 from deployopt.runtime.progress import Bar, Progress
 from deployopt.runtime.sampler import Block, WarmUp
@@ -139,6 +140,8 @@ class _Run:
     warm_up: WarmUp
     iterations: int
     lead_in: int
+    gpu: int | None
+    meter: host.EnergyMeter
     blocks: list[Block] = field(default_factory=list)
     load: Load = field(default_factory=Load)
     runs: int = 0
@@ -154,9 +157,9 @@ class _Run:
         return "cuda:0" if asked == "cpu" and on_gpu else asked
 
     def time_block(self) -> None:
-        before = Counters.now()
+        before = Counters.now(self.meter, self.gpu)
         block = self.worker.block(self.iterations, self.runs, self.lead_in)
-        after = Counters.now()
+        after = Counters.now(self.meter, self.gpu)
         self.blocks.append(block)
         self.load.add(before, after, block.process_cpu_s)
         self.runs += self.iterations
@@ -193,6 +196,7 @@ class Group:
     def __enter__(self) -> Group:
         """Open the sessions, at most one a core at a time: imports and compilation take memory and cores."""
         try:
+            self._meter = self._stack.enter_context(host.EnergyMeter())
             workers = {}
             for key, s in self._subjects.items():
                 workers[key] = self._stack.enter_context(Worker(s.opener, s.path, s.options, self._settings.timeout_s))
@@ -291,7 +295,8 @@ class Group:
         fewest = RUNS_OF_A_STREAM * streams if streams > 1 else 1
         iterations = max(fewest, math.ceil(settings.min_seconds * 1e3 / (warm_up.estimate_ms * settings.blocks)))
         lead_in = min(LEAD_IN_RUNS, max(1, math.ceil(LEAD_IN_MS / warm_up.estimate_ms)))
-        return _Run(self._subjects[key], worker, self.opened[key], inputs, first_ms, warm_up, iterations, lead_in)
+        gpu = None if self.opened[key].provider.startswith("CPU") else host.nvml_index(device_index(self._subjects[key].options.device))
+        return _Run(self._subjects[key], worker, self.opened[key], inputs, first_ms, warm_up, iterations, lead_in, gpu, self._meter)
 
     def _rounds(self, runs: Mapping[str, _Run], rng: np.random.Generator, bar: Bar) -> dict[str, Failure]:
         """Time blocks until every subject has enough; who failed on the way, and why."""
@@ -320,7 +325,7 @@ class Group:
         device_summary, device_medians = _summarize(device_blocks, settings.seed) if device_blocks else (None, None)
         spread = median_absolute_deviation(samples_ns) / float(np.median(samples_ns))
         throughputs = [round(batch * len(b.host_ns) / b.wall_s, 3) for b in run.blocks]
-        seen = Observed(medians, spread, run.load, run.subject.threads, run.device, *conditions)
+        seen = Observed(medians, spread, run.load, run.subject.threads, run.device, *conditions, run.gpu)
         cores = host.usable_cores()
         try:
             memory, execution = run.worker.memory(), run.worker.execution()

@@ -52,14 +52,14 @@ def _figures(row: JsonRow) -> list[str]:
     def milliseconds(key: str) -> str:
         return units.significant(contract[key]) if contract.get(key) is not None else ""
 
-    power = [] if contract.get("device", "cpu") == "cpu" else [g["after"]["power_w"] for g in (contract.get("load") or {}).get("gpus") or []]
+    watts = (contract.get("load") or {}).get("gpu_power_w")
     return [
         throughput(row),
         milliseconds("first_inference_ms"),
         milliseconds("load_ms"),
         size("peak_memory_bytes"),
         size("device_memory_bytes"),
-        ", ".join(f"{watts:.0f} W" for watts in power if watts is not None),
+        "" if watts is None else f"{watts:.0f} W",
     ]
 
 

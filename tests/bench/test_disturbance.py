@@ -69,6 +69,24 @@ def test_what_does_not_concern_a_row_is_no_fault(facts):
     assert faults(**facts) == []
 
 
+def test_only_the_rows_own_gpu_concerns_it():
+    two = condition()._replace(gpus=[*condition().gpus, *condition(1200, "hardware slowdown").gpus])
+    quiet = condition()._replace(gpus=condition().gpus * 2)
+    assert faults(device="cuda:0", before=quiet, after=two, gpu=0) == []
+    throttled = "throttled: GPU: hardware slowdown"
+    assert faults(device="cuda:1", before=quiet, after=two, gpu=1) == [throttled, "the SM clock of GPU fell from 1500 to 1200 MHz (limit 10 %)"]
+    assert faults(device="cuda:0", before=quiet, after=two)[0] == throttled  # not known which is its own
+
+
+def test_power_is_the_energy_of_its_blocks_by_their_time():
+    found = Load()
+    found.add(Counters(None, None, 0, 100.0), Counters(None, None, 2 * 10**9, 500.0), own_cpu_s=0.0)
+    found.add(Counters(None, None, 5 * 10**9, 9000.0), Counters(None, None, 7 * 10**9, 9600.0), own_cpu_s=0.0)
+    assert disturbance.contract(observed(load=found, device="cuda:0", gpu=0), cores=2)["gpu_power_w"] == 250.0
+    assert disturbance.contract(observed(load=found), cores=2)["gpu_power_w"] is None  # a row on the CPU
+    assert disturbance.contract(observed(device="cuda:0"), cores=2)["gpu_power_w"] is None
+
+
 def test_several_disturbances_are_all_named():
     assert len(faults(spread=1.0, load=load(stolen_s=2.0, waited_s=2.0))) == 3
 

@@ -56,7 +56,7 @@ def test_the_table_shows_what_is_known(swept: dict[str, Any]) -> None:
 
 def test_gpu_power_is_of_rows_that_ran_there(report: dict[str, Any]) -> None:
     row = summary.measured(report["rows"])[0]
-    row["contract"] |= {"device": "cuda:0", "load": {"gpus": [{"name": "GPU", "after": {"power_w": 311.6}}]}}
+    row["contract"] |= {"device": "cuda:0", "load": {"gpu_power_w": 311.6}}
     row["device_memory_bytes"] = 540_000_000
     found = sweeps.table([row])
     assert found is not None
