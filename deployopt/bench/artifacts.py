@@ -15,7 +15,7 @@ from deployopt import backends
 from deployopt.artifact import Artifact, Row
 from deployopt.bench import profiles
 from deployopt.bench.accuracy import outputs_of, score
-from deployopt.bench.environment import environment
+from deployopt.bench.environment import environment, reason_of
 from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject, speedup, with_figures
 from deployopt.bench.scenarios import Scenario, ScenarioName
 from deployopt.bench.targets import TORCH_OPENERS, Description, Target, describe, measured_rows, opener, precision_of, resolve
@@ -139,7 +139,7 @@ def _checked(group: Group, key: str, images: NDArray[np.uint8], result: Measured
     try:
         finite = np.isfinite(group.infer(key, images)).all()
     except DeployoptError as exc:
-        return Failure(exc.message.splitlines()[0])
+        return Failure(reason_of(exc))
     return result if finite else Failure(f"its outputs are NaN or infinite for batches of {len(images)}")
 
 

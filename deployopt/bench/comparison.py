@@ -168,13 +168,18 @@ def _conditions(row: JsonRow, where: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that must agree before two latencies may be compared."""
     contract = row.get("contract") or {}
     inputs = contract.get("inputs") or {}
+    cpu = where.get("cpu") or {}
     conditions: dict[str, Any] = {
-        "CPU model": (where.get("cpu") or {}).get("model"),
+        "CPU model": cpu.get("model"),
+        "usable cores": cpu.get("cores"),
+        "ISA": ", ".join(sorted(cpu.get("isa") or [])),
         "provider": row.get("provider"),
         "target": row.get("target"),
         "scenario": row.get("scenario"),
         "options": row.get("options") or {},
         "threads": row.get("threads"),
+        "streams": contract.get("streams") or 1,
+        "CUDA graph": contract.get("cuda_graph"),
         "clock": contract.get("clock"),
         "copies": contract.get("copies"),
         "input shape": inputs.get("shape") or inputs.get("shapes"),

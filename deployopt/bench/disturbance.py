@@ -149,7 +149,7 @@ def faults(seen: Observed, limits: Limits, cores: int) -> list[str]:
     if lacking / seen.threads > limits.max_contention:
         found.append(f"other processes used {seen.load.other_cores:.1f} of {cores} cores beside its {seen.threads} threads")
     pressure = seen.load.pressure
-    if pressure is not None and pressure > limits.max_pressure:
+    if pressure is not None and pressure > limits.max_pressure and seen.threads <= cores:
         found.append(f"processes waited for a CPU {100 * pressure:.0f} % of the time (limit {100 * limits.max_pressure:g} %)")
     moved = drift(seen.block_medians)
     if moved is not None and abs(moved) > limits.max_drift:
@@ -159,12 +159,15 @@ def faults(seen: Observed, limits: Limits, cores: int) -> list[str]:
     return found
 
 
-def flags(load: Load, limits: Limits, cores: int) -> list[str]:
+def flags(seen: Observed, limits: Limits, cores: int) -> list[str]:
     """What a reader should know of other load, and what does not make a row invalid by itself."""
-    used = _percent(load.other_cores, cores)
-    if used is None:
-        return ["other load unknown"]
-    return [f"other processes used {used:.0f} % of the cores"] if used > 100 * limits.max_contention else []
+    used = _percent(seen.load.other_cores, cores)
+    found = ["other load unknown"] if used is None else []
+    if used is not None and used > 100 * limits.max_contention:
+        found.append(f"other processes used {used:.0f} % of the cores")
+    if seen.threads > cores:  # which wait for each other: the kernel's counter does not say whose threads wait
+        found.append(f"its {seen.threads} threads share {cores} cores, so waiting for a CPU is not counted as other load")
+    return found
 
 
 def contract(seen: Observed, cores: int) -> dict[str, Any]:

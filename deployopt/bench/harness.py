@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from deployopt.artifact import Row
 from deployopt.bench import disturbance
 from deployopt.bench.disturbance import Counters, Limits, Load, Observed
-from deployopt.bench.environment import Condition, utc_now, without_folders
+from deployopt.bench.environment import Condition, reason_of, utc_now
 from deployopt.bench.scenarios import ScenarioName
 from deployopt.errors import DeployoptError, LackingEnvironment, WorkerDied
 from deployopt.runtime import host, onnxruntime_gpu
@@ -274,11 +274,9 @@ class Group:
             self._workers[key] = worker
 
     def _explain(self, subject: Subject, error: DeployoptError) -> Failure:
-        """The whole story goes to the log; a row gets its first line, without this machine's paths, and what to install if that is missing."""
+        """The whole story goes to the log; a row gets what it has room for."""
         self._progress.log(f"{subject.key}: {error}")
-        unavailable = isinstance(error, LackingEnvironment)
-        remedy = f"\n  → {error.remedy}" if unavailable and error.remedy else ""
-        return Failure(without_folders(error.message.splitlines()[0], subject.path.parent) + remedy, unavailable)
+        return Failure(reason_of(error, subject.path.parent), isinstance(error, LackingEnvironment))
 
     def _fail(self, key: str, error: DeployoptError) -> Failure:
         failure = self._explain(self._subjects[key], error)
@@ -354,7 +352,7 @@ class Group:
             **execution,
             "spread": {"mad_over_median": round(spread, 4), "limit": settings.limits.max_spread},
             "load": disturbance.contract(seen, cores),
-            "flags": [*_flags(run, settings), *disturbance.flags(run.load, settings.limits, cores)],
+            "flags": [*_flags(run, settings), *disturbance.flags(seen, settings.limits, cores)],
             "started": started,
         }
         return Measured(
@@ -471,4 +469,6 @@ def _flags(run: _Run, settings: Settings) -> list[str]:
         flags.append("the warm-up did not settle")
     if len(run.blocks) < settings.blocks:
         flags.append(f"{len(run.blocks)} of {settings.blocks} blocks within {settings.max_seconds:g} s")
+    if run.seconds < settings.min_seconds and run.runs < HEADLINE_RUNS:
+        flags.append(f"timed for {run.seconds:.2g} s of {settings.min_seconds:g} s, {run.runs} of {HEADLINE_RUNS} runs")
     return flags

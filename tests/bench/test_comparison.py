@@ -117,7 +117,11 @@ def test_the_gate_is_missed_only_beyond_noise(tmp_path: Path) -> None:
     [
         (("environment", "cpu", "model"), "CPU B", "CPU model: CPU A → CPU B"),
         (("environment", "versions", "onnxruntime"), "1.25", "runtime version: onnxruntime 1.24 → onnxruntime 1.25"),
+        (("environment", "cpu", "cores"), 4, "usable cores: 2 → 4"),
+        (("environment", "cpu", "isa"), ["avx512_vnni", "avx2"], "ISA: none → avx2, avx512_vnni"),
         (("rows", 0, "threads"), 4, "threads: 2 → 4"),
+        (("rows", 0, "contract", "streams"), 2, "streams: 1 → 2"),
+        (("rows", 0, "contract", "cuda_graph"), "on", "CUDA graph: None → on"),
         (("rows", 0, "contract", "clock"), "cuda_event", "clock: perf_counter → cuda_event"),
         (("rows", 0, "contract", "inputs", "shape"), [1, 3, 64, 64], "input shape"),
         (("rows", 0, "status"), "invalid", "new: invalid"),

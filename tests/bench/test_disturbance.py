@@ -33,7 +33,7 @@ def faults(**facts):
 def test_a_quiet_machine_has_no_faults():
     assert faults() == []
     assert faults(device="cuda:0") == []
-    assert disturbance.flags(load(), Limits(), cores=2) == []
+    assert disturbance.flags(observed(), Limits(), cores=2) == []
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,12 @@ def test_each_disturbance_is_named(facts, said):
 )
 def test_what_does_not_concern_a_row_is_no_fault(facts):
     assert faults(**facts) == []
+
+
+def test_threads_that_wait_for_each_other_are_no_other_load():
+    waiting = {"load": load(waited_s=2.0), "threads": 3}
+    assert faults(**waiting) == []
+    assert disturbance.flags(observed(**waiting), Limits(), cores=2) == ["its 3 threads share 2 cores, so waiting for a CPU is not counted as other load"]
 
 
 def test_only_the_rows_own_gpu_concerns_it():
@@ -105,7 +111,7 @@ def test_what_cannot_be_read_is_unknown_and_no_fault():
     found.add(Counters(None, None, 0), Counters(None, None, 10**9), own_cpu_s=1.0)
     assert (found.other_cores, found.stolen_cores, found.pressure) == (None, None, None)
     assert faults(load=found) == []
-    assert disturbance.flags(found, Limits(), cores=2) == ["other load unknown"]
+    assert disturbance.flags(observed(load=found), Limits(), cores=2) == ["other load unknown"]
     contract = disturbance.contract(observed(load=found), cores=2)
     assert (contract["steal_percent"], contract["pressure_percent"], contract["drift_percent"]) == (None, None, 0.0)
 

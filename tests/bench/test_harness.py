@@ -10,6 +10,7 @@ import tiny_onnx
 from deployopt.artifact import Row
 from deployopt.bench.disturbance import Limits
 from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject, make_buffers, measure, speedup, with_figures, write_samples
+from deployopt.report.summary import split_remedy
 from deployopt.runtime import host
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
@@ -49,8 +50,10 @@ def test_every_subject_has_a_result_in_order(results):
     assert [type(r) for r in results.values()] == [Measured] * 4 + [Failure] * 2
 
 
-def test_a_failure_names_its_cause_without_paths(results, model):
-    assert results["unopened"].reason == "opening tiny.onnx in a child process: it was ended by SIGSEGV"
+def test_a_failure_names_its_cause_and_remedy_without_paths(results, model):
+    what, remedy = split_remedy(results["unopened"].reason)
+    assert what == "opening tiny.onnx in a child process: it was ended by SIGSEGV"
+    assert remedy == "native code of the runtime crashed: try another version of it, or leave this backend out"
     assert "SIGSEGV" in results["crashing"].reason
     assert not any(str(model.parent) in r.reason for r in results.values() if isinstance(r, Failure))
 
@@ -160,6 +163,16 @@ def test_a_slow_subject_stops_in_time_and_says_so(model):
     assert found.contract["blocks"] < 20
     assert any("blocks within" in flag for flag in found.contract["flags"])
     assert speedup(found, found)[1] is None
+
+
+def test_a_row_that_falls_short_says_so(model, monkeypatch):
+    """A warm-up that takes the model for far slower than it is makes blocks so short that even twice as many of them are not enough."""
+    warm_up = Worker.warm_up
+    monkeypatch.setattr(Worker, "warm_up", lambda worker: warm_up(worker)._replace(estimate_ms=100.0))
+    found = measure([subject("a", model)], IMAGES, replace(SETTINGS, min_seconds=1.0), SilentProgress())["a"]
+    assert found.contract["blocks"] == 40
+    (flag,) = [flag for flag in found.contract["flags"] if flag.startswith("timed for ")]
+    assert flag.endswith("s of 1 s, 40 of 1000 runs")
 
 
 def test_batch_that_an_artifact_cannot_run_fails_only_that_row(tmp_path, model):

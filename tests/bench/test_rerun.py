@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny_onnx
 
@@ -11,12 +12,13 @@ from deployopt.bench.comparison import Gates, compare
 from deployopt.bench.disturbance import Limits
 from deployopt.bench.harness import Settings, Subject, measure, with_figures, write_samples
 from deployopt.bench.repeats import aa_repeats
-from deployopt.bench.rerun import Plan, measure_pair, rerun, summarize
+from deployopt.bench.rerun import Plan, half_width, measure_pair, rerun, summarize
 from deployopt.bench.scenarios import Scenario
 from deployopt.errors import UsageError
 from deployopt.runtime.hashing import sha256_file
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
+from deployopt.runtime.statistics import ratio_over_lifetimes
 
 ANY = Limits(max_spread=100.0, max_drift=100.0, max_contention=100.0, max_pressure=100.0, max_steal_percent=100.0)  # quiet is not what is tested
 LOUD = Settings(min_seconds=0.05, limits=ANY)
@@ -78,6 +80,18 @@ def test_an_offline_row_is_measured_offline_again_and_judged_by_throughput(tmp_p
         assert (row.key, row.judged_by) == ("qat/onnxruntime/fp32/b1/offline", "throughput")
         assert (row.verdict, row.regressions) == ("slower", ("throughput",))
         assert result.misses[-1].startswith("no row's latency could be compared")
+
+
+@pytest.mark.parametrize("spread", [0.006, 0.01, 0.014])
+def test_stopping_by_width_costs_little_coverage(spread):
+    """As `measure_pair` stops, by ratios of lifetimes whose true value is 1."""
+    rng, plan, covered = np.random.default_rng(3), Plan(), 0
+    for _ in range(1500):
+        ratios = np.exp(rng.normal(0, spread, 2 * plan.lifetimes))
+        found = next((r for n in range(plan.lifetimes, len(ratios)) if half_width(r := ratio_over_lifetimes(ratios[:n])) <= plan.precision), None)
+        found = found or ratio_over_lifetimes(ratios)
+        covered += found.low <= 1 <= found.high
+    assert 0.92 <= covered / 1500 <= 0.97
 
 
 def test_what_cannot_be_measured_again_says_why(runs, tmp_path):
