@@ -80,7 +80,7 @@ def bench_artifacts(
         raise UsageError(f"layers are timed one inference at a time, and the scenario is {asked.name}", "leave out --profile or --scenario")
     subjects, rows, where = [], {}, _environment(targets)
     for target in targets:
-        options = asked.options(target.session_options(threads, device))
+        options = asked.options(target.session_options(asked.threads, device))
         subjects.append(Subject(target.name, opener(target.backend), target.path, options, asked.name))
         rows[target.name] = Row(
             target.name,

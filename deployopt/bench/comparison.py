@@ -51,7 +51,8 @@ class Gates:
 
 
 class Reran(NamedTuple):
-    """A row of both runs measured again, interleaved, over several process lifetimes. Ratios are new / base. `noise`: what disturbed it, if anything."""
+    """A row of both runs measured again, interleaved, over several process lifetimes. Ratios are new / base. `noise`: what disturbed it, if anything;
+    `device`: of latencies by the device clock, where both have one."""
 
     base_p50_ms: float
     new_p50_ms: float
@@ -60,6 +61,7 @@ class Reran(NamedTuple):
     memory: Ratio | None
     lifetimes: int
     noise: str = ""
+    device: Ratio | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class RowComparison:
             missing (then wider than needed).
         noise_floor: share by which the same artifact differs from itself between process lifetimes, from the stored A/A repeats; None if there are none.
         noise_floor_same_rounds: the same of two processes in the same interleaved rounds.
+        device_ratio: as `ratio`, of the device clock, which leaves copies out; None where the runtime has none. Not judged.
         throughput_ratio, memory_ratio, size_ratio: new / base of images a second, of peak memory and of the artifact's bytes.
         accuracy_change_pp: new − base, percentage points for a fraction, else in the metric's unit.
         regressions: the gates this row misses.
@@ -92,6 +95,8 @@ class RowComparison:
     interval_from: str | None = None
     noise_floor: float | None = None
     noise_floor_same_rounds: float | None = None
+    device_ratio: float | None = None
+    device_ratio_ci95: Bounds | None = None
     throughput_ratio: float | None = None
     throughput_ratio_ci95: Bounds | None = None
     memory_ratio: float | None = None
@@ -204,10 +209,11 @@ def _differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 class _Samples(NamedTuple):
-    """Raw values of a row, one a block: median in ms, images a second (None in files that do not hold them)."""
+    """Raw values of a row, one a block: median in ms by the host's clock, images a second, median by the device's (None in files that do not hold them)."""
 
     medians_ms: list[float]
     throughputs_per_s: list[float] | None
+    device_medians_ms: list[float] | None
 
 
 def _samples(row: JsonRow, folder: Path) -> _Samples | None:
@@ -229,13 +235,14 @@ def _samples(row: JsonRow, folder: Path) -> _Samples | None:
         owner = content["row"]
         medians = [float(v) for v in content["host_block_medians"]]
         throughputs = [float(v) for v in content["block_throughputs_per_s"]] if "block_throughputs_per_s" in content else None
+        device = [float(v) for v in content["device_block_medians"]] if content.get("device_block_medians") else None
     except (ValueError, KeyError, TypeError) as exc:
         raise ArtifactError(f"{file}: wanted {{'row', 'unit', 'host_block_medians'}}, found something else ({exc!r})", "run the benchmark again") from exc
     if owner != summary.row_key(row):
         raise ArtifactError(f"{file}: wanted samples of {summary.row_key(row)}, found those of {owner}", "run the benchmark again")
-    if any(not values or not all(math.isfinite(v) and v > 0 for v in values) for values in (medians, throughputs) if values is not None):
+    if any(not values or not all(math.isfinite(v) and v > 0 for v in values) for values in (medians, throughputs, device) if values is not None):
         raise ArtifactError(f"{file}: wanted blocks above zero, at least one", "run the benchmark again")
-    return _Samples(medians, throughputs)
+    return _Samples(medians, throughputs, device)
 
 
 def _noise(rows: Sequence[JsonRow], key: str, floor: Callable[[Sequence[float]], float]) -> float | None:
@@ -276,6 +283,9 @@ def _stored_figures(base: JsonRow, new: JsonRow, runs: tuple[_Run, _Run]) -> dic
     if before and after and before.throughputs_per_s and after.throughputs_per_s:
         throughput = _reached(bootstrap_ratio(after.throughputs_per_s, before.throughputs_per_s, paired=False), facts.get("noise_floor"))
         facts |= {"throughput_ratio": throughput.value, "throughput_ratio_ci95": (throughput.low, throughput.high)}
+    if before and after and before.device_medians_ms and after.device_medians_ms:
+        device = _reached(bootstrap_ratio(after.device_medians_ms, before.device_medians_ms, paired=False), facts.get("noise_floor"))
+        facts |= {"device_ratio": device.value, "device_ratio_ci95": (device.low, device.high)}
     if base.get("peak_memory_bytes") and new.get("peak_memory_bytes"):
         plain = new["peak_memory_bytes"] / base["peak_memory_bytes"]
         memory = _reached(Ratio(plain, plain, plain), _noise((base, new), "peak_memory_bytes", floor_between_lifetimes))
@@ -295,6 +305,8 @@ def _reran_figures(found: Reran) -> dict[str, Any]:
         "throughput_ratio": throughput.value,
         "throughput_ratio_ci95": (throughput.low, throughput.high),
     }
+    if found.device is not None:
+        facts |= {"device_ratio": found.device.value, "device_ratio_ci95": (found.device.low, found.device.high)}
     return facts if memory is None else facts | {"memory_ratio": memory.value, "memory_ratio_ci95": (memory.low, memory.high)}
 
 

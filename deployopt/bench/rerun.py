@@ -132,6 +132,13 @@ def _throughput(pairs: Sequence[Pair]) -> Ratio:
     return ratio_over_lifetimes([paired_ratio(new.block_throughputs_per_s, base.block_throughputs_per_s) for base, new in pairs])
 
 
+def _device(pairs: Sequence[Pair]) -> Ratio | None:
+    """By the device clock; None where a side has none."""
+    blocks = [(new.device_block_medians_ms, base.device_block_medians_ms) for base, new in pairs]
+    known = [paired_ratio(new, base) for new, base in blocks if new and base]
+    return ratio_over_lifetimes(known) if len(known) == len(pairs) else None
+
+
 def _judged(pairs: Sequence[Pair]) -> Ratio:
     """The ratio of what the scenario's figure is."""
     return _throughput(pairs) if pairs[0][0].contract["scenario"] == "offline" else _latency(pairs)
@@ -153,6 +160,7 @@ def summarize(pairs: Sequence[Pair]) -> Reran:
         memory=ratio_over_lifetimes(peaks) if len(peaks) == len(pairs) else None,
         lifetimes=len(pairs),
         noise=_noise(pairs),
+        device=_device(pairs),
     )
 
 

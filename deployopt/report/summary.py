@@ -36,6 +36,11 @@ def host(row: JsonRow) -> Mapping[str, Any]:
     return (row.get("latency_ms") or {}).get("host") or {}
 
 
+def device(row: JsonRow) -> Mapping[str, Any]:
+    """Latency statistics of the device clock in ms; empty where not measured, and where the runtime has no such clock."""
+    return (row.get("latency_ms") or {}).get("device") or {}
+
+
 def p50_ms(row: JsonRow) -> float | None:
     return host(row).get("p50")
 

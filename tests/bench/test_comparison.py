@@ -358,3 +358,15 @@ def test_an_offline_row_is_judged_by_its_throughput(tmp_path: Path) -> None:
     (new.folder / new.report["rows"][0]["samples"]).unlink()
     alone = only(compare(base.report, new.report, base.folder, new.folder))
     assert (alone.verdict, alone.why) == ("not comparable", "the throughput of its blocks is not stored, and an offline row is judged by that")
+
+
+def test_the_device_clock_has_a_ratio_where_both_runs_have_one(tmp_path: Path) -> None:
+    base, new = (Run(tmp_path / name, {"qat": 1.0}, seed) for seed, name in enumerate(("base", "new")))
+    assert only(compare(base.report, new.report, base.folder, new.folder)).device_ratio is None
+    for run, p50 in ((base, 0.5), (new, 0.6)):
+        file = run.folder / run.report["rows"][0]["samples"]
+        file.write_text(json.dumps({**json.loads(file.read_text()), "device_block_medians": blocks(p50, 5)}))
+    found = compare(base.report, new.report, base.folder, new.folder).to_json()["rows"][0]
+    assert found["device_ratio"] == pytest.approx(1.2, rel=0.01)
+    assert found["device_ratio_ci95"][0] < found["device_ratio"] < found["device_ratio_ci95"][1]
+    assert found["verdict"] == "same within noise"  # goes by the host's clock
