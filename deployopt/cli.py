@@ -261,13 +261,14 @@ def doctor(json_: JsonOption = False) -> None:
 def bench(
     artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT...", help=".onnx, engine, or RUN:variant/backend/precision/b1.", show_default=False)],
     backend: Annotated[str | None, typer.Option(help="Runtime; by default from the file's kind.")] = None,
-    batch: Annotated[str, typer.Option(metavar="N[,N...]", help="Batch sizes.")] = "1",
+    batch: Annotated[str | None, typer.Option(metavar="N[,N...]", help="Batch sizes; by default the one that a row's address ends in, else 1.")] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="At least so long for each artifact and batch size.")] = 3.0,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     scenario: Annotated[
-        Literal["single_stream", "offline"], typer.Option(help="offline keeps a stream a thread busy and compares throughputs.")
-    ] = "single_stream",
+        Literal["single_stream", "offline"] | None,
+        typer.Option(help="offline keeps a stream a thread busy and compares throughputs; by default the address's, else single_stream."),
+    ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Then time each layer: where the time goes, and in which precision.")] = False,
     json_: JsonOption = False,
     quiet: QuietOption = False,
@@ -277,16 +278,15 @@ def bench(
     from deployopt.bench.artifacts import bench_artifacts
     from deployopt.report import terminal
     from deployopt.report.live import LiveProgress
-    from deployopt.runtime import host
 
-    sizes, place, cores = _integers("--batch", batch), pipeline.choose_device(device), threads or host.usable_cores()
+    sizes, place = None if batch is None else _integers("--batch", batch), pipeline.choose_device(device)
     with LiveProgress(_console(stderr=True), [], quiet=quiet) as live:
         rows = bench_artifacts(
             artifacts,
             backend=backend,
             batch_sizes=sizes,
             seconds=seconds,
-            threads=cores,
+            threads=threads,
             scenario=scenario,
             device=place,
             profile=profile,

@@ -74,6 +74,8 @@ def test_bench_speaks_json_and_prose(model: Path, rows: list[dict[str, Any]]) ->
     assert "batch 2" in done.stdout
     assert "linear#2" in done.stdout
     assert "host clock, copies included · 1 thread" in done.stdout
+    assert " cores" in done.stdout or " core " in done.stdout
+    assert "onnxruntime 1." in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
 
 

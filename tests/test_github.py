@@ -1,10 +1,11 @@
-"""The actions and workflows in .github: their shell steps run here as they stand, on two tiny stored runs."""
+"""The actions and workflows in .github: the action's steps, and those of the gate that ask GitHub, run here as they stand, with a stub in place of `gh`."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,65 @@ def test_the_action_installs_this_checkout(repository: Path, action: Any) -> Non
     package = next(step for step in action["runs"]["steps"] if step["name"] == "Install deployopt")["env"]["PACKAGE"]
     folder = package.replace("${{ github.action_path }}", str(repository / ".github/actions/compare"))
     assert (Path(folder) / "pyproject.toml").resolve() == repository / "pyproject.toml"
+
+
+class GitHub:
+    """What the gate's steps get on GitHub: `gh` answers from `artifacts.json` as the real one does, by jq, and writes down what else it is asked."""
+
+    def __init__(self, folder: Path, repository: Path, artifacts: list[dict[str, Any]]) -> None:
+        self.folder, self.steps = folder, {step.get("name"): step for step in _steps(document(repository / ".github/workflows/gate.yml"))}
+        (folder / "artifacts.json").write_text(json.dumps({"artifacts": artifacts}))
+        (folder / "bin").mkdir()
+        stub = folder / "bin/gh"
+        stub.write_text('#!/bin/sh\nif [ "$1" = api ]; then exec jq -r "$4" artifacts.json; fi\necho "$@" >> asked\n')
+        stub.chmod(0o755)
+        self.files = {name: folder / name for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")}
+
+    def run(self, name: str, **given: str) -> None:
+        environment = {**os.environ, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "GITHUB_REPOSITORY": "us/project", **given}
+        environment |= {key: str(path) for key, path in self.files.items()}
+        shell = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c"]
+        subprocess.run([*shell, self.steps[name]["run"]], cwd=self.folder, env=environment, timeout=60, check=True)
+
+    def asked(self) -> str:
+        return (self.folder / "asked").read_text() if (self.folder / "asked").exists() else ""
+
+
+def artifact(run: int, *, branch: str = "main", repository: int = 1, expired: bool = False) -> dict[str, Any]:
+    """As GitHub's REST API lists it, of a run of a repository whose id is 1."""
+    return {"expired": expired, "workflow_run": {"id": run, "repository_id": 1, "head_repository_id": repository, "head_branch": branch}}
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="the stub of gh filters by jq")
+def test_the_baseline_is_the_newest_of_our_own_default_branch(tmp_path: Path, repository: Path) -> None:
+    found = [artifact(9, branch="feature"), artifact(8, repository=2), artifact(7, expired=True), artifact(6), artifact(5)]
+    github = GitHub(tmp_path, repository, found)
+    github.run("Fetch the baseline", BRANCH="main", NAME="deployopt-run")
+    assert github.asked() == "run download 6 --repo us/project --name deployopt-run --dir deployopt-runs/base\n"
+    assert github.files["GITHUB_OUTPUT"].read_text() == "found=true\n"
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="the stub of gh filters by jq")
+def test_without_a_baseline_nothing_is_compared_and_the_summary_says_so(tmp_path: Path, repository: Path) -> None:
+    github = GitHub(tmp_path, repository, [artifact(8, repository=2)])
+    github.run("Fetch the baseline", BRANCH="main", NAME="deployopt-run")
+    assert github.asked() == ""
+    assert not github.files["GITHUB_OUTPUT"].exists()
+    assert "no run named deployopt-run on main yet" in github.files["GITHUB_STEP_SUMMARY"].read_text()
+
+
+def test_a_comment_is_made_of_what_was_compared(tmp_path: Path, repository: Path) -> None:
+    github = GitHub(tmp_path, repository, [])
+    github.run("Comment on the pull request", PULL_REQUEST="3", COMMENT="comment.md")
+    assert github.asked() == ""
+    (tmp_path / "comment.md").write_text("met")
+    github.run("Comment on the pull request", PULL_REQUEST="3", COMMENT="comment.md")
+    assert github.asked() == "pr comment 3 --repo us/project --body-file comment.md --edit-last --create-if-none\n"
+
+
+def test_runs_of_the_default_branch_are_not_cancelled(repository: Path) -> None:
+    for path in (repository / ".github/workflows").glob("performance*.yml"):
+        assert document(path)["concurrency"].get("cancel-in-progress", False) in (False, "${{ github.event_name == 'pull_request' }}")
 
 
 def test_shell_steps_take_no_expressions(repository: Path) -> None:

@@ -6,20 +6,23 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deployopt import backends
 from deployopt.artifact import Artifact, Row
 from deployopt.bench import profiles
 from deployopt.bench.accuracy import outputs_of, score
+from deployopt.bench.environment import environment, reason_of
 from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject, speedup, with_figures
 from deployopt.bench.scenarios import Scenario, ScenarioName
-from deployopt.bench.targets import Description, Target, describe, measured_rows, opener, precision_of, resolve
+from deployopt.bench.targets import TORCH_OPENERS, Description, Target, describe, measured_rows, opener, precision_of, resolve
 from deployopt.data import Dataset
 from deployopt.errors import ArtifactMismatch, DeployoptError, UsageError
 from deployopt.report import units
+from deployopt.runtime import host
 from deployopt.runtime import preprocessing as pre
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import Bar, Progress, SilentProgress
@@ -38,10 +41,10 @@ def bench_artifacts(
     *,
     progress: Progress,
     backend: str | None = None,
-    batch_sizes: Sequence[int] = (1,),
+    batch_sizes: Sequence[int] | None = None,
     seconds: float = 3.0,
-    threads: int = 1,
-    scenario: ScenarioName = "single_stream",
+    threads: int | None = None,
+    scenario: ScenarioName | None = None,
     device: str = "cpu",
     images: NDArray[np.uint8] | None = None,
     seed: int = 0,
@@ -52,24 +55,32 @@ def bench_artifacts(
     Args:
         artifacts: as `targets.resolve` takes them; a run folder stands for everything that the run measured.
         backend: opens all of them; None takes the one of each file's kind or row.
-        scenario: "offline" compares throughputs, with a stream for each of `threads`.
+        batch_sizes, threads, scenario: of all of them; None takes what an address names ("RUN:…/b8/offline"), else batch 1, all cores, single_stream.
+            "offline" compares throughputs, with a stream for each of `threads`.
         images: real samples uint8 [n, H, W, C]; None makes natural-looking noise of each model's size and the contract says so.
         profile: then time the layers of each at each batch size, where its runtime can.
 
     Returns:
         A row for each artifact and batch size, artifact by artifact. `variant` is the file's name without suffix or the row's address, numbered
         where it is not unique: the same file twice is an A/A comparison. Status "failed" where it cannot be opened, does not take the batch or
-        computes NaN, "unavailable" where this machine lacks the runtime or the device.
+        computes NaN, "unavailable" where this machine lacks the runtime or the device. What was measured has the machine and its software in its
+        contract, as "environment".
 
     Raises:
-        UsageError: layers are to be timed in the offline scenario, or as `targets.resolve`. ArtifactError: as `targets.resolve`.
+        UsageError: an address names another batch size, scenario or number of threads than was asked for, or than another address; layers are to be timed
+            in the offline scenario; or as `targets.resolve`. ArtifactError: as `targets.resolve`.
     """
-    if profile and scenario != "single_stream":
-        raise UsageError(f"layers are timed one inference at a time, and the scenario is {scenario}", "leave out --profile or --scenario")
     targets = _numbered([resolve(each, backend) for a in artifacts for each in _expanded(a)])
-    subjects, rows, asked = [], {}, Scenario(scenario, threads)
+    sizes = _agreed("--batch", None if batch_sizes is None else tuple(batch_sizes), [None if t.batch is None else (t.batch,) for t in targets], (1,))
+    asked = Scenario(
+        _agreed("--scenario", scenario, [t.scenario for t in targets], "single_stream"),
+        _agreed("--threads", threads, [t.threads for t in targets], host.usable_cores()),
+    )
+    if profile and asked.name != "single_stream":
+        raise UsageError(f"layers are timed one inference at a time, and the scenario is {asked.name}", "leave out --profile or --scenario")
+    subjects, rows, where = [], {}, _environment(targets)
     for target in targets:
-        options = asked.options(target.session_options(threads, device))
+        options = asked.options(target.session_options(asked.threads, device))
         subjects.append(Subject(target.name, opener(target.backend), target.path, options, asked.name))
         rows[target.name] = Row(
             target.name,
@@ -78,17 +89,39 @@ def bench_artifacts(
             0,
             "failed",
             options=dict(target.options),
-            threads=threads,
-            scenario=scenario,
+            threads=asked.threads,
+            scenario=asked.name,
             artifact=_facts(target),
         )
     with Group(subjects, Settings(min_seconds=seconds, seed=seed), progress) as group:
         source = SYNTHETIC if images is None else "images that were given"
-        given = {batch: _given(group, batch, images, seed) for batch in batch_sizes}
-        results = {batch: _measure(group, batch, given[batch], source) for batch in batch_sizes}
-        profiled = {batch: profiles.take(group, given[batch], batch, results[batch], progress) for batch in batch_sizes if profile}
-    measured = [_row(rows[key], batch, results[batch], subjects[0].key) for key in rows for batch in batch_sizes]
+        given = {batch: _given(group, batch, images, seed) for batch in sizes}
+        results = {batch: _measure(group, batch, given[batch], source) for batch in sizes}
+        profiled = {batch: profiles.take(group, given[batch], batch, results[batch], progress) for batch in sizes if profile}
+    measured = [_row(rows[key], batch, results[batch], subjects[0].key) for key in rows for batch in sizes]
+    for row in measured:
+        if row.contract is not None:
+            row.contract = {**row.contract, "environment": where}
     return [profiles.with_profile(row, profiled.get(row.batch, {}).get(row.variant)) for row in measured]
+
+
+Option = TypeVar("Option")
+
+
+def _agreed(option: str, asked: Option | None, named: Sequence[Option | None], default: Option) -> Option:
+    """What all artifacts are measured with: what was asked for, what addresses name, or the default. Raises UsageError where those contradict each other."""
+    found = list(dict.fromkeys(value for value in (asked, *named) if value is not None))
+    if len(found) > 1:
+        said = " and ".join(",".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in found)
+        wanted = f"{option} and the addresses" if asked is not None else "the addresses"
+        raise UsageError(f"wanted one {option} for all artifacts, found {said}: {wanted} disagree", f"name rows without /bN, and give {option}")
+    return found[0] if found else default
+
+
+def _environment(targets: Sequence[Target]) -> dict[str, Any]:
+    """The machine, and the versions of what opens these artifacts."""
+    runtimes = {d for t in targets for d in (("torch",) if t.backend in TORCH_OPENERS else backends.find(t.backend).distributions)}
+    return environment(sorted({"deployopt", "numpy", *runtimes}))
 
 
 def _given(group: Group, batch: int, images: NDArray[np.uint8] | None, seed: int) -> dict[str, NDArray[np.uint8]]:
@@ -106,7 +139,7 @@ def _checked(group: Group, key: str, images: NDArray[np.uint8], result: Measured
     try:
         finite = np.isfinite(group.infer(key, images)).all()
     except DeployoptError as exc:
-        return Failure(exc.message.splitlines()[0])
+        return Failure(reason_of(exc))
     return result if finite else Failure(f"its outputs are NaN or infinite for batches of {len(images)}")
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from deployopt import backends, plugins
 from deployopt.bench.environment import environment, utc_now
@@ -33,7 +33,7 @@ class Gates:
 
     Attributes:
         max_latency_regression, max_throughput_regression, max_memory_regression, max_size_regression: shares, 0.05 for 5 %. The first three are
-            missed only where the whole 95 % interval lies beyond; sizes are exact.
+            missed only where the whole 95 % interval lies beyond; sizes are exact. The latency of an offline row is that under load and is not gated.
         max_accuracy_drop: percentage points, or the metric's unit if it is no fraction.
         allow_missing: a row that the base measured and the new run did not is then no miss of whatever gate was asked for.
     """
@@ -51,7 +51,8 @@ class Gates:
 
 
 class Reran(NamedTuple):
-    """A row of both runs measured again, interleaved, over several process lifetimes. Ratios are new / base. `noise`: what disturbed it, if anything."""
+    """A row of both runs measured again, interleaved, over several process lifetimes. Ratios are new / base. `noise`: what disturbed it, if anything;
+    `device`: of latencies by the device clock, where both have one."""
 
     base_p50_ms: float
     new_p50_ms: float
@@ -60,6 +61,7 @@ class Reran(NamedTuple):
     memory: Ratio | None
     lifetimes: int
     noise: str = ""
+    device: Ratio | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class RowComparison:
 
     Attributes:
         key: variant/backend/precision/bN.
+        judged_by: what the verdict goes by: "throughput" in the offline scenario, else "latency".
         why: what differs, for "not comparable", or what is odd about the verdict.
         ratio: new median / base median of the host clock; above 1 is slower. ratio_ci95: its 95 % interval.
         base_p50_ms, new_p50_ms: host clock.
@@ -75,6 +78,7 @@ class RowComparison:
             missing (then wider than needed).
         noise_floor: share by which the same artifact differs from itself between process lifetimes, from the stored A/A repeats; None if there are none.
         noise_floor_same_rounds: the same of two processes in the same interleaved rounds.
+        device_ratio: as `ratio`, of the device clock, which leaves copies out; None where the runtime has none. Not judged.
         throughput_ratio, memory_ratio, size_ratio: new / base of images a second, of peak memory and of the artifact's bytes.
         accuracy_change_pp: new − base, percentage points for a fraction, else in the metric's unit.
         regressions: the gates this row misses.
@@ -82,6 +86,7 @@ class RowComparison:
 
     key: str
     verdict: Verdict
+    judged_by: Literal["latency", "throughput"] = "latency"
     why: str = ""
     ratio: float | None = None
     ratio_ci95: Bounds | None = None
@@ -90,6 +95,8 @@ class RowComparison:
     interval_from: str | None = None
     noise_floor: float | None = None
     noise_floor_same_rounds: float | None = None
+    device_ratio: float | None = None
+    device_ratio_ci95: Bounds | None = None
     throughput_ratio: float | None = None
     throughput_ratio_ci95: Bounds | None = None
     memory_ratio: float | None = None
@@ -166,13 +173,18 @@ def _conditions(row: JsonRow, where: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that must agree before two latencies may be compared."""
     contract = row.get("contract") or {}
     inputs = contract.get("inputs") or {}
+    cpu = where.get("cpu") or {}
     conditions: dict[str, Any] = {
-        "CPU model": (where.get("cpu") or {}).get("model"),
+        "CPU model": cpu.get("model"),
+        "usable cores": cpu.get("cores"),
+        "ISA": ", ".join(sorted(cpu.get("isa") or [])),
         "provider": row.get("provider"),
         "target": row.get("target"),
         "scenario": row.get("scenario"),
         "options": row.get("options") or {},
         "threads": row.get("threads"),
+        "streams": contract.get("streams") or 1,
+        "CUDA graph": contract.get("cuda_graph"),
         "clock": contract.get("clock"),
         "copies": contract.get("copies"),
         "input shape": inputs.get("shape") or inputs.get("shapes"),
@@ -197,10 +209,11 @@ def _differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 class _Samples(NamedTuple):
-    """Raw values of a row, one a block: median in ms, images a second (None in files that do not hold them)."""
+    """Raw values of a row, one a block: median in ms by the host's clock, images a second, median by the device's (None in files that do not hold them)."""
 
     medians_ms: list[float]
     throughputs_per_s: list[float] | None
+    device_medians_ms: list[float] | None
 
 
 def _samples(row: JsonRow, folder: Path) -> _Samples | None:
@@ -222,13 +235,14 @@ def _samples(row: JsonRow, folder: Path) -> _Samples | None:
         owner = content["row"]
         medians = [float(v) for v in content["host_block_medians"]]
         throughputs = [float(v) for v in content["block_throughputs_per_s"]] if "block_throughputs_per_s" in content else None
+        device = [float(v) for v in content["device_block_medians"]] if content.get("device_block_medians") else None
     except (ValueError, KeyError, TypeError) as exc:
         raise ArtifactError(f"{file}: wanted {{'row', 'unit', 'host_block_medians'}}, found something else ({exc!r})", "run the benchmark again") from exc
     if owner != summary.row_key(row):
         raise ArtifactError(f"{file}: wanted samples of {summary.row_key(row)}, found those of {owner}", "run the benchmark again")
-    if any(not values or not all(math.isfinite(v) and v > 0 for v in values) for values in (medians, throughputs) if values is not None):
+    if any(not values or not all(math.isfinite(v) and v > 0 for v in values) for values in (medians, throughputs, device) if values is not None):
         raise ArtifactError(f"{file}: wanted blocks above zero, at least one", "run the benchmark again")
-    return _Samples(medians, throughputs)
+    return _Samples(medians, throughputs, device)
 
 
 def _noise(rows: Sequence[JsonRow], key: str, floor: Callable[[Sequence[float]], float]) -> float | None:
@@ -269,6 +283,9 @@ def _stored_figures(base: JsonRow, new: JsonRow, runs: tuple[_Run, _Run]) -> dic
     if before and after and before.throughputs_per_s and after.throughputs_per_s:
         throughput = _reached(bootstrap_ratio(after.throughputs_per_s, before.throughputs_per_s, paired=False), facts.get("noise_floor"))
         facts |= {"throughput_ratio": throughput.value, "throughput_ratio_ci95": (throughput.low, throughput.high)}
+    if before and after and before.device_medians_ms and after.device_medians_ms:
+        device = _reached(bootstrap_ratio(after.device_medians_ms, before.device_medians_ms, paired=False), facts.get("noise_floor"))
+        facts |= {"device_ratio": device.value, "device_ratio_ci95": (device.low, device.high)}
     if base.get("peak_memory_bytes") and new.get("peak_memory_bytes"):
         plain = new["peak_memory_bytes"] / base["peak_memory_bytes"]
         memory = _reached(Ratio(plain, plain, plain), _noise((base, new), "peak_memory_bytes", floor_between_lifetimes))
@@ -288,6 +305,8 @@ def _reran_figures(found: Reran) -> dict[str, Any]:
         "throughput_ratio": throughput.value,
         "throughput_ratio_ci95": (throughput.low, throughput.high),
     }
+    if found.device is not None:
+        facts |= {"device_ratio": found.device.value, "device_ratio_ci95": (found.device.low, found.device.high)}
     return facts if memory is None else facts | {"memory_ratio": memory.value, "memory_ratio_ci95": (memory.low, memory.high)}
 
 
@@ -301,35 +320,48 @@ def _compared(
     """One row of either or both runs, before any gate."""
     if base is None:
         assert new is not None
-        return RowComparison(key, "added", f"status {new['status']}", new_p50_ms=summary.p50_ms(new))
+        return RowComparison(key, "added", _judged_by(new), f"status {new['status']}", new_p50_ms=summary.p50_ms(new))
     if new is None:
-        return RowComparison(key, "removed", f"status {base['status']}", base_p50_ms=summary.p50_ms(base))
+        return RowComparison(key, "removed", _judged_by(base), f"status {base['status']}", base_p50_ms=summary.p50_ms(base))
     change = None if _other_data(*runs) else summary.accuracy_change(summary.primary_score(new, task), summary.primary_score(base, task), task)
     facts: dict[str, Any] = {"base_p50_ms": summary.p50_ms(base), "new_p50_ms": summary.p50_ms(new), "accuracy_change_pp": change}
+    facts["judged_by"] = _judged_by(new)
     before, after = summary.size_bytes(base), summary.size_bytes(new)
     facts["size_ratio"] = after / before if before and after else None
     if reran is not None:
         found = reran.get(key, "it was not measured again")
         if isinstance(found, str):
-            return RowComparison(key, "not comparable", found, **facts)
+            return RowComparison(key, "not comparable", why=found, **facts)
         facts |= _reran_figures(found)
     else:
         unmeasured = [f"{side}: {_unmeasured(r)}" for side, r in (("base", base), ("new", new)) if not summary.measured([r])]
         differs = _differences(*(_conditions(r, run.report.get("environment") or {}) for r, run in zip((base, new), runs, strict=True)))
         if unmeasured or differs:
-            return RowComparison(key, "not comparable", "; ".join(unmeasured) or differs, **facts)
+            return RowComparison(key, "not comparable", why="; ".join(unmeasured) or differs, **facts)
         facts |= _stored_figures(base, new, runs)
-    bounds = facts.get("ratio_ci95")
+    return RowComparison(key, _verdict(facts), **facts)
+
+
+def _judged_by(row: JsonRow) -> Literal["latency", "throughput"]:
+    return "throughput" if row.get("scenario") == "offline" else "latency"
+
+
+def _verdict(facts: dict[str, Any]) -> Verdict:
+    """By the interval of what the row is judged by; says in `why` where an offline row has none."""
+    of_throughput = facts["judged_by"] == "throughput"
+    bounds = facts.get("throughput_ratio_ci95" if of_throughput else "ratio_ci95")
     if bounds is None:
-        return RowComparison(key, "not comparable", **facts)
-    return RowComparison(key, "slower" if bounds[0] > 1 else "faster" if bounds[1] < 1 else "same within noise", **facts)
+        facts["why"] = "the throughput of its blocks is not stored, and an offline row is judged by that" if of_throughput else facts["why"]
+        return "not comparable"
+    fewer, more = ("slower", "faster") if of_throughput else ("faster", "slower")
+    return cast(Verdict, more if bounds[0] > 1 else fewer if bounds[1] < 1 else "same within noise")
 
 
 def _gated(row: RowComparison, task: Mapping[str, Any], gates: Gates) -> tuple[RowComparison, list[str]]:
     """The row with its regressions, and a sentence for each."""
     found: list[tuple[Regression, str]] = []
     limit = gates.max_latency_regression
-    if limit is not None and row.ratio_ci95 and row.ratio_ci95[0] > 1 + limit:
+    if limit is not None and row.judged_by == "latency" and row.ratio_ci95 and row.ratio_ci95[0] > 1 + limit:
         found.append(("latency", f"{units.factor(row.ratio)} the latency [{_bounds(row.ratio_ci95)}], more than {_percent(limit)} slower beyond noise"))
     limit = gates.max_throughput_regression
     if limit is not None and row.throughput_ratio_ci95 and row.throughput_ratio_ci95[1] < 1 - limit:
@@ -370,7 +402,7 @@ def _lost(row: RowComparison, base: JsonRow | None, new: JsonRow | None, reran: 
 def _nothing_compared(rows: Sequence[RowComparison], gates: Gates) -> list[str]:
     """Gates of which nothing could be compared: silence is no pass."""
     figures = (
-        ("latency", gates.max_latency_regression, [r.ratio_ci95 for r in rows]),
+        ("latency", gates.max_latency_regression, [r.ratio_ci95 for r in rows if r.judged_by == "latency"]),
         ("throughput", gates.max_throughput_regression, [r.throughput_ratio_ci95 for r in rows]),
         ("memory", gates.max_memory_regression, [r.memory_ratio_ci95 for r in rows]),
         ("size", gates.max_size_regression, [r.size_ratio for r in rows]),

@@ -11,7 +11,7 @@ import numpy as np
 from deployopt.bench.environment import Condition
 from deployopt.runtime import host
 from deployopt.runtime.clock import now_ns
-from deployopt.runtime.host import CpuTimes
+from deployopt.runtime.host import CpuTimes, EnergyMeter
 
 DRIFT_BLOCKS = 9  # fewer have no thirds to speak of
 
@@ -38,15 +38,17 @@ class Limits:
 
 
 class Counters(NamedTuple):
-    """What the kernel has counted since boot, each None where it does not say, and when they were read: `at_ns` of the host clock."""
+    """What the kernel has counted since boot, each None where it does not say, and when they were read: `at_ns` of the host clock. `energy_j`: of the
+    row's GPU."""
 
     cpu: CpuTimes | None
     pressure_s: float | None
     at_ns: int
+    energy_j: float | None = None
 
     @staticmethod
-    def now() -> Counters:
-        return Counters(host.cpu_times(), host.cpu_pressure_s(), now_ns())
+    def now(meter: EnergyMeter, gpu: int | None) -> Counters:
+        return Counters(host.cpu_times(), host.cpu_pressure_s(), now_ns(), meter.joules(gpu))
 
 
 class Load:
@@ -54,8 +56,8 @@ class Load:
     to the timed process and back is a large part of it. Time between its blocks does not count."""
 
     def __init__(self) -> None:
-        self._wall_s = self._other_s = self._stolen_s = self._waited_s = 0.0
-        self._cpu_known = self._pressure_known = True
+        self._wall_s = self._other_s = self._stolen_s = self._waited_s = self._energy_j = 0.0
+        self._cpu_known = self._pressure_known = self._energy_known = True
 
     def add(self, before: Counters, after: Counters, own_cpu_s: float) -> None:
         """One block: counters on either side, and the CPU time of the timed process."""
@@ -69,6 +71,10 @@ class Load:
             self._pressure_known = False
         else:
             self._waited_s += after.pressure_s - before.pressure_s
+        if before.energy_j is None or after.energy_j is None:
+            self._energy_known = False
+        else:
+            self._energy_j += after.energy_j - before.energy_j
 
     @property
     def other_cores(self) -> float | None:
@@ -85,6 +91,11 @@ class Load:
         """Share of the time in which something that could run waited for a CPU."""
         return self._share(self._waited_s, self._pressure_known)
 
+    @property
+    def gpu_power_w(self) -> float | None:
+        """Mean power of the row's GPU during its blocks, the way to the timed process and back included; whoever else computes on it counts too."""
+        return self._share(self._energy_j, self._energy_known)
+
     def _share(self, seconds: float, known: bool) -> float | None:
         return max(0.0, seconds) / self._wall_s if known and self._wall_s > 0 else None
 
@@ -96,6 +107,7 @@ class Observed(NamedTuple):
         block_medians: in the order of the rounds, any unit.
         spread: MAD / median of all samples.
         threads: CPU threads that it computes with. device: that executes, "cpu" or "cuda:N".
+        gpu: its place in `Condition.gpus`; None for a row on the CPU, and where it cannot be told which it is: then all are watched.
         before, after: the machine at the end of the warm-up and of the rounds.
     """
 
@@ -106,6 +118,13 @@ class Observed(NamedTuple):
     device: str
     before: Condition
     after: Condition
+    gpu: int | None = None
+
+    @property
+    def watched(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Each GPU that may be the row's, before and after."""
+        pairs = list(zip(self.before.gpus, self.after.gpus, strict=True))
+        return pairs if self.gpu is None else pairs[self.gpu : self.gpu + 1]
 
 
 def drift(block_medians: Sequence[float]) -> float | None:
@@ -121,7 +140,7 @@ def faults(seen: Observed, limits: Limits, cores: int) -> list[str]:
     if seen.device == "cpu":
         found = ["the CPU throttled for heat"] if (seen.after.throttles or 0) > (seen.before.throttles or 0) else []
     else:
-        found = [f"throttled: {reason}" for reason in _gpu_throttling(seen.before, seen.after)]
+        found = [f"throttled: {reason}" for reason in _gpu_throttling(seen)]
         found += _clock_drops(seen, limits)
     steal = _percent(seen.load.stolen_cores, cores)
     if steal is not None and steal > limits.max_steal_percent:
@@ -130,7 +149,7 @@ def faults(seen: Observed, limits: Limits, cores: int) -> list[str]:
     if lacking / seen.threads > limits.max_contention:
         found.append(f"other processes used {seen.load.other_cores:.1f} of {cores} cores beside its {seen.threads} threads")
     pressure = seen.load.pressure
-    if pressure is not None and pressure > limits.max_pressure:
+    if pressure is not None and pressure > limits.max_pressure and seen.threads <= cores:
         found.append(f"processes waited for a CPU {100 * pressure:.0f} % of the time (limit {100 * limits.max_pressure:g} %)")
     moved = drift(seen.block_medians)
     if moved is not None and abs(moved) > limits.max_drift:
@@ -140,36 +159,42 @@ def faults(seen: Observed, limits: Limits, cores: int) -> list[str]:
     return found
 
 
-def flags(load: Load, limits: Limits, cores: int) -> list[str]:
+def flags(seen: Observed, limits: Limits, cores: int) -> list[str]:
     """What a reader should know of other load, and what does not make a row invalid by itself."""
-    used = _percent(load.other_cores, cores)
-    if used is None:
-        return ["other load unknown"]
-    return [f"other processes used {used:.0f} % of the cores"] if used > 100 * limits.max_contention else []
+    used = _percent(seen.load.other_cores, cores)
+    found = ["other load unknown"] if used is None else []
+    if used is not None and used > 100 * limits.max_contention:
+        found.append(f"other processes used {used:.0f} % of the cores")
+    if seen.threads > cores:  # which wait for each other: the kernel's counter does not say whose threads wait
+        found.append(f"its {seen.threads} threads share {cores} cores, so waiting for a CPU is not counted as other load")
+    return found
 
 
 def contract(seen: Observed, cores: int) -> dict[str, Any]:
-    """The contract's `load`: what else used the machine, and its clocks, temperatures and power before and after."""
+    """The contract's `load`: what else used the machine, and its clocks, temperatures and power before and after; `gpu_power_w` is
+    that of the row's own GPU during its blocks."""
     pressure, moved, before, after = seen.load.pressure, drift(seen.block_medians), seen.before, seen.after
+    power = seen.load.gpu_power_w
     return {
         "steal_percent": _percent(seen.load.stolen_cores, cores),
         "other_cpu_percent": _percent(seen.load.other_cores, cores),
         "pressure_percent": None if pressure is None else round(100 * pressure, 2),
         "drift_percent": None if moved is None else round(100 * moved, 2),
         "load_average": [before.load_average, after.load_average],
+        "gpu_power_w": None if power is None or seen.device == "cpu" else round(power, 2),
         "frequency_mhz": [before.frequency_mhz, after.frequency_mhz],
         "gpus": [{"name": gpu["name"], "before": _state(gpu), "after": _state(late)} for gpu, late in zip(before.gpus, after.gpus, strict=True)],
     }
 
 
-def _gpu_throttling(*conditions: Condition) -> list[str]:
-    """Reasons for which a GPU throttled at any of the moments."""
-    return sorted({f"{gpu['name']}: {reason}" for condition in conditions for gpu in condition.gpus for reason in gpu["throttled"] or []})
+def _gpu_throttling(seen: Observed) -> list[str]:
+    """Reasons for which the row's GPU throttled at either moment."""
+    return sorted({f"{gpu['name']}: {reason}" for pair in seen.watched for gpu in pair for reason in gpu["throttled"] or []})
 
 
 def _clock_drops(seen: Observed, limits: Limits) -> list[str]:
     found = []
-    for early, late in zip(seen.before.gpus, seen.after.gpus, strict=True):
+    for early, late in seen.watched:
         first, last = early["sm_clock_mhz"], late["sm_clock_mhz"]
         if first and last is not None and 1 - last / first > limits.max_clock_drop:
             found.append(f"the SM clock of {early['name']} fell from {first} to {last} MHz (limit {100 * limits.max_clock_drop:g} %)")

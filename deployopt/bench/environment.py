@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from deployopt.errors import DeployoptError
 from deployopt.runtime import host
 
 # not behind a letter, dot, colon or slash: those are relative paths and URLs
@@ -24,6 +25,12 @@ def without_folders(text: str, *folders: Path) -> str:
     for folder in folders:
         text = text.replace(f"{folder}/", "")
     return _FOLDERS.sub(lambda found: "" if Path("/", found["root"]).is_dir() else found[0], text)
+
+
+def reason_of(error: DeployoptError, *folders: Path) -> str:
+    """An error as a row's reason: the first line of its message and its remedy, both `without_folders`. `report.summary.split_remedy` takes it apart."""
+    remedy = f"\n  → {error.remedy}" if error.remedy else ""
+    return without_folders(error.message.splitlines()[0] + remedy, *folders)
 
 
 def utc_now() -> str:

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from deployopt.artifact import Row
 from deployopt.bench import disturbance
 from deployopt.bench.disturbance import Counters, Limits, Load, Observed
-from deployopt.bench.environment import Condition, utc_now, without_folders
+from deployopt.bench.environment import Condition, reason_of, utc_now
 from deployopt.bench.scenarios import ScenarioName
 from deployopt.errors import DeployoptError, LackingEnvironment, WorkerDied
 from deployopt.runtime import host, onnxruntime_gpu
+from deployopt.runtime.cuda import device_index
 from deployopt.runtime.files import atomic_write_json
 from deployopt.runtime.progress import Bar, Progress
 from deployopt.runtime.sampler import Block, WarmUp
@@ -101,9 +102,10 @@ class Measured:
     """Figures of one subject at one batch size.
 
     Attributes:
-        host, device: `statistics.summary` of all samples, ms; `p50_ci95` is the bootstrap over blocks. device: None without such a clock.
+        host, device: `statistics.summary` of all samples, ms, but `p50`, which is the median of block medians, and `p50_ci95`, its bootstrap over blocks:
+            what intervals and ratios are about. device: None without such a clock.
         block_medians_ms, device_block_medians_ms, block_throughputs_per_s: one for each round, in the order of the rounds.
-        throughput_per_s: images of all blocks / their time. throughput_ci95: bootstrap over blocks.
+        throughput_per_s: median of the blocks'. throughput_ci95: its bootstrap over blocks.
         peak_memory_bytes, device_memory_bytes: of the process, in host memory at most since the buffers were bound, and on the GPU at the end.
         invalid: why the figures should not be used, None if they may.
         contract: how they were taken.
@@ -138,6 +140,8 @@ class _Run:
     warm_up: WarmUp
     iterations: int
     lead_in: int
+    gpu: int | None
+    meter: host.EnergyMeter
     blocks: list[Block] = field(default_factory=list)
     load: Load = field(default_factory=Load)
     runs: int = 0
@@ -153,9 +157,9 @@ class _Run:
         return "cuda:0" if asked == "cpu" and on_gpu else asked
 
     def time_block(self) -> None:
-        before = Counters.now()
+        before = Counters.now(self.meter, self.gpu)
         block = self.worker.block(self.iterations, self.runs, self.lead_in)
-        after = Counters.now()
+        after = Counters.now(self.meter, self.gpu)
         self.blocks.append(block)
         self.load.add(before, after, block.process_cpu_s)
         self.runs += self.iterations
@@ -192,6 +196,7 @@ class Group:
     def __enter__(self) -> Group:
         """Open the sessions, at most one a core at a time: imports and compilation take memory and cores."""
         try:
+            self._meter = self._stack.enter_context(host.EnergyMeter())
             workers = {}
             for key, s in self._subjects.items():
                 workers[key] = self._stack.enter_context(Worker(s.opener, s.path, s.options, self._settings.timeout_s))
@@ -269,11 +274,9 @@ class Group:
             self._workers[key] = worker
 
     def _explain(self, subject: Subject, error: DeployoptError) -> Failure:
-        """The whole story goes to the log; a row gets its first line, without this machine's paths, and what to install if that is missing."""
+        """The whole story goes to the log; a row gets what it has room for."""
         self._progress.log(f"{subject.key}: {error}")
-        unavailable = isinstance(error, LackingEnvironment)
-        remedy = f"\n  → {error.remedy}" if unavailable and error.remedy else ""
-        return Failure(without_folders(error.message.splitlines()[0], subject.path.parent) + remedy, unavailable)
+        return Failure(reason_of(error, subject.path.parent), isinstance(error, LackingEnvironment))
 
     def _fail(self, key: str, error: DeployoptError) -> Failure:
         failure = self._explain(self._subjects[key], error)
@@ -290,7 +293,8 @@ class Group:
         fewest = RUNS_OF_A_STREAM * streams if streams > 1 else 1
         iterations = max(fewest, math.ceil(settings.min_seconds * 1e3 / (warm_up.estimate_ms * settings.blocks)))
         lead_in = min(LEAD_IN_RUNS, max(1, math.ceil(LEAD_IN_MS / warm_up.estimate_ms)))
-        return _Run(self._subjects[key], worker, self.opened[key], inputs, first_ms, warm_up, iterations, lead_in)
+        gpu = None if self.opened[key].provider.startswith("CPU") else host.nvml_index(device_index(self._subjects[key].options.device))
+        return _Run(self._subjects[key], worker, self.opened[key], inputs, first_ms, warm_up, iterations, lead_in, gpu, self._meter)
 
     def _rounds(self, runs: Mapping[str, _Run], rng: np.random.Generator, bar: Bar) -> dict[str, Failure]:
         """Time blocks until every subject has enough; who failed on the way, and why."""
@@ -319,7 +323,7 @@ class Group:
         device_summary, device_medians = _summarize(device_blocks, settings.seed) if device_blocks else (None, None)
         spread = median_absolute_deviation(samples_ns) / float(np.median(samples_ns))
         throughputs = [round(batch * len(b.host_ns) / b.wall_s, 3) for b in run.blocks]
-        seen = Observed(medians, spread, run.load, run.subject.threads, run.device, *conditions)
+        seen = Observed(medians, spread, run.load, run.subject.threads, run.device, *conditions, run.gpu)
         cores = host.usable_cores()
         try:
             memory, execution = run.worker.memory(), run.worker.execution()
@@ -336,6 +340,7 @@ class Group:
             "iterations": run.iterations,
             "lead_in": run.lead_in,
             "duration_s": round(run.seconds, 3),
+            "p50_and_throughput": "medians of the blocks' own",
             "interleaved_with": others,
             "shuffled": True,
             "inputs": run.inputs,
@@ -347,7 +352,7 @@ class Group:
             **execution,
             "spread": {"mad_over_median": round(spread, 4), "limit": settings.limits.max_spread},
             "load": disturbance.contract(seen, cores),
-            "flags": [*_flags(run, settings), *disturbance.flags(run.load, settings.limits, cores)],
+            "flags": [*_flags(run, settings), *disturbance.flags(seen, settings.limits, cores)],
             "started": started,
         }
         return Measured(
@@ -360,7 +365,7 @@ class Group:
             block_medians_ms=medians,
             device_block_medians_ms=device_medians,
             block_throughputs_per_s=throughputs,
-            throughput_per_s=batch * run.runs / run.seconds,
+            throughput_per_s=float(np.median(throughputs)),
             throughput_ci95=list(bootstrap_median(throughputs, seed=settings.seed)),
             peak_memory_bytes=memory.peak_bytes,
             device_memory_bytes=memory.device_bytes,
@@ -451,8 +456,10 @@ def write_samples(measured: Measured, row: Row, folder: Path) -> Path:
 
 def _summarize(blocks_ns: Sequence[NDArray[Any]], seed: int) -> tuple[dict[str, Any], list[float]]:
     medians = [round(float(np.median(b)) * 1e-6, 6) for b in blocks_ns]
-    low, high = bootstrap_median(medians, seed=seed)
-    return {**summary(np.concatenate(blocks_ns)), "p50_ci95": [low, high]}, medians
+    figures = summary(np.concatenate(blocks_ns))
+    if figures["p50"] is not None:
+        figures |= {"p50": float(np.median(medians)), "p50_ci95": list(bootstrap_median(medians, seed=seed))}
+    return figures, medians
 
 
 def _flags(run: _Run, settings: Settings) -> list[str]:
@@ -462,4 +469,6 @@ def _flags(run: _Run, settings: Settings) -> list[str]:
         flags.append("the warm-up did not settle")
     if len(run.blocks) < settings.blocks:
         flags.append(f"{len(run.blocks)} of {settings.blocks} blocks within {settings.max_seconds:g} s")
+    if run.seconds < settings.min_seconds and run.runs < HEADLINE_RUNS:
+        flags.append(f"timed for {run.seconds:.2g} s of {settings.min_seconds:g} s, {run.runs} of {HEADLINE_RUNS} runs")
     return flags

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deployopt import backends, plugins, report
 from deployopt.artifact import DESCRIPTION, TORCH, TORCH_COMPILE, WEIGHTS, Artifact, ArtifactKind, Precision, read_description
+from deployopt.bench.scenarios import ScenarioName
 from deployopt.errors import ArtifactError, ArtifactMismatch, MissingDependency, UsageError
 from deployopt.report import summary
 from deployopt.runtime import manifest
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 TORCH_OPENERS = {TORCH: "deployopt.nn.session:open", TORCH_COMPILE: "deployopt.nn.session:open_compiled"}
 ENGINE_SUFFIXES = (".engine", ".plan")
 KNOWN_FILES = (".onnx", *ENGINE_SUFFIXES, WEIGHTS)
+THREADS_OF_SWEEP = re.compile(r"(^|-)t\d+$")  # as `scenarios.scenarios` names them
 CLASSES_KEY = "deployopt.classes"  # in an ONNX file, written by the export stage
 
 
@@ -32,6 +35,8 @@ class Target:
     Attributes:
         name: the file's name without suffix, or the row's address without its batch.
         run: the run folder it lies in, if it lies in one.
+        batch, scenario: of a row whose address names its batch; None otherwise.
+        threads: of a row whose address names them ("…/b1/t1", "…/b1/offline-t1"); None otherwise.
     """
 
     name: str
@@ -40,6 +45,9 @@ class Target:
     precision: str
     options: Mapping[str, Any] = field(default_factory=dict)
     run: Path | None = None
+    batch: int | None = None
+    scenario: ScenarioName | None = None
+    threads: int | None = None
 
     @property
     def kind(self) -> ArtifactKind:
@@ -169,7 +177,11 @@ def _row(run: Path, address: str, backend: str | None) -> Target:
     found = [row for row in rows if address in {summary.row_key(row), _address(row)}]
     if not found:
         raise UsageError(plugins.unknown("row", address, (summary.row_key(row) for row in rows)))
-    return _of_row(run, found[0], backend)
+    row, target = found[0], _of_row(run, found[0], backend)
+    if address != summary.row_key(row):
+        return target
+    threads = row.get("threads") if THREADS_OF_SWEEP.search(row.get("sweep") or "") else None
+    return replace(target, batch=row["batch"], scenario=row.get("scenario") or "single_stream", threads=threads)
 
 
 def _of_row(run: Path, row: Mapping[str, Any], backend: str | None) -> Target:

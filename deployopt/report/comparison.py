@@ -26,10 +26,12 @@ def headline(comparison: JsonComparison) -> str:
 
 
 def _ratio(row: Mapping[str, Any]) -> str:
-    if row["ratio"] is None:
+    """What the verdict goes by: of latencies, or "throughput 1.031 [1.028–1.034]"."""
+    prefix, key = ("throughput ", "throughput_ratio") if row["judged_by"] == "throughput" else ("", "ratio")
+    if row[key] is None:
         return ""
-    bounds = units.interval(row["ratio_ci95"], decimals=3)
-    return f"{row['ratio']:.3f}" + (f" [{bounds}]" if bounds else "")
+    bounds = units.interval(row[f"{key}_ci95"], decimals=3)
+    return f"{prefix}{row[key]:.3f}" + (f" [{bounds}]" if bounds else "")
 
 
 def _accuracy(row: Mapping[str, Any], task: Mapping[str, Any]) -> str:

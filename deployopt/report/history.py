@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ SCHEMA = 1
 REQUIRED = {"schema": int, "time": str, "run": str, "machine": dict, "task": dict, "rows": dict}
 BARS = "▁▂▃▄▅▆▇█"
 SPARKS = 20  # runs drawn in a table cell
+ROW_KEY = re.compile(r"(.+)/([^/]+)/([^/]+)/b(\d+)(?:/([^/]+))?")
 Entry = Mapping[str, Any]
 
 
@@ -176,13 +178,19 @@ def _figure(entries: Sequence[Entry], title: str, keys: Mapping[str, str], field
     return html.Figure(title, charts.responsive(draw), charts.legend([(s.name, charts.stroke(s.colour, s.dashed)) for s in drawn]))
 
 
+def _parts(key: str) -> Sequence[str]:
+    """Variant, backend, precision, batch and sweep ("" if none) of a `summary.row_key`."""
+    found = ROW_KEY.fullmatch(key)
+    return found.groups(default="") if found else (key, "", "", "", "")
+
+
 def render_html(entries: Sequence[Entry]) -> str:
     """One page that opens offline: latency of each backend and batch size, then accuracy, over the runs. A line breaks where the machine changed."""
     groups: dict[str, dict[str, str]] = {}
     scored: dict[str, str] = {}
     for key in _keys(entries):
-        variant, backend, precision, batch = key.rsplit("/", 3)
-        groups.setdefault(f"{backend}, batch {batch.removeprefix('b')}", {})[f"{variant} {precision}"] = key
+        variant, backend, precision, batch, sweep = _parts(key)
+        groups.setdefault(f"{backend}, batch {batch}" + (f", {sweep}" if sweep else ""), {})[f"{variant} {precision}"] = key
         scored.setdefault(f"{variant}/{backend}/{precision}", key)
     figures = [_figure(entries, f"Latency: {title}", keys, "p50_ms") for title, keys in groups.items()]
     figures.append(_figure(entries, "Accuracy", scored, "score"))

@@ -36,6 +36,11 @@ def host(row: JsonRow) -> Mapping[str, Any]:
     return (row.get("latency_ms") or {}).get("host") or {}
 
 
+def device(row: JsonRow) -> Mapping[str, Any]:
+    """Latency statistics of the device clock in ms; empty where not measured, and where the runtime has no such clock."""
+    return (row.get("latency_ms") or {}).get("device") or {}
+
+
 def p50_ms(row: JsonRow) -> float | None:
     return host(row).get("p50")
 
@@ -233,7 +238,7 @@ def contract_lines(rows: Sequence[JsonRow], environment: Mapping[str, Any] | Non
     lines = [
         SEPARATOR.join(part for part in what if part),
         SEPARATOR.join([_blocks(contracts), *_inputs(contracts)]),
-        SEPARATOR.join([_warm_up(contracts), *_load(contracts), "intervals: 95 % bootstrap of block medians"]),
+        SEPARATOR.join([_warm_up(contracts), *_load(contracts), "p50 and images/s: medians over blocks, intervals: their 95 % bootstrap"]),
     ]
     if profiled := [row["profile"] for row in rows if row.get("profile")]:
         how = SEPARATOR.join(dict.fromkeys(part for profile in profiled for part in str(profile["how"]).split(", ")))
@@ -326,14 +331,14 @@ UNSET = "none"
 
 
 def environment_line(environment: Mapping[str, Any]) -> str:
-    """Processor, GPUs, Python and system in one line."""
+    """Processor, GPUs with their driver, Python and system in one line."""
     cpu = environment.get("cpu") or {}
     isa = ", ".join(str(i) for i in cpu.get("isa") or [])
     parts = [str(cpu.get("model") or "unknown CPU")]
     if cpu.get("cores"):
         parts.append(units.plural(int(cpu["cores"]), "core") + (f" ({isa})" if isa else ""))
     gpus = environment.get("gpus") or []
-    parts.append(", ".join(str(g.get("name", g)) if isinstance(g, Mapping) else str(g) for g in gpus) or "no GPU")
+    parts.append(", ".join(_gpu(g) for g in gpus) or "no GPU")
     if environment.get("python"):
         parts.append(f"Python {environment['python']}")
     if environment.get("os"):
@@ -341,6 +346,17 @@ def environment_line(environment: Mapping[str, Any]) -> str:
     if environment.get("container"):
         parts.append("in a container" if environment["container"] is True else f"in {environment['container']}")
     return SEPARATOR.join(parts)
+
+
+def _gpu(gpu: Any) -> str:
+    if not isinstance(gpu, Mapping):
+        return str(gpu)
+    return str(gpu.get("name", gpu)) + (f", driver {gpu['driver']}" if gpu.get("driver") else "")
+
+
+def versions_line(environment: Mapping[str, Any]) -> str:
+    """What is installed of the recorded distributions: "numpy 2.3 · onnxruntime 1.31"."""
+    return SEPARATOR.join(f"{name} {version}" for name, version in (environment.get("versions") or {}).items() if version)
 
 
 def accuracy_cell(row: JsonRow, reference: float | None, task: Mapping[str, Any]) -> tuple[str, str]:

@@ -161,6 +161,7 @@ def _row_columns(rows: Sequence[JsonRow], bases: Sequence[bool], reference: floa
             Column("Δ", each(lambda r: summary.accuracy_cell(r, reference, task)[1]), 1),
             Column("p50", each(median)),
             Column("±", each(_half_width), 6),
+            Column("device", each(lambda r: units.significant(summary.device(r).get("p50")) if summary.device(r) else ""), 7),
             Column("p99", each(lambda r: units.significant(summary.host(r).get("p99")) if summary.host(r) else ""), 5),
             Column("speed", each(lambda r: units.factor(r["speedup"]) if r.get("speedup") is not None else "")),
             Column("[95 %]", [speed_interval(r, base) for r, base in zip(rows, bases, strict=True)], 4),
@@ -244,7 +245,7 @@ def _closing(report: Report, console: Console, folder: Path) -> None:
 
 
 def render_bench(rows: Sequence[JsonRow], console: Console) -> None:
-    """What `deployopt bench` measured: a table a batch size, who is faster than the first, what failed and why, and the contract.
+    """What `deployopt bench` measured: a table a batch size, who is faster than the first, what failed and why, where, and the contract.
 
     Args:
         rows: `artifact.Row`s as JSON; `variant` is the artifact's name, the first one is the baseline.
@@ -259,7 +260,8 @@ def render_bench(rows: Sequence[JsonRow], console: Console) -> None:
     for row in profiles.profiled(rows):
         _layers(row, console)
     _reasons(rows, console, lambda r: f"{r['variant']} b{r['batch']}")
-    for line in summary.contract_lines(rows):
+    where = next((r["contract"]["environment"] for r in rows if (r.get("contract") or {}).get("environment")), None)
+    for line in [*([summary.environment_line(where), summary.versions_line(where)] if where else []), *summary.contract_lines(rows)]:
         _print_parts(console, line, "dim")
 
 
@@ -300,6 +302,7 @@ def _bench_columns(rows: Sequence[JsonRow]) -> list[Column]:
             Column("prec", each(lambda r: r["precision"]), 3, right=False),
             Column("p50", each(lambda r: units.significant(summary.p50_ms(r)) if summary.host(r) else r["status"])),
             Column("[95 %]", each(lambda r: bracketed(summary.host(r).get("p50_ci95"))), 2),
+            Column("device", each(lambda r: units.significant(summary.device(r).get("p50")) if summary.device(r) else ""), 8),
             Column("p90", host("p90"), 6),
             Column("p99", host("p99"), 4),
             Column("images/s", each(lambda r: units.significant(r["throughput_per_s"]) if r.get("throughput_per_s") else ""), 7),

@@ -292,6 +292,52 @@ def _gpu(library: ctypes.CDLL, index: int, driver: str) -> Dict[str, Any]:
     }
 
 
+def nvml_index(cuda_index: int) -> Optional[int]:
+    """The place in `gpus` of the GPU that CUDA calls so in this process's children; None where that cannot be told.
+
+    CUDA leaves out what CUDA_VISIBLE_DEVICES does not name, and orders different GPUs by speed unless CUDA_DEVICE_ORDER says otherwise (CUDA C++
+    Programming Guide, "CUDA Environment Variables"); NVML always has all, in the order of the bus.
+    """
+    found = gpus()
+    if len(found) == 1:
+        return 0
+    if len({gpu["name"] for gpu in found}) > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    order = [str(i) for i in range(len(found))] if visible is None else [part.strip() for part in visible.split(",")]
+    if cuda_index >= len(order) or not order[cuda_index].isdigit() or int(order[cuda_index]) >= len(found):
+        return None
+    return int(order[cuda_index])
+
+
+class EnergyMeter:
+    """What GPUs have consumed since their driver was loaded, by NVML's counters. A context manager: it keeps NVML open, whose start takes milliseconds."""
+
+    def __init__(self) -> None:
+        self._library = _nvml()
+
+    def joules(self, index: Optional[int]) -> Optional[float]:
+        """Of the GPU at this place in `gpus`; None for None, without a driver, and for a GPU older than Volta, which has no such counter."""
+        if self._library is None or index is None:
+            return None
+        device, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+        self._library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(device))
+        if self._library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(millijoules)) != _NVML_SUCCESS:
+            return None
+        return millijoules.value / 1000
+
+    def close(self) -> None:
+        if self._library is not None:
+            self._library.nvmlShutdown()
+            self._library = None
+
+    def __enter__(self) -> "EnergyMeter":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+
 def timing_facts() -> Dict[str, Any]:
     """What a decision made by timing depends on: the CPU with its flags, and each GPU with its driver."""
     found = cpu()

@@ -9,6 +9,7 @@ import ctypes
 import importlib
 import io
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -18,7 +19,7 @@ from deployopt.errors import BackendUnavailable, ProviderFallback
 from deployopt.runtime import onnxruntime_session
 from deployopt.runtime.cuda import Cuda, Gpu, Pinned, device_index, find_gpu
 from deployopt.runtime.feeds import check_feeds
-from deployopt.runtime.onnxruntime_session import OnnxRuntimeSession, load_vendor
+from deployopt.runtime.onnxruntime_session import Create, OnnxRuntimeSession, load_vendor
 from deployopt.runtime.session import Array, Feed, Loaded, SessionOptions
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -110,10 +111,13 @@ def provider_options(provider: str, precision: str, index: int) -> Dict[str, str
     return {"device_id": str(index), **{f"trt_{flag}_enable": "1" for flag in _TENSORRT_FLAGS[precision]}}
 
 
-def create(path: Path, provider: str, options: SessionOptions, optimized: Optional[Path] = None) -> Any:
+def create(path: Path, provider: str, options: SessionOptions, optimized: Optional[Path] = None, profile: Optional[Path] = None) -> Any:
     """An `onnxruntime.InferenceSession` of which every node is the provider's.
 
     For the TensorRT provider, TF32 is off from then on in this process: it has no option for that.
+
+    Args:
+        optimized, profile: as `onnxruntime_session.create` takes them.
 
     Raises:
         BackendUnavailable, DeviceUnavailable: as `require`.
@@ -124,7 +128,7 @@ def create(path: Path, provider: str, options: SessionOptions, optimized: Option
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # cuBLAS, cuDNN and TensorRT read it when they are loaded
     require(provider, options.device)
     asked = (provider, provider_options(provider, options.precision, device_index(options.device)))
-    session = onnxruntime_session.create(path, options.threads, {_RECORD: "1"}, optimized, providers=[asked])
+    session = onnxruntime_session.create(path, options.threads, {_RECORD: "1"}, optimized, profile, providers=[asked])
     session.disable_fallback()  # of `run`, which would go on on the CPU after an error
     reason = fallback(provider, session.get_providers(), assignment(session))
     if reason is not None:
@@ -146,16 +150,23 @@ def open_session(path: Path, provider: str, options: SessionOptions) -> "OnnxRun
     """
     if provider == CUDA and options.precision in CUDA_NOT_OFFERED:
         raise BackendUnavailable(CUDA_NOT_OFFERED[options.precision], "open the FP32 or FP16 model, or use the TensorRT provider")
-    return OnnxRuntimeGpuSession(create(path, provider, options), device_index(options.device))
+    return OnnxRuntimeGpuSession(partial(create, path, provider, options), device_index(options.device))
 
 
 class OnnxRuntimeGpuSession(OnnxRuntimeSession):
-    """A session on one ONNX file on one GPU, in one stream. Outputs of `infer` are new arrays each time."""
+    """A session on one ONNX file on one GPU, in one stream. Outputs of `infer` are new arrays each time.
 
-    def __init__(self, session: Any, index: int) -> None:
-        super().__init__(session, streams=1)
+    Its `profile` has the host's time of each node, as ONNX Runtime's profiler does: of kernels that are launched and not waited for, that of the launch.
+
+    Args:
+        create: as `OnnxRuntimeSession` takes it.
+        index: of the GPU.
+    """
+
+    def __init__(self, create: Create, index: int) -> None:
+        super().__init__(create, streams=1)
         self._index = index
-        self._cuda = Cuda(index)
+        self._cuda: Optional[Cuda] = None
         self._pinned: List[Pinned] = []
 
     def load(self, feeds: Sequence[Feed]) -> Loaded:
@@ -163,6 +174,7 @@ class OnnxRuntimeGpuSession(OnnxRuntimeSession):
         return DeviceLoaded(self._session, feeds, self.infer(feeds[0]), ("cuda", self._index), self._page_locked)
 
     def _page_locked(self, array: Array) -> Array:
+        self._cuda = self._cuda or Cuda(self._index)
         memory = Pinned(self._cuda, array.nbytes)
         self._pinned.append(memory)
         view = memory.view(array.shape, array.dtype)

@@ -322,6 +322,7 @@ def _accuracies(
     logged and has {"error": reason} in place of figures.
     """
     from deployopt.bench.accuracy import score
+    from deployopt.bench.environment import reason_of
     from deployopt.errors import DeployoptError
 
     test, task, classes = context.dataset().test, context.task, context.dataset().classes
@@ -342,7 +343,7 @@ def _accuracies(
                     found, outputs = score(partial(group.infer, candidate.key), test, task, references, batch)
                 except DeployoptError as exc:
                     context.progress.log(f"{candidate.key}: {exc}")
-                    accuracies[candidate.key] = {"error": exc.message.splitlines()[0]}
+                    accuracies[candidate.key] = {"error": reason_of(exc)}
                 else:
                     accuracies[candidate.key] = found
                     if candidate.row.backend == TORCH:

@@ -64,6 +64,8 @@ def test_files_are_compared_with_the_first(tmp_path, model):
     assert rows[0].artifact == {"path": "tiny.onnx", "sha256": sha256_file(model), "bytes": model.stat().st_size}
     assert rows[3].contract["inputs"]["shape"] == [2, 32, 32, 3]
     assert rows[3].contract["inputs"]["source"] == SYNTHETIC
+    assert {"cpu", "gpus", "os", "versions"} <= rows[3].contract["environment"].keys()
+    assert rows[3].contract["environment"]["versions"]["onnxruntime"]
 
 
 @pytest.mark.usefixtures("onnxruntime_opener")
@@ -85,6 +87,38 @@ def test_a_row_of_a_run_is_found_and_verified(tmp_path, model):
     model.write_bytes(model.read_bytes() + b"x")
     with pytest.raises(ArtifactCorrupt):
         bench(f"{tmp_path}:qat/onnxruntime/int8/b1")
+
+
+@pytest.fixture
+def swept_run(tmp_path, model):
+    artifact = {"path": "tiny.onnx", "sha256": sha256_file(model), "bytes": model.stat().st_size}
+    row = {"variant": "qat", "backend": "onnxruntime", "precision": "int8", "status": "ok", "artifact": artifact, "threads": 2}
+    offline = {**row, "batch": 2, "scenario": "offline", "sweep": "offline-t1", "threads": 1}
+    rows = [{**row, "batch": 1}, {**row, "batch": 2}, offline]
+    (tmp_path / "report.json").write_text(json.dumps({"schema": 1, "variants": [], "rows": rows}))
+    return f"{tmp_path}:qat/onnxruntime/int8"
+
+
+@pytest.mark.usefixtures("onnxruntime_opener")
+def test_an_address_names_batch_scenario_and_threads(swept_run, model):
+    row, file = bench(f"{swept_run}/b2/offline-t1", model)
+    assert {(r.batch, r.scenario, r.threads, r.contract["inputs"]["shape"][0]) for r in (row, file)} == {(2, "offline", 1, 2)}
+    (row,) = bench(swept_run, threads=1)
+    assert (row.batch, row.scenario) == (1, "single_stream")
+
+
+@pytest.mark.parametrize(
+    ("ends", "options", "said"),
+    [
+        (["/b2"], {"batch_sizes": (1,)}, "wanted one --batch for all artifacts, found 1 and 2: --batch and the addresses disagree"),
+        (["/b2"], {"scenario": "offline"}, "wanted one --scenario for all artifacts, found offline and single_stream"),
+        (["/b2/offline-t1"], {"threads": 2}, "wanted one --threads for all artifacts, found 2 and 1"),
+        (["/b1", "/b2"], {}, "wanted one --batch for all artifacts, found 1 and 2: the addresses disagree"),
+    ],
+)
+def test_an_address_that_contradicts_an_option_is_refused(swept_run, ends, options, said):
+    with pytest.raises(UsageError, match=said):
+        bench(*(f"{swept_run}{end}" for end in ends), **options)
 
 
 @pytest.mark.usefixtures("onnxruntime_opener")

@@ -73,6 +73,15 @@ class Run:
         }
 
 
+def offline(run: Run, throughput: float) -> Run:
+    """The run with its row as an offline one: with this many images a second, and a latency under load that says the opposite."""
+    (row,) = run.report["rows"]
+    row |= {"scenario": "offline", "sweep": "offline"}
+    content = {"row": "qat/onnxruntime/int8/b1/offline", "host_block_medians": blocks(throughput, 1), "block_throughputs_per_s": blocks(throughput, 2)}
+    (run.folder / row["samples"]).write_text(json.dumps(content))
+    return run
+
+
 def only(result: Comparison) -> RowComparison:
     assert len(result.rows) == 1
     return result.rows[0]
@@ -108,7 +117,11 @@ def test_the_gate_is_missed_only_beyond_noise(tmp_path: Path) -> None:
     [
         (("environment", "cpu", "model"), "CPU B", "CPU model: CPU A → CPU B"),
         (("environment", "versions", "onnxruntime"), "1.25", "runtime version: onnxruntime 1.24 → onnxruntime 1.25"),
+        (("environment", "cpu", "cores"), 4, "usable cores: 2 → 4"),
+        (("environment", "cpu", "isa"), ["avx512_vnni", "avx2"], "ISA: none → avx2, avx512_vnni"),
         (("rows", 0, "threads"), 4, "threads: 2 → 4"),
+        (("rows", 0, "contract", "streams"), 2, "streams: 1 → 2"),
+        (("rows", 0, "contract", "cuda_graph"), "on", "CUDA graph: None → on"),
         (("rows", 0, "contract", "clock"), "cuda_event", "clock: perf_counter → cuda_event"),
         (("rows", 0, "contract", "inputs", "shape"), [1, 3, 64, 64], "input shape"),
         (("rows", 0, "status"), "invalid", "new: invalid"),
@@ -332,3 +345,28 @@ def test_other_recipes_tasks_and_data(tmp_path: Path) -> None:
     new.report["task"] = {"name": "regression", "primary": "mae", "unit": "px", "higher_is_better": False}
     with pytest.raises(UsageError, match="one metric, found top1 and mae"):
         compare(base.report, new.report, base.folder, new.folder)
+
+
+def test_an_offline_row_is_judged_by_its_throughput(tmp_path: Path) -> None:
+    base, new = (offline(Run(tmp_path / name, {"qat": 1.0}, 0), throughput) for name, throughput in (("base", 1000.0), ("new", 1200.0)))
+    result = compare(base.report, new.report, base.folder, new.folder, Gates(max_latency_regression=0.0, max_throughput_regression=0.05))
+    row = only(result)
+    assert (row.verdict, row.judged_by, row.regressions) == ("faster", "throughput", ())
+    assert row.ratio is not None
+    assert row.ratio > 1.1  # of latencies under load
+    assert "throughput 1.2" in renderers.render_markdown(result.to_json())
+    (new.folder / new.report["rows"][0]["samples"]).unlink()
+    alone = only(compare(base.report, new.report, base.folder, new.folder))
+    assert (alone.verdict, alone.why) == ("not comparable", "the throughput of its blocks is not stored, and an offline row is judged by that")
+
+
+def test_the_device_clock_has_a_ratio_where_both_runs_have_one(tmp_path: Path) -> None:
+    base, new = (Run(tmp_path / name, {"qat": 1.0}, seed) for seed, name in enumerate(("base", "new")))
+    assert only(compare(base.report, new.report, base.folder, new.folder)).device_ratio is None
+    for run, p50 in ((base, 0.5), (new, 0.6)):
+        file = run.folder / run.report["rows"][0]["samples"]
+        file.write_text(json.dumps({**json.loads(file.read_text()), "device_block_medians": blocks(p50, 5)}))
+    found = compare(base.report, new.report, base.folder, new.folder).to_json()["rows"][0]
+    assert found["device_ratio"] == pytest.approx(1.2, rel=0.01)
+    assert found["device_ratio_ci95"][0] < found["device_ratio"] < found["device_ratio_ci95"][1]
+    assert found["verdict"] == "same within noise"  # goes by the host's clock

@@ -33,7 +33,7 @@ def faults(**facts):
 def test_a_quiet_machine_has_no_faults():
     assert faults() == []
     assert faults(device="cuda:0") == []
-    assert disturbance.flags(load(), Limits(), cores=2) == []
+    assert disturbance.flags(observed(), Limits(), cores=2) == []
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,30 @@ def test_what_does_not_concern_a_row_is_no_fault(facts):
     assert faults(**facts) == []
 
 
+def test_threads_that_wait_for_each_other_are_no_other_load():
+    waiting = {"load": load(waited_s=2.0), "threads": 3}
+    assert faults(**waiting) == []
+    assert disturbance.flags(observed(**waiting), Limits(), cores=2) == ["its 3 threads share 2 cores, so waiting for a CPU is not counted as other load"]
+
+
+def test_only_the_rows_own_gpu_concerns_it():
+    two = condition()._replace(gpus=[*condition().gpus, *condition(1200, "hardware slowdown").gpus])
+    quiet = condition()._replace(gpus=condition().gpus * 2)
+    assert faults(device="cuda:0", before=quiet, after=two, gpu=0) == []
+    throttled = "throttled: GPU: hardware slowdown"
+    assert faults(device="cuda:1", before=quiet, after=two, gpu=1) == [throttled, "the SM clock of GPU fell from 1500 to 1200 MHz (limit 10 %)"]
+    assert faults(device="cuda:0", before=quiet, after=two)[0] == throttled  # not known which is its own
+
+
+def test_power_is_the_energy_of_its_blocks_by_their_time():
+    found = Load()
+    found.add(Counters(None, None, 0, 100.0), Counters(None, None, 2 * 10**9, 500.0), own_cpu_s=0.0)
+    found.add(Counters(None, None, 5 * 10**9, 9000.0), Counters(None, None, 7 * 10**9, 9600.0), own_cpu_s=0.0)
+    assert disturbance.contract(observed(load=found, device="cuda:0", gpu=0), cores=2)["gpu_power_w"] == 250.0
+    assert disturbance.contract(observed(load=found), cores=2)["gpu_power_w"] is None  # a row on the CPU
+    assert disturbance.contract(observed(device="cuda:0"), cores=2)["gpu_power_w"] is None
+
+
 def test_several_disturbances_are_all_named():
     assert len(faults(spread=1.0, load=load(stolen_s=2.0, waited_s=2.0))) == 3
 
@@ -87,7 +111,7 @@ def test_what_cannot_be_read_is_unknown_and_no_fault():
     found.add(Counters(None, None, 0), Counters(None, None, 10**9), own_cpu_s=1.0)
     assert (found.other_cores, found.stolen_cores, found.pressure) == (None, None, None)
     assert faults(load=found) == []
-    assert disturbance.flags(found, Limits(), cores=2) == ["other load unknown"]
+    assert disturbance.flags(observed(load=found), Limits(), cores=2) == ["other load unknown"]
     contract = disturbance.contract(observed(load=found), cores=2)
     assert (contract["steal_percent"], contract["pressure_percent"], contract["drift_percent"]) == (None, None, 0.0)
 

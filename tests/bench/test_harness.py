@@ -10,9 +10,11 @@ import tiny_onnx
 from deployopt.artifact import Row
 from deployopt.bench.disturbance import Limits
 from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject, make_buffers, measure, speedup, with_figures, write_samples
+from deployopt.report.summary import split_remedy
 from deployopt.runtime import host
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
+from deployopt.runtime.worker import Worker
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
 # tests share the machine with anything: what they assert is the bookkeeping and the ratios, not the quiet
@@ -48,8 +50,10 @@ def test_every_subject_has_a_result_in_order(results):
     assert [type(r) for r in results.values()] == [Measured] * 4 + [Failure] * 2
 
 
-def test_a_failure_names_its_cause_without_paths(results, model):
-    assert results["unopened"].reason == "opening tiny.onnx in a child process: it was ended by SIGSEGV"
+def test_a_failure_names_its_cause_and_remedy_without_paths(results, model):
+    what, remedy = split_remedy(results["unopened"].reason)
+    assert what == "opening tiny.onnx in a child process: it was ended by SIGSEGV"
+    assert remedy == "native code of the runtime crashed: try another version of it, or leave this backend out"
     assert "SIGSEGV" in results["crashing"].reason
     assert not any(str(model.parent) in r.reason for r in results.values() if isinstance(r, Failure))
 
@@ -85,9 +89,27 @@ def test_figures_come_from_all_blocks(results):
     assert found.host["n"] == found.contract["blocks"] * found.contract["iterations"]
     assert found.host["p50"] <= found.host["p90"]
     assert found.host["p50_ci95"][0] <= found.host["p50_ci95"][1]
-    assert found.throughput_per_s == pytest.approx(2e3 / found.host["mean"], rel=0.1)
+    assert found.throughput_per_s == np.median(found.block_throughputs_per_s)
+    assert found.host["p50"] == np.median(found.block_medians_ms)
+    assert found.contract["p50_and_throughput"] == "medians of the blocks' own"
     assert found.peak_memory_bytes > 10 << 20
     assert found.device is None
+
+
+def test_a_figure_lies_inside_its_interval_where_some_blocks_were_disturbed(model, monkeypatch):
+    """A few blocks so slow that the time of all together is theirs: images of all blocks / their time would lie outside the interval."""
+    measure_block, slow = Worker.block, iter([20.0] * 3 + [1.0] * 200)
+
+    def disturbed(*arguments):
+        block, factor = measure_block(*arguments), next(slow)
+        return block._replace(host_ns=block.host_ns * factor, wall_s=block.wall_s * factor)
+
+    monkeypatch.setattr(Worker, "block", disturbed)
+    found = measure([subject("a", model)], IMAGES, SETTINGS, SilentProgress())["a"]
+    assert found.throughput_ci95[0] <= found.throughput_per_s <= found.throughput_ci95[1]
+    assert found.host["p50_ci95"][0] <= found.host["p50"] <= found.host["p50_ci95"][1]
+    pooled = found.host["n"] / found.contract["duration_s"]
+    assert pooled < found.throughput_ci95[0]
 
 
 def test_the_contract_says_how(results):
@@ -100,7 +122,9 @@ def test_the_contract_says_how(results):
     assert contract["inputs"] == {"buffers": 8, "shape": [2, 16, 16, 3], "images": 20, "source": "test images"}
     assert contract["spread"]["limit"] == 100.0
     assert contract["duration_s"] >= 0.15
-    assert {"steal_percent", "other_cpu_percent", "pressure_percent", "drift_percent", "load_average", "frequency_mhz", "gpus"} == set(contract["load"])
+    assert {"steal_percent", "other_cpu_percent", "pressure_percent", "drift_percent", "load_average", "gpu_power_w", "frequency_mhz", "gpus"} == set(
+        contract["load"]
+    )
 
 
 def test_ratios_across_comparisons_are_refused(results, model):
@@ -141,6 +165,16 @@ def test_a_slow_subject_stops_in_time_and_says_so(model):
     assert found.contract["blocks"] < 20
     assert any("blocks within" in flag for flag in found.contract["flags"])
     assert speedup(found, found)[1] is None
+
+
+def test_a_row_that_falls_short_says_so(model, monkeypatch):
+    """A warm-up that takes the model for far slower than it is makes blocks so short that even twice as many of them are not enough."""
+    warm_up = Worker.warm_up
+    monkeypatch.setattr(Worker, "warm_up", lambda worker: warm_up(worker)._replace(estimate_ms=100.0))
+    found = measure([subject("a", model)], IMAGES, replace(SETTINGS, min_seconds=1.0), SilentProgress())["a"]
+    assert found.contract["blocks"] == 40
+    (flag,) = [flag for flag in found.contract["flags"] if flag.startswith("timed for ")]
+    assert flag.endswith("s of 1 s, 40 of 1000 runs")
 
 
 def test_batch_that_an_artifact_cannot_run_fails_only_that_row(tmp_path, model):

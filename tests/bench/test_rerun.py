@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny_onnx
 
@@ -11,11 +12,13 @@ from deployopt.bench.comparison import Gates, compare
 from deployopt.bench.disturbance import Limits
 from deployopt.bench.harness import Settings, Subject, measure, with_figures, write_samples
 from deployopt.bench.repeats import aa_repeats
-from deployopt.bench.rerun import Plan, measure_pair, rerun, summarize
+from deployopt.bench.rerun import Plan, half_width, measure_pair, rerun, summarize
+from deployopt.bench.scenarios import Scenario
 from deployopt.errors import UsageError
 from deployopt.runtime.hashing import sha256_file
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
+from deployopt.runtime.statistics import ratio_over_lifetimes
 
 ANY = Limits(max_spread=100.0, max_drift=100.0, max_contention=100.0, max_pressure=100.0, max_steal_percent=100.0)  # quiet is not what is tested
 LOUD = Settings(min_seconds=0.05, limits=ANY)
@@ -23,13 +26,15 @@ IMAGES = natural_noise(8, 16, 16, 3, 0)
 QUICK = Plan(lifetimes=3, precision=100.0, seconds=0.05, settings=LOUD)
 
 
-def run_folder(folder, **model):
+def run_folder(folder, scenario="single_stream", **model):
     """A run with one measured row, its artifact and its samples written by what writes them in a run."""
     folder.mkdir()
     path = tiny_onnx.convolution(folder / "model.onnx", **model)
-    subject = Subject("qat/onnxruntime/fp32", "worker_openers:OnnxRuntimeSession", path)
+    asked = Scenario(scenario, 1 if scenario == "single_stream" else 2)
+    subject = Subject("qat/onnxruntime/fp32", "worker_openers:OnnxRuntimeSession", path, asked.options(SessionOptions()), scenario)
     measured = measure([subject], IMAGES, LOUD, SilentProgress())[subject.key]
-    row = with_figures(Row("qat", "onnxruntime", "fp32", 1, "ok"), measured)
+    sweep = "" if scenario == "single_stream" else scenario
+    row = with_figures(Row("qat", "onnxruntime", "fp32", 1, "ok", scenario=scenario, sweep=sweep), measured)
     row.artifact = {"path": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size}
     row.samples = write_samples(measured, row, folder).name
     document = {"schema": 1, "environment": {}, "variants": [], "rows": [row.to_json()]}
@@ -60,6 +65,33 @@ def test_a_slower_artifact_is_slower_when_measured_again(runs):
     assert row.ratio_ci95[0] > 1.2
     assert row.throughput_ratio_ci95[1] < 1
     assert row.memory_ratio == pytest.approx(1, abs=0.5)
+
+
+def test_an_offline_row_is_measured_offline_again_and_judged_by_throughput(tmp_path, monkeypatch):
+    base, new = run_folder(tmp_path / "base", "offline"), run_folder(tmp_path / "new", "offline", channels=48, layers=4)
+    opened = []
+    monkeypatch.setattr("deployopt.bench.rerun.measure_pair", lambda subjects, *rest: opened.extend(subjects) or measure_pair(subjects, *rest))
+    found = rerun(base, new, QUICK, SilentProgress())
+    assert [(s.scenario, s.options.streams, s.threads) for s in opened] == [("offline", 2, 2)] * 2
+    gates = Gates(max_latency_regression=0.0, max_throughput_regression=0.05)
+    for reran in (found, None):
+        result = compare(base, new, base.folder, new.folder, gates, reran=reran)
+        (row,) = result.rows
+        assert (row.key, row.judged_by) == ("qat/onnxruntime/fp32/b1/offline", "throughput")
+        assert (row.verdict, row.regressions) == ("slower", ("throughput",))
+        assert result.misses[-1].startswith("no row's latency could be compared")
+
+
+@pytest.mark.parametrize("spread", [0.006, 0.01, 0.014])
+def test_stopping_by_width_costs_little_coverage(spread):
+    """As `measure_pair` stops, by ratios of lifetimes whose true value is 1."""
+    rng, plan, covered = np.random.default_rng(3), Plan(), 0
+    for _ in range(1500):
+        ratios = np.exp(rng.normal(0, spread, 2 * plan.lifetimes))
+        found = next((r for n in range(plan.lifetimes, len(ratios)) if half_width(r := ratio_over_lifetimes(ratios[:n])) <= plan.precision), None)
+        found = found or ratio_over_lifetimes(ratios)
+        covered += found.low <= 1 <= found.high
+    assert 0.92 <= covered / 1500 <= 0.97
 
 
 def test_what_cannot_be_measured_again_says_why(runs, tmp_path):

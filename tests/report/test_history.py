@@ -113,3 +113,14 @@ def test_curves_break_where_the_machine_changed() -> None:
     assert "CPU &lt;B&gt;" in page
     assert "CPU <B>" not in page
     assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_swept_rows_have_curves_of_their_own() -> None:
+    entry = line(1.0)
+    entry["rows"] |= {f"{KEY}/offline-t1": {**entry["rows"][KEY], "p50_ms": 7.0}}
+    page = history.render_html([entry, entry])
+    assert "Latency: openvino, batch 1<" in page
+    assert "Latency: openvino, batch 1, offline-t1<" in page
+    assert "int8, batch" not in page
+    scores = page.split("Accuracy<")[1].split('class="narrow"')[0]
+    assert scores.count("<polyline") == 1

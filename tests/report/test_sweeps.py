@@ -54,9 +54,20 @@ def test_the_table_shows_what_is_known(swept: dict[str, Any]) -> None:
     assert sweeps.table([r for r in swept["rows"] if r["status"] == "unavailable"]) is None
 
 
+def test_the_device_clock_has_a_column_where_there_is_one(report: dict[str, Any]) -> None:
+    first, second = summary.measured(report["rows"])[:2]
+    first["latency_ms"]["device"] = {"p50": 0.31, "p50_ci95": [0.3, 0.32]}
+    found = sweeps.table([first, second])
+    assert found is not None
+    column = found[0].index("device p50 ms [95 %]")
+    assert [cells[column] for cells in found[1]] == ["0.310 [0.300–0.320]", ""]
+    assert r"0.310 \[0.300–0.320\]" in markdown.render(report)
+    assert "0.310 [0.300–0.320]" in html.render(report)
+
+
 def test_gpu_power_is_of_rows_that_ran_there(report: dict[str, Any]) -> None:
     row = summary.measured(report["rows"])[0]
-    row["contract"] |= {"device": "cuda:0", "load": {"gpus": [{"name": "GPU", "after": {"power_w": 311.6}}]}}
+    row["contract"] |= {"device": "cuda:0", "load": {"gpu_power_w": 311.6}}
     row["device_memory_bytes"] = 540_000_000
     found = sweeps.table([row])
     assert found is not None

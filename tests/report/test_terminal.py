@@ -94,6 +94,21 @@ def test_bench_says_who_is_faster_who_is_not_and_who_failed() -> None:
     assert line.split() == ["qat", "onnxruntime", "fp32", "0.770", "[0.762–0.778]", "0.847", "1.00", "1299", "5.20x", "[5.10–5.30]"]
 
 
+def test_bench_says_where_and_what_the_device_clock_showed() -> None:
+    where = {
+        "cpu": {"model": "CPU A", "cores": 2, "isa": ["avx2"]},
+        "gpus": [{"name": "GPU A", "driver": "570.1"}],
+        "versions": {"tensorrt": "11.0", "torch": None},
+    }
+    row = bench_row("engine", 1.0, 1.0, None, contract={"clock": "host, device", "blocks": 20, "environment": where})
+    row["latency_ms"]["device"] = {"p50": 0.625}
+    text = benched([row], width=140)
+    assert "CPU A · 2 cores (avx2) · GPU A, driver 570.1" in text
+    assert "\ntensorrt 11.0\n" in text
+    assert "device" in text.splitlines()[1]
+    assert "0.625" in text
+
+
 def test_bench_fits_a_narrow_terminal() -> None:
     text = benched([bench_row("finetune", 4.0, 1.0, [1.0, 1.0]), bench_row("qat", 0.77, 5.2, [5.1, 5.3])], width=60)
     assert max(map(len, text.splitlines())) <= 60

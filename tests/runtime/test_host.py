@@ -42,6 +42,34 @@ def test_memory_is_consistent():
     assert 0 < memory["available_bytes"] <= memory["total_bytes"]
 
 
+@pytest.mark.parametrize(
+    ("names", "environment", "expected"),
+    [
+        (["A"], {"CUDA_VISIBLE_DEVICES": "GPU-1234"}, [0, 0]),
+        (["A", "A"], {}, [0, 1]),
+        (["A", "A"], {"CUDA_VISIBLE_DEVICES": "1"}, [1, None]),
+        (["A", "A"], {"CUDA_VISIBLE_DEVICES": "GPU-1234"}, [None, None]),
+        (["A", "B"], {}, [None, None]),
+        (["A", "B"], {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "1,0"}, [1, 0]),
+        ([], {}, [None, None]),
+    ],
+)
+def test_cudas_gpus_are_found_among_nvmls(monkeypatch, names, environment, expected):
+    monkeypatch.setattr(host, "gpus", lambda: [{"name": name} for name in names])
+    for variable in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+        monkeypatch.delenv(variable, raising=False)
+        if variable in environment:
+            monkeypatch.setenv(variable, environment[variable])
+    assert [host.nvml_index(index) for index in (0, 1)] == expected
+
+
+def test_energy_is_counted_up_or_unknown():
+    with host.EnergyMeter() as meter:
+        assert meter.joules(None) is None
+        readings = [meter.joules(0) for _ in range(2)]
+    assert readings == [None, None] or readings[0] <= readings[1]
+
+
 def test_gpus_are_listed_or_none():
     for gpu in host.gpus():
         assert {"name", "driver", "sm_clock_mhz", "temperature_c", "power_w", "throttled"} <= gpu.keys()

@@ -1,5 +1,7 @@
 """What can be told of ONNX Runtime's GPU providers with or without a GPU: what is missing, who computes, and the loop that copies feeds in."""
 
+from functools import partial
+
 import numpy as np
 import onnx
 import pytest
@@ -84,6 +86,27 @@ def test_fp32_is_not_tf32_and_tensorrt_is_allowed_what_the_graph_says():
     assert gpu.provider_options(gpu.CUDA, "fp32", 1) == {"device_id": "1", "use_tf32": "0"}
     assert gpu.provider_options(gpu.TENSORRT, "fp32", 0) == {"device_id": "0"}
     assert gpu.provider_options(gpu.TENSORRT, "int8_fp16", 0) == {"device_id": "0", "trt_int8_enable": "1", "trt_fp16_enable": "1"}
+
+
+def test_a_session_is_made_by_what_it_is_given_and_again_to_be_profiled(path):
+    """All of it but `load`, which needs page-locked memory; the CPU's provider takes the place of the GPU's."""
+    made = partial(create, path, 1, {gpu._RECORD: "1"})
+    with gpu.OnnxRuntimeGpuSession(made, 0) as session, open_session(path, SessionOptions()) as reference:
+        feed = {"image": images(2, 1)}
+        assert (session.provider, session.streams) == (CPU, 1)
+        np.testing.assert_array_equal(session.infer(feed)["logits"], reference.infer(feed)["logits"])
+        assert any(layer.kind in {"Conv", "FusedConv"} and layer.time_us > 0 for layer in session.profile([feed], 3))
+
+
+def test_a_session_of_its_provider_can_be_profiled(path, tmp_path, monkeypatch):
+    """What `open_session` hands on makes sessions with a profile: here until ONNX Runtime goes on without the provider."""
+    if lacks(gpu.CUDA) is None:
+        pytest.skip(f"{gpu.CUDA} works here")
+    monkeypatch.setattr(gpu, "require", lambda provider, device: None)
+    with pytest.raises(ProviderFallback):
+        gpu.create(path, gpu.CUDA, SessionOptions(), optimized=tmp_path / "optimized.onnx", profile=tmp_path / "profile")
+    with pytest.raises(ProviderFallback):
+        gpu.open_session(path, gpu.CUDA, SessionOptions())
 
 
 def test_each_run_copies_its_feed_in_and_its_results_out(path):
