@@ -30,13 +30,14 @@ from deployopt.runtime.manifest import path_of as manifest_of
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
 from deployopt.runtime.tensorrt import BuildOptions, compute_capabilities, load_vendor
-from deployopt.runtime.tensorrt_versions import is_rtx
+from deployopt.runtime.tensorrt_versions import is_rtx, is_weakly_typed
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS, OUT = ROOT / "runs" / "gpu-models", ROOT / "benchmarks" / "results"
 MINUTES = 7.5
 GROUP_S, BUILD_S, CHECK_S = 100.0, 20.0, 40.0  # no group, build or check of the harness is begun with less left
 LISTING_S = 60.0
+OWN_KERNELS = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")  # the packed 8.6 has no cuBLAS and no cuDNN
 CHECKED, CHECK_ROUNDS, CHECK_RUNS = ("fp32", "int8"), 40, 100  # precisions of the first dense network that the harness is checked on
 REFERENCE = {"fp32": "fp32", "fp16": "fp32", "int8": "int8", "int8_fp16": "int8"}
 VARIATIONS: dict[str, dict[str, Any]] = {"": {}, "+graph": {"cuda_graph": True}}  # of how an engine is opened
@@ -118,6 +119,7 @@ class Engines(Rows):
         self._vendor, self._models, self._onnx = vendor, arguments.models, arguments.models / dialect
         self._engines = arguments.models / f"engines-{vendor}-{trt.__version__}-{gpu.compute_capability}"
         self._timing_cache = None if is_rtx(trt) else str(self._engines)
+        self._tactic_sources = OWN_KERNELS if is_weakly_typed(trt) else None
         self._engines.mkdir(exist_ok=True)
 
     def run(self) -> bool:
@@ -148,7 +150,7 @@ class Engines(Rows):
             "engine": str(engine),
             "precision": precision,
             "device": "cuda",
-            "options": BuildOptions(BATCH_SIZES, timing_cache=self._timing_cache).to_json(),
+            "options": BuildOptions(BATCH_SIZES, timing_cache=self._timing_cache, tactic_sources=self._tactic_sources).to_json(),
             "preprocessing": None,
         }
         limit_s = self.clock.left_s()
