@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deployopt.errors import UsageError
-from deployopt.runtime import host
+from deployopt.runtime import host, manifest
 from deployopt.runtime.files import atomic_write, atomic_write_json
+from deployopt.runtime.hashing import sha256_file
 
 ARCHS = ("resnet18", "resnet50")
 VARIANTS = ("dense", "pruned")
 PRECISIONS = ("fp32", "fp16", "int8", "int8_fp16")
 BATCH_SIZES = (1, 8, 64)
 SAMPLES = "samples.npz"
+WEIGHTS = "Bodies have random weights, on which speed does not depend; the last layer is fitted, so that accuracy and agreement mean something."
 
 
 class Samples(NamedTuple):
@@ -94,8 +97,12 @@ class Results:
 
     def write_summary(self, tables: str) -> None:
         """`<name>.md` beside the JSON."""
-        drivers = {gpu["driver"] for entry in self.done("group:").values() for gpu in entry["machine"]["gpus"]}
-        facts = f"{self.document['runtime']}, driver {', '.join(sorted(drivers)) or 'unknown'}, from {self.document['started']}."
+        machines = [entry["machine"] for entry in self.done("group:").values()]
+        drivers = {gpu["driver"] for machine in machines for gpu in machine["gpus"]}
+        pythons = {f"Python {machine['python']}, NumPy {machine['numpy']}" for machine in machines}
+        cuda = {entry["made_of"]["cuda"] for entry in self.done("row:").values() if entry["made_of"].get("cuda")}
+        used = [f"driver {', '.join(sorted(drivers)) or 'unknown'}", *(f"CUDA runtime {version}" for version in sorted(cuda)), *sorted(pythons)]
+        facts = f"{self.document['runtime']}, {', '.join(used)}, from {self.document['started']}. {WEIGHTS}"
         failed = "".join(f"\n- {key}: {' '.join(reason.split())}" for key, reason in self.failures().items())
         text = f"# {self.document['gpu']}: {self.path.stem}\n\n{facts}\n\n{tables}"
         atomic_write(self.path.with_suffix(".md"), text + (f"\nWithout figures:\n{failed}\n" if failed else ""))
@@ -107,7 +114,16 @@ def _slug(name: str) -> str:
 
 def machine() -> dict[str, Any]:
     """Where one group was taken: a run that goes on may do so on another machine with such a GPU."""
-    return {"gpus": host.gpus(), "cpu": host.cpu()["model"], "os": host.operating_system()}
+    where = {"gpus": host.gpus(), "cpu": host.cpu()["model"], "os": host.operating_system()}
+    return {**where, "python": platform.python_version(), "numpy": np.__version__}
+
+
+def made_of(path: Path) -> dict[str, Any]:
+    """Which file was timed: an engine's hash, its ONNX's, and the CUDA runtime of its build; an ONNX file's hash; nothing of a torchvision network."""
+    if manifest.path_of(path).exists():
+        described = manifest.read(path)
+        return {"sha256": described.sha256, "onnx_sha256": described.onnx_sha256, "cuda": described.cuda}
+    return {"onnx_sha256": sha256_file(path)} if path.is_file() else {}
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -130,5 +146,6 @@ def row_table(rows: dict[str, dict[str, Any]]) -> str:
         on_device, outputs = entry["device_ms"], entry["outputs"]
         differs = ("", "") if outputs is None else (f"{outputs['max_abs_diff']:.2g}", f"{outputs['top1_agreement']:.3f}")
         clocks = f"{entry['host_ms']['p50']:.3f}", "" if on_device is None else f"{on_device['p50']:.3f}"
-        lines.append((name, batch, *clocks, ratio_of(entry["speedup"]), *differs))
-    return table(("row", "batch", "host p50 ms", "device p50 ms", "speed-up", "max abs diff", "top-1 agreement"), lines)
+        graph = str(entry.get("cuda_graph", "")).partition(":")[0]  # "refused" without the reason, which the JSON has
+        lines.append((name, batch, graph, *clocks, ratio_of(entry["speedup"]), *differs))
+    return table(("row", "batch", "CUDA graph", "host p50 ms", "device p50 ms", "speed-up", "max abs diff", "top-1 agreement"), lines)

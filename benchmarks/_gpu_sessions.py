@@ -114,13 +114,18 @@ class BareLoop:
         return times
 
 
-def compare_with_bare_loop(*, vendor: str, engine: str, samples: str, batch: int, rounds: int, iterations: int, progress: Progress) -> dict[str, Any]:
-    """Device medians of the harness's sampler and of a bare loop over the same engine, in turn: their ratio should be within 1 % of 1."""
+def compare_with_bare_loop(
+    *, vendor: str, engine: str, samples: str, batch: int, rounds: int, most_runs: int, seconds: float, progress: Progress
+) -> dict[str, Any]:
+    """Device medians of the harness's sampler and of a bare loop over the same engine, in turn: their ratio should be within 1 % of 1.
+
+    Each round has `most_runs` of either, or fewer so that all rounds take about so many seconds.
+    """
     feed = to_feed(read_samples(Path(samples)).images[:batch])
     rng = np.random.default_rng(batch)
     with open_session(vendor, Path(engine), SessionOptions(device="cuda")) as session:
         loaded, bare = session.load([{session.inputs[0].name: feed}]), BareLoop(vendor, Path(engine), feed)
-        warm_up(loaded)
+        iterations = max(1, min(most_runs, int(seconds * 1e3 / (2 * rounds * warm_up(loaded).estimate_ms))))
         bare.device_ms(iterations)
         ours, theirs = [], []
         for _ in range(rounds):

@@ -1,12 +1,12 @@
 """Engines and sessions on a GPU: built, verified, held to ONNX Runtime's outputs, timed. `benchmarks/README.md` says what it needs.
 
     python benchmarks/gpu.py prepare                     # here, with torch and no GPU: about 15 minutes; fills runs/gpu-models (50 MB to carry)
-    python benchmarks/gpu.py unpack --dialect tensorrt8    # there, with onnx: the files of each precision; --dialect canonical for rtx and ort
-    python3.10 benchmarks/gpu.py trt86                   # there, NumPy alone: TensorRT 8.x, FP32, FP16, INT8 and INT8+FP16 at batch 1, 8 and 64
+    python benchmarks/gpu.py unpack --dialect tensorrt8    # there, with onnx: the files of each precision; --dialect canonical for all but TensorRT 8.x
+    python3.10 benchmarks/gpu.py trt86                   # there, NumPy alone: TensorRT 8.6, or what is installed: FP32 to INT8+FP16 at batch 1, 8 and 64
     python benchmarks/gpu.py rtx | torch | ort           # there: TensorRT-RTX, PyTorch eager and compiled, ONNX Runtime's CUDA provider
 
 Each run ends within --minutes; what is measured by then is stored, and the same command goes on where it stopped. Writes <out>/<gpu>/<subcommand>.json
-and .md, and prints a short table last. Exit code 1 means that something is left to do.
+and .md (trt86's are named by TensorRT's version), and prints a short table last. Exit code 1 means that something is left to do.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from _gpu_measure import Clock, Session, Subject, agreement, measure, sessions, speedup
-from _gpu_rows import ARCHS, BATCH_SIZES, PRECISIONS, SAMPLES, VARIANTS, Results, Samples, machine, path_of, ratio_of, read_samples, row_table, table
+from _gpu_rows import ARCHS, BATCH_SIZES, PRECISIONS, SAMPLES, VARIANTS, Results, Samples, machine, made_of, path_of, ratio_of, read_samples, row_table, table
 
 from deployopt.errors import BackendUnavailable, DeployoptError, StageFailed
 from deployopt.runtime.child import run_in_child
@@ -30,16 +30,22 @@ from deployopt.runtime.manifest import path_of as manifest_of
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
 from deployopt.runtime.tensorrt import BuildOptions, compute_capabilities, load_vendor
-from deployopt.runtime.tensorrt_versions import is_rtx
+from deployopt.runtime.tensorrt_versions import is_rtx, is_weakly_typed, release
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS, OUT = ROOT / "runs" / "gpu-models", ROOT / "benchmarks" / "results"
 MINUTES = 7.5
 GROUP_S, BUILD_S, CHECK_S = 100.0, 20.0, 40.0  # no group, build or check of the harness is begun with less left
 LISTING_S = 60.0
-CHECKED, CHECK_ROUNDS, CHECK_RUNS = ("fp32", "int8"), 40, 100  # precisions of the first dense network that the harness is checked on
+OWN_KERNELS = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")  # the packed 8.6 has no cuBLAS and no cuDNN
+CHECKED, CHECK_ROUNDS, CHECK_RUNS, CHECK_LOOPS_S = ("fp32", "int8"), 40, 100, 15.0  # on the first dense network; fewer runs a round where they take longer
+OPTIONS: dict[str, dict[str, Any]] = {  # of a build that nothing else here asks for: each is tried once
+    "workspace_mib": {"workspace_mib": 256},
+    "optimization_level": {"optimization_level": 1},
+    "error_on_timing_cache_miss": {"error_on_timing_cache_miss": True},  # what the same build timed before is in the cache
+}
 REFERENCE = {"fp32": "fp32", "fp16": "fp32", "int8": "int8", "int8_fp16": "int8"}
-VARIATIONS: dict[str, dict[str, Any]] = {"": {}, "+graph": {"cuda_graph": True}}  # of how an engine is opened
+VARIATIONS: dict[str, dict[str, Any]] = {"": {}, "+graph": {"cuda_graph": True}}  # of how an engine is opened; TensorRT-RTX has no graphs yet
 TORCH = {  # (precision, channels_last, mode of torch.compile)
     "eager-fp32": ("fp32", False, None),
     "eager-fp16": ("fp16", False, None),
@@ -74,9 +80,11 @@ class Rows:
                     return False
                 measured = measure({key: session for key, session in live.items() if key not in failures}, self.samples.images, batch, failures)
                 outputs = {key: self._agreement(key, live[key], batch, failures) for key in measured}
-                for key in [key for key in measured if key not in failures]:
-                    faster = list(speedup(measured[baseline], measured[key])) if baseline in measured else None
-                    self.results.keep(f"row:{key}:b{batch}", {**measured[key], "outputs": outputs[key], "speedup": faster})
+                for subject in [subject for subject in subjects if subject.key in measured and subject.key not in failures]:
+                    found = measured[subject.key]
+                    faster = list(speedup(measured[baseline], found)) if baseline in measured else None
+                    facts = {"outputs": outputs[subject.key], "speedup": faster, "made_of": made_of(subject.path)}
+                    self.results.keep(f"row:{subject.key}:b{batch}", {**found, **facts})
                 for key, reason in failures.items():
                     self.results.keep(f"row:{key}:b{batch}", {"failed": reason})
                 self.results.keep(f"group:{arch}:b{batch}", {"rows": len(measured), "machine": machine()})
@@ -104,7 +112,7 @@ class Rows:
 class Engines(Rows):
     """Engines of one vendor's library: built once a machine, opened with and without a CUDA graph."""
 
-    def __init__(self, vendor: str, dialect: str, arguments: argparse.Namespace, clock: Clock) -> None:
+    def __init__(self, vendor: str, arguments: argparse.Namespace, clock: Clock) -> None:
         trt, gpu = load_vendor(vendor), find_gpu()
         if is_rtx(trt) and gpu.compute_capability not in compute_capabilities(trt):
             raise BackendUnavailable(
@@ -112,18 +120,22 @@ class Engines(Rows):
                 f"it serves {', '.join(compute_capabilities(trt))})",
                 "run it on a GPU of one of these",
             )
-        results = Results(arguments.out, arguments.subcommand, gpu.name, f"{vendor} {trt.__version__}")
-        super().__init__(results, read_samples(arguments.models / SAMPLES), clock)
+        name = "rtx" if is_rtx(trt) else "trt" + "".join(map(str, release(trt)))
+        super().__init__(Results(arguments.out, name, gpu.name, f"{vendor} {trt.__version__}"), read_samples(arguments.models / SAMPLES), clock)
         self._archs: list[str] = arguments.archs
-        self._vendor, self._models, self._onnx = vendor, arguments.models, arguments.models / dialect
+        self._vendor, self._models = vendor, arguments.models
+        self._onnx = arguments.models / ("tensorrt8" if is_weakly_typed(trt) else "canonical")
+        self._variations = {"": VARIATIONS[""]} if is_rtx(trt) else VARIATIONS
+        self._options = {} if is_rtx(trt) else OPTIONS
         self._engines = arguments.models / f"engines-{vendor}-{trt.__version__}-{gpu.compute_capability}"
         self._timing_cache = None if is_rtx(trt) else str(self._engines)
+        self._tactic_sources = OWN_KERNELS if is_weakly_typed(trt) else None
         self._engines.mkdir(exist_ok=True)
 
     def run(self) -> bool:
-        """Do what is left to do, the harness's check after the first architecture. False if the time ran out."""
+        """Do what is left to do, the harness's check and the options' after the first architecture. False if the time ran out."""
         first, *others = self._archs
-        return self._architecture(first) and self._check_harness(first) and all(self._architecture(arch) for arch in others)
+        return self._architecture(first) and self._check_harness(first) and self._try_options(first) and all(self._architecture(arch) for arch in others)
 
     def _architecture(self, arch: str) -> bool:
         if not self.missing(arch):
@@ -140,28 +152,53 @@ class Engines(Rows):
         """Whether there is an engine. One that could not be built is not tried again, but with --retry."""
         source, engine = path_of(self._onnx, arch, variant, precision), self._engine(arch, variant, precision)
         key = f"build:{source.stem}"
-        if manifest_of(engine).exists() or (key in self.results and "failed" in self.results[key]):
-            return manifest_of(engine).exists()
+        if key in self.results and ("failed" in self.results[key] or manifest_of(engine).exists()):
+            return "failed" not in self.results[key]
+        built = self._build_file(key, source, engine, precision, {})  # also where the engine was built, and the run killed before it said so
+        if built is None:
+            return False
+        self._keep_listing(engine)
+        self.results.keep(key, {**built, **made_of(engine), "bytes": engine.stat().st_size})
+        print(key, f"{built['seconds']:.0f} s", built["execution"] or built["reason"], flush=True)
+        return True
+
+    def _build_file(self, key: str, source: Path, engine: Path, precision: str, options: dict[str, Any]) -> dict[str, Any] | None:
+        """Facts of a build; None if it failed, which is kept under `key`, or if the time ran out."""
+        asked = BuildOptions(BATCH_SIZES, timing_cache=self._timing_cache, tactic_sources=self._tactic_sources)._replace(**options)
         request = {
             "vendor": self._vendor,
             "onnx": str(source),
             "engine": str(engine),
             "precision": precision,
             "device": "cuda",
-            "options": BuildOptions(BATCH_SIZES, timing_cache=self._timing_cache).to_json(),
+            "options": asked.to_json(),
             "preprocessing": None,
         }
         limit_s = self.clock.left_s()
         try:
-            built = run_in_child("deployopt.runtime.tensorrt:build_file", request, SilentProgress(), f"building {engine.name}", limit_s)
+            built: dict[str, Any] = run_in_child("deployopt.runtime.tensorrt:build_file", request, SilentProgress(), f"building {engine.name}", limit_s)
         except DeployoptError as exc:
             if self.clock.left_s() > 0:  # else it was ended for the lack of time, and says nothing
                 self.results.keep(key, {"failed": str(exc)})
                 print(key, exc, flush=True)
-            return False
-        self._keep_listing(engine)
-        self.results.keep(key, {**built, "bytes": engine.stat().st_size})
-        print(key, f"{built['seconds']:.0f} s", built["execution"] or built["reason"], flush=True)
+            return None
+        return built
+
+    def _try_options(self, arch: str) -> bool:
+        """An engine of its own with each option, which is not timed. False if the time ran out."""
+        for name, options in self._options.items():
+            key, engine = f"option:{arch}-{name}", self._engines / f"{arch}-{name}.engine"
+            if key in self.results:
+                continue
+            if self.clock.left_s() < BUILD_S:
+                return False
+            built = self._build_file(key, path_of(self._onnx, arch, "dense", "fp32"), engine, "fp32", options)
+            if built is None and key not in self.results:
+                return False
+            if built is not None:
+                self.results.keep(key, built)
+                engine.unlink()
+                manifest_of(engine).unlink()
         return True
 
     def _keep_listing(self, engine: Path) -> None:
@@ -179,7 +216,7 @@ class Engines(Rows):
 
     def _subjects(self, arch: str, variant: str, precision: str) -> list[Subject]:
         engine, opener = self._engine(arch, variant, precision), f"_gpu_sessions:open_{self._vendor}"
-        return [Subject(f"{engine.stem}{suffix}", opener, engine, SessionOptions(1, "cuda", precision, extra)) for suffix, extra in VARIATIONS.items()]
+        return [Subject(f"{engine.stem}{suffix}", opener, engine, SessionOptions(1, "cuda", precision, extra)) for suffix, extra in self._variations.items()]
 
     def _check_harness(self, arch: str) -> bool:
         """The harness against a bare CUDA-event loop, and an engine against itself."""
@@ -193,14 +230,17 @@ class Engines(Rows):
                 try:
                     self.results.keep(key, {**self._bare(arch, precision, batch), **self._itself(arch, precision, batch)})
                 except DeployoptError as exc:
+                    if self.clock.left_s() <= 0:
+                        return False
                     self.results.keep(key, {"failed": str(exc)})
         return True
 
     def _bare(self, arch: str, precision: str, batch: int) -> dict[str, Any]:
         engine = self._engine(arch, "dense", precision)
         given = {"vendor": self._vendor, "engine": str(engine), "samples": str(self._models / SAMPLES)}
-        extent = {"batch": batch, "rounds": CHECK_ROUNDS, "iterations": CHECK_RUNS}
-        found: dict[str, Any] = run_in_child("_gpu_sessions:compare_with_bare_loop", {**given, **extent}, SilentProgress(), f"timing {engine.name}", 120.0)
+        extent = {"batch": batch, "rounds": CHECK_ROUNDS, "most_runs": CHECK_RUNS, "seconds": CHECK_LOOPS_S}
+        target, limit_s = "_gpu_sessions:compare_with_bare_loop", self.clock.left_s()
+        found: dict[str, Any] = run_in_child(target, {**given, **extent}, SilentProgress(), f"timing {engine.name}", limit_s)
         return found
 
     def _itself(self, arch: str, precision: str, batch: int) -> dict[str, Any]:
@@ -213,14 +253,16 @@ class Engines(Rows):
         return {"aa": list(speedup(twice[one.key], twice["again"]))}
 
     def tables(self) -> str:
-        built, checks = self.results.done("build:"), self.results.done("check:")
+        built, checks, tried = (self.results.done(kind) for kind in ("build:", "check:", "option:"))
+        options = [(key, f"{entry['seconds']:.0f}", entry["timing_cache"] or "") for key, entry in tried.items()]
         engines = [(key, *_execution(entry), f"{entry['bytes'] / 1e6:.1f}", f"{entry['seconds']:.0f}") for key, entry in built.items()]
         compared = [(key, ratio_of(entry["ratio"]), ratio_of(entry["aa"])) for key, entry in checks.items()]
         return "\n".join(
             (
-                table(("engine", "INT8 layers", "by precision", "Adds fused", "INT8 to float", "MB", "build s"), engines),
+                table(("engine", "INT8 layers", "by precision", "Adds fused", "unfused", "reformats", "MB", "build s"), engines),
                 super().tables(),
                 table(("engine, batch", "harness / bare loop", "A/A"), compared),
+                table(("built with the option", "build s", "timing cache"), options),
             )
         )
 
@@ -237,12 +279,13 @@ class Loaders(Rows):
         return all(self.take(arch, subjects, subjects[0].key) for arch, subjects in self._subjects.items() if self.missing(arch))
 
 
-def _execution(entry: dict[str, Any]) -> tuple[str, str, str, str]:
+def _execution(entry: dict[str, Any]) -> tuple[str, str, str, str, str]:
     ran = entry["execution"]
     if ran is None:
-        return ("?", entry["reason"], "?", "?")
+        return ("?", entry["reason"], "?", "?", "?")
     executed = ", ".join(f"{count} {precision}" for precision, count in sorted(ran["executed"].items()))
-    return (f"{ran['quantized_layers']}/{ran['quantizable_layers']}", executed, f"{ran['fused_adds']}/{ran['adds']}", str(ran["int8_to_float"]))
+    quantized, adds = f"{ran['quantized_layers']}/{ran['quantizable_layers']}", f"{ran['fused_adds']}/{ran['adds']}"
+    return (quantized, executed, adds, str(ran["int8_to_float"]), str(ran["reformats"]))
 
 
 def torch_rows(arguments: argparse.Namespace, clock: Clock) -> Loaders:
@@ -301,9 +344,9 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     clock = Clock(arguments.minutes)
     if arguments.subcommand == "trt86":
-        work: Engines | Loaders = Engines("tensorrt", "tensorrt8", arguments, clock)
+        work: Engines | Loaders = Engines("tensorrt", arguments, clock)
     elif arguments.subcommand == "rtx":
-        work = Engines("tensorrt_rtx", "canonical", arguments, clock)
+        work = Engines("tensorrt_rtx", arguments, clock)
     else:
         work = torch_rows(arguments, clock) if arguments.subcommand == "torch" else ort_rows(arguments, clock)
     if arguments.retry:

@@ -178,6 +178,7 @@ class Row:
     artifact: dict[str, Any] | None = None  # {"path", "sha256", "bytes"}
     accuracy: dict[str, Any] | None = None  # {"primary": "top1", "top1", "n", "agreement", "max_abs_diff", …}
     verified: dict[str, Any] | None = None  # {"quantized_layers", "quantizable_layers", "executed"}
+    fusion: dict[str, int] | None = None  # of an engine: {"adds", "fused_adds", "int8_to_float", "reformats"}, see `runtime.tensorrt_layers.Execution`
     parity: dict[str, Any] | None = None  # an engine's outputs against ONNX Runtime's: {"checked", "n", "agreement", "max_abs_diff" and their limits}
     latency_ms: dict[str, Any] | None = None  # {"host": {"n", "p50", …}, "device": … | None}
     samples: str | None = None  # file of raw block medians, relative to the run folder

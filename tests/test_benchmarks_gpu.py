@@ -118,6 +118,7 @@ def test_groups_are_timed_stored_and_gone_on_with(carried: Path, monkeypatch: py
     assert len(entry["block_medians_ms"]) == 20
     assert entry["speedup"][0] == 1
     assert entry["outputs"]["top1_agreement"] == 1
+    assert entry["made_of"] == {"onnx_sha256": sha256_file(good)}
     assert "gone.onnx" in first.results["row:resnet18-gone:b1"]["failed"]
     again = rows(10)
     assert again.missing("resnet18") == []
@@ -128,6 +129,8 @@ def test_groups_are_timed_stored_and_gone_on_with(carried: Path, monkeypatch: py
     assert again.results.failures() == {}
     summary = again.results.path.with_suffix(".md").read_text()
     assert "| resnet18-dense-fp32 | 4     |" in summary
+    assert "Bodies have random weights" in summary
+    assert f"NumPy {np.__version__}" in summary
     assert "- row:resnet18-gone:b1: " in summary
 
 

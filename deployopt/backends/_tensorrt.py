@@ -24,6 +24,7 @@ from deployopt.runtime.session import TensorSpec
 from deployopt.runtime.tensorrt import BuildOptions
 from deployopt.runtime.tensorrt_layers import Execution
 
+FUSION = ("adds", "fused_adds", "int8_to_float", "reformats")  # of `Execution`: what reports tell beside the verified layers
 TF32 = "TF32 was allowed: what is FP32 in the graph may be computed with 10 bits of mantissa"
 
 
@@ -119,14 +120,19 @@ def _verified(facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     ran = Execution(**facts["execution"])
     found = {
         "verified": asdict(Verified(ran.quantized_layers, ran.quantizable_layers, ran.executed)),
-        "adds": ran.adds,
-        "fused_adds": ran.fused_adds,
-        "int8_to_float": ran.int8_to_float,
+        "fusion": {name: getattr(ran, name) for name in FUSION},
     }
-    if not ran.int8_to_float:
-        return found, []
-    note = (
-        f"{ran.int8_to_float} of {ran.quantized_layers} INT8 layers write floating point: a kernel of its own quantises each again, "
-        "so a speed-up over FP16 is doubtful; the file is smaller"
-    )
-    return found, [note]
+    return found, [note for note in (_unfused(ran),) if note]
+
+
+def _unfused(ran: Execution) -> str | None:
+    """What keeps an INT8 engine from gaining what INT8 could; None if nothing does."""
+    if not ran.quantized_layers:
+        return None
+    if ran.int8_to_float:
+        return (
+            f"{ran.int8_to_float} of {ran.quantized_layers} INT8 layers write floating point that a kernel of its own quantises again, "
+            "so a speed-up over FP16 is doubtful; the file is smaller"
+        )
+    loose = ran.adds - ran.fused_adds
+    return f"{loose} of {ran.adds} residual Adds are not fused into a convolution: each is a kernel of its own" if loose else None

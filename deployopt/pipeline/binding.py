@@ -112,6 +112,7 @@ class Binder:
             self._refuse(faults)
             self._refuse(crosschecks.model(model, entries))
             self._refuse(crosschecks.budget(budget, entries, [] if faults else steps))
+            self._refuse(crosschecks.cuda_graphs(entries, [] if faults else steps))
         return entries, None if sections.data is None else self.data(sections.data)
 
     def _refuse(self, faults: Iterable[Fault]) -> None:

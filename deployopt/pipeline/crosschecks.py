@@ -13,6 +13,7 @@ from deployopt.nn import ARCHITECTURES
 from deployopt.pipeline.expansion import Asked, Entry, Fault
 from deployopt.recipe.tree import KeyPath
 from deployopt.stages import Point
+from deployopt.stages.benchmark import CAPTURES_GRAPHS
 
 
 def model(section: Mapping[str, Any], entries: Sequence[Entry]) -> Iterator[Fault]:
@@ -76,6 +77,20 @@ def budget(limits: Mapping[str, Any], entries: Sequence[Entry], steps: Sequence[
     if "min_quantized_layers" in given and not any(point.precision in INT8_PRECISIONS for point in built):
         message = "nothing is built in INT8: add a qat or ptq stage and int8 to export.precisions, or remove the limit"
         yield Fault(("budget", "min_quantized_layers"), message)
+
+
+def cuda_graphs(entries: Sequence[Entry], steps: Sequence[Asked]) -> Iterator[Fault]:
+    """Graphs are captured of one backend's engines only.
+
+    Args:
+        steps: all that will run; empty if that could not be made out.
+    """
+    if not steps or any(point.backend == CAPTURES_GRAPHS for step in steps for point in step.points):
+        return
+    for entry in entries:
+        if getattr(entry.config, "cuda_graph", False):
+            message = f"true launches engines of {CAPTURES_GRAPHS} as CUDA graphs, and none is built: add it to build.backends, or remove cuda_graph"
+            yield Fault((*entry.at, "cuda_graph"), message)
 
 
 def _comparable(points: Sequence[Point], built: Sequence[Point]) -> Iterator[Fault]:

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from deployopt.artifact import INT8_PRECISIONS
-from deployopt.report import charts, profiles, pruning, summary, sweeps, units
+from deployopt.report import charts, fusion, profiles, pruning, summary, sweeps, units
 from deployopt.report.summary import JsonRow, Report
 from deployopt.report.verdict import headline, limit_sentences
 
@@ -233,6 +233,12 @@ def _sweep(title: str, found: Sequence[sweeps.Curve], x_title: str, y_title: str
         return charts.curves(series, [], half, y_title=y_title, show_y=charts.tick_label, label=title, x_title=x_title, x_log_from=4)
 
     return Figure(title, charts.responsive(draw), charts.legend([(name, charts.stroke(i, False)) for i, name in enumerate(sessions)]))
+
+
+def _fusion(report: Report) -> Section | None:
+    """What TensorRT made of each network: there is nothing to draw."""
+    table = fusion.table(report["rows"])
+    return None if table is None else Section("fusion", fusion.TITLE, (), fusion.LEAD, table)
 
 
 def _profiles(report: Report) -> Section | None:
@@ -467,6 +473,7 @@ def render(report: Report) -> str:
         _distributions(report, palette),
         _sweeps(report),
         _profiles(report),
+        _fusion(report),
         _sizes(report, palette),
         _curves(report),
         *_pruning(report),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from deployopt.report import profiles, pruning, summary, sweeps, units
+from deployopt.report import fusion, profiles, pruning, summary, sweeps, units
 from deployopt.report.summary import JsonRow, Report
 from deployopt.report.verdict import headline
 
@@ -117,6 +117,8 @@ def render(report: Report) -> str:
         parts.append(folded("Throughput, start-up and memory", table(*costs, left=5)))
     for found in summary.sensitivities(variants, task):
         parts.append(folded(f"Sensitivity of each layer: {cell(found.variant)}", f"{cell(found.lead)}\n\n{table(found.headers, found.rows)}"))
+    if (engines := fusion.table(report["rows"])) is not None:
+        parts.append(folded(fusion.TITLE, f"{cell(fusion.LEAD)}\n\n{table(*engines)}"))
     if overview := profiles.overview(report["rows"]):
         parts.append(folded("Where the time goes", f"{cell(profiles.LEAD)}\n\n{table(profiles.OVERVIEW, overview, left=4)}"))
     contract = [

@@ -48,9 +48,9 @@ def _interval(row: JsonRow) -> Sequence[float]:
 def _blame(row: JsonRow, rows: Sequence[JsonRow]) -> str:
     """The layers that do not compute in INT8, by their time where a profile of the artifact tells it, else by what the build verified."""
     same = ("variant", "backend", "precision")
-    profile = next((r["profile"] for r in (row, *rows) if r.get("profile") and all(r[k] == row[k] for k in same)), None)
-    if profile is not None:
-        return _by_time(profile)
+    profiled = next((r for r in (row, *rows) if r.get("profile") and all(r[k] == row[k] for k in same)), None)
+    if profiled is not None:
+        return _by_time(profiled["profile"], "" if profiled["batch"] == row["batch"] else f" at batch {profiled['batch']}")
     verified = row.get("verified")
     if not verified:
         return "what its layers run in is not known; profile it to see which take the time"
@@ -61,11 +61,12 @@ def _blame(row: JsonRow, rows: Sequence[JsonRow]) -> str:
     return "all its convolutions and matrix products run in INT8, so the time goes into what is between them: profile it to see"
 
 
-def _by_time(profile: Mapping[str, Any]) -> str:
+def _by_time(profile: Mapping[str, Any], where: str) -> str:
+    """`where`: " at batch 1" if the profile is of another batch size than the row."""
     slow = sorted((layer for layer in profile["layers"] if layer["precision"] != "int8"), key=lambda layer: -layer["time_us"])
     if not slow:
-        return "every layer runs in INT8"
+        return f"every layer runs in INT8{where}"
     total, taken = float(profile["total_us"]), sum(layer["time_us"] for layer in slow)
     named = ", ".join(f"{' + '.join(layer['nodes']) or layer['name']} ({layer['kind']}, {layer['precision']})" for layer in slow[:NAMED])
     more = f" and {len(slow) - NAMED} more" if len(slow) > NAMED else ""
-    return f"{100 * taken / total:.0f} % of its time goes into layers that are not INT8: {named}{more}"
+    return f"{100 * taken / total:.0f} % of its time{where} goes into layers that are not INT8: {named}{more}"

@@ -60,6 +60,7 @@ class BuildOptions(NamedTuple):
         tf32: what is FP32 in the graph may be computed in TF32, with 10 bits of mantissa.
         timing_cache: folder in which timings of kernels are kept from build to build; None keeps none (TensorRT only).
         error_on_timing_cache_miss: a build that has to time a kernel fails (with `timing_cache` only).
+        tactic_sources: libraries that kernels may come from, by names of `trt.TacticSource`; None leaves the vendor's default (TensorRT only).
     """
 
     batch_sizes: Tuple[int, ...] = (1,)
@@ -69,6 +70,7 @@ class BuildOptions(NamedTuple):
     tf32: bool = False
     timing_cache: Optional[str] = None
     error_on_timing_cache_miss: bool = False
+    tactic_sources: Optional[Tuple[str, ...]] = None
 
     def to_json(self) -> Dict[str, Any]:
         """Those that are set."""
@@ -369,6 +371,8 @@ def _configure(trt: Any, builder: Any, logger: Any, options: BuildOptions, preci
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     (config.set_flag if options.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
     versions.allow(trt, config, precision)
+    if options.tactic_sources is not None:
+        _set_tactic_sources(trt, config, options.tactic_sources)
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
     if options.optimization_level is not None and not versions.set_optimization_level(config, options.optimization_level):
@@ -386,6 +390,14 @@ def _configure(trt: Any, builder: Any, logger: Any, options: BuildOptions, preci
             if not config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{capability.replace('.', '')}"], index):
                 raise BuildFailed(f"{product(trt)} refused compute capability {capability}: {_clean(' '.join(logger.errors()))}")
     return config
+
+
+def _set_tactic_sources(trt: Any, config: Any, names: Sequence[str]) -> None:
+    known = trt.TacticSource.__members__
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise BuildFailed(f"{product(trt)} has no tactic source {', '.join(unknown)} (it has: {', '.join(known)})", "name these only in tactic_sources")
+    config.set_tactic_sources(sum(1 << int(known[name]) for name in set(names)))
 
 
 def _add_profile(builder: Any, config: Any, logger: Any, ranges: Ranges) -> None:

@@ -16,20 +16,50 @@ _KNOWN = {(precision,) for precision, _ in _TYPES}
 _PRODUCT_KINDS = ("convolution", "correlation", "gemm", "matrixmultiply", "matmul")  # RTX calls a convolution "correlation"
 
 
+class Tensor(NamedTuple):
+    """What a layer reads or writes: the vendor's name, the size of each axis as it is listed, and the precision ("int8")."""
+
+    name: str
+    shape: Tuple[str, ...]
+    precision: str
+
+
 class Layer(NamedTuple):
     """One layer of a built engine.
 
     Attributes:
         name, kind: as the vendor names them.
-        inputs, outputs: precisions, e.g. ("int8",).
+        reads, writes: its inputs, without constants, and outputs.
         nodes: the ONNX nodes it stands for.
     """
 
     name: str
     kind: str
-    inputs: Tuple[str, ...]
-    outputs: Tuple[str, ...]
+    reads: Tuple[Tensor, ...]
+    writes: Tuple[Tensor, ...]
     nodes: Tuple[str, ...]
+
+    @property
+    def inputs(self) -> Tuple[str, ...]:
+        """Precisions, e.g. ("int8",)."""
+        return tuple(tensor.precision for tensor in self.reads)
+
+    @property
+    def outputs(self) -> Tuple[str, ...]:
+        return tuple(tensor.precision for tensor in self.writes)
+
+    @property
+    def precision(self) -> str:
+        """What it computes in, "?" if it reads nothing: a product by its first input; anything else in INT8 only if it neither reads nor writes floats."""
+        if self.is_product:
+            return self.inputs[0] if self.inputs else "?"
+        floats = [precision for precision in (*self.inputs, *self.outputs) if precision != "int8"]
+        return (floats or [*self.inputs, "?"])[0]
+
+    @property
+    def is_reformat(self) -> bool:
+        """A copy that changes layout or type, and computes nothing."""
+        return "reformat" in self.kind.lower()
 
     @property
     def is_product(self) -> bool:
@@ -51,8 +81,9 @@ class Execution(NamedTuple):
         quantized_layers: convolutions and matrix products executed in INT8.
         quantizable_layers: all convolutions and matrix products of the network.
         executed: those by executed precision, e.g. {"int8": 20, "fp32": 1}.
-        int8_to_float: INT8 ones that write their result as a float: a kernel of its own must quantise it again.
+        int8_to_float: INT8 ones that write a float which a kernel of its own quantises again, so that the quantisation is not fused.
         adds, fused_adds: Adds of two activations, and those fused into a convolution or matrix product.
+        reformats: layers that only change a tensor's layout or type.
     """
 
     quantized_layers: int
@@ -61,6 +92,7 @@ class Execution(NamedTuple):
     int8_to_float: int
     adds: int
     fused_adds: int
+    reformats: int
 
 
 def precision_of(text: str) -> str:
@@ -112,12 +144,13 @@ def layers_of_log(messages: Iterable[Tuple[str, str]]) -> List[Layer]:
             before, _, after = rest.partition(", Outputs: [")
             inputs = before.partition(", Constants: [")[0]
             outputs, _, tail = after.partition("], TacticName: ")
-            layers.append(Layer(head[len("Name: ") :], kind, _datatypes(inputs), _datatypes(outputs), nodes_of(tail)))
+            layers.append(Layer(head[len("Name: ") :], kind, _tensors_of_log(inputs), _tensors_of_log(outputs), nodes_of(tail)))
     return layers
 
 
-def _datatypes(text: str) -> Tuple[str, ...]:
-    return tuple(precision_of(name) for name in re.findall(r"Datatype: (\w+)", text))
+def _tensors_of_log(text: str) -> Tuple[Tensor, ...]:
+    found = re.findall(r"Name: ([^,]*), Dimensions: \[([^\]]*)\],[^{}]*?Datatype: (\w+)", text)
+    return tuple(Tensor(name, tuple(shape.split(",")), precision_of(dtype)) for name, shape, dtype in found)
 
 
 def layers_of_inspector(text: str) -> List[Layer]:
@@ -126,12 +159,17 @@ def layers_of_inspector(text: str) -> List[Layer]:
 
 
 def _layer_of_json(entry: Mapping[str, Any]) -> Layer:
-    def precisions(tensors: Sequence[Mapping[str, Any]]) -> Tuple[str, ...]:
-        return tuple(precision_of(str(t.get("Format/Datatype", t.get("Datatype", "?")))) for t in tensors)
+    def tensors(key: str) -> Tuple[Tensor, ...]:
+        return tuple(Tensor(str(t.get("Name", "?")), tuple(map(str, t.get("Dimensions", ()))), _precision_of_json(t)) for t in entry.get(key, ()))
 
     name, kind = str(entry.get("Name", "?")), str(entry.get("ParameterType") or entry.get("LayerType") or "?")
     nodes = nodes_of(str(entry.get("Metadata", ""))) or tuple(name.split(" + "))  # without metadata, fused names are joined so
-    return Layer(name, kind, precisions(entry.get("Inputs", [])), precisions(entry.get("Outputs", [])), nodes)
+    return Layer(name, kind, tensors("Inputs"), tensors("Outputs"), nodes)
+
+
+def _precision_of_json(tensor: Mapping[str, Any]) -> str:
+    """Up to 10.x one field tells format and type; 11 split it in two (NVIDIA's migration guide from 10.x to 11.x, IEngineInspector)."""
+    return precision_of(str(next((tensor[key] for key in ("DataType", "Datatype", "Format/Datatype", "Format") if key in tensor), "?")))
 
 
 def execution(network: Network, layers: Sequence[Layer]) -> Execution:
@@ -151,10 +189,30 @@ def execution(network: Network, layers: Sequence[Layer]) -> Execution:
         executed.get("int8", 0),
         len(found),
         executed,
-        sum(layer.inputs[0] == "int8" and "int8" not in layer.outputs for layer in found),
+        sum(layer.inputs[0] == "int8" and _is_quantized_again(layer, layers) for layer in found),
         len(network.adds),
         sum(node in fused for node in network.adds),
+        sum(layer.is_reformat for layer in layers),
     )
+
+
+def _is_quantized_again(layer: Layer, layers: Sequence[Layer]) -> bool:
+    """Whether a float that a layer writes becomes INT8 outside of any product, at once or after steps that keep its shape.
+
+    The result of the network's head and what a pooling reads are rightly floats.
+    """
+    waiting, seen = [tensor for tensor in layer.writes if tensor.precision != "int8"], {layer}
+    while waiting:
+        tensor = waiting.pop()
+        for reader in layers:
+            if reader in seen or reader.is_product or tensor.name not in [read.name for read in reader.reads]:
+                continue
+            seen.add(reader)
+            kept = [written for written in reader.writes if written.shape == tensor.shape]
+            if any(written.precision == "int8" for written in kept):
+                return True
+            waiting += kept
+    return False
 
 
 def _runner(node: str, layers: Sequence[Layer]) -> Optional[Layer]:

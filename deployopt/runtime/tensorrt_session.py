@@ -237,7 +237,7 @@ def layer_time(layer: Optional[Layer], name: str, ms: float) -> LayerTime:
     """A time under its layer's facts; what an engine hides of a layer is "?"."""
     if layer is None:
         return LayerTime(name, "?", (), "?", ms * 1e3)
-    return LayerTime(name, layer.kind, layer.nodes, layer.inputs[0] if layer.inputs else "?", ms * 1e3)
+    return LayerTime(name, layer.kind, layer.nodes, layer.precision, ms * 1e3)
 
 
 class _Loaded:

@@ -51,12 +51,10 @@ def network_flags(trt: Any) -> int:
 
 
 def allow(trt: Any, config: Any, precision: str) -> None:
-    """Let a weakly typed builder use a precision, and only kernels of TensorRT's own, as 10 does by default: no cuDNN, no cuBLAS."""
+    """Let a weakly typed builder use a precision."""
     if is_weakly_typed(trt):
         for flag in _FLAGS[precision]:
             config.set_flag(getattr(trt.BuilderFlag, flag))
-        sources = trt.TacticSource
-        config.set_tactic_sources(1 << int(sources.EDGE_MASK_CONVOLUTIONS) | 1 << int(sources.JIT_CONVOLUTIONS))
 
 
 def set_optimization_level(config: Any, level: int) -> bool:

@@ -252,6 +252,7 @@ def _built(context: StageContext, config: Config, point: Point, output: StepOutp
         threads=context.threads,
         reason=record.get("reason"),
         verified=record.get("verified"),
+        fusion=record.get("fusion"),
         parity=record.get("parity"),
         notes=list(record.get("notes") or []),
     )

@@ -117,8 +117,9 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     """Build one artifact. Whatever goes wrong in the backend becomes the record's status and reason.
 
     The record: status ("ok"; "built" if it cannot run on this machine; "failed"), reason, and for artifacts max_batch (None: any), notes (what a
-    reader should know of it), verified, provider, options, build_seconds, timing_cache ("new", "extended", or "reused" if nothing was timed; None: has none),
-    parity (an engine's outputs against ONNX Runtime's; None where it cannot run).
+    reader should know of it), verified, fusion (of an engine, see `artifact.Row`), provider, options, build_seconds,
+    timing_cache ("new", "extended", or "reused" if nothing was timed; None: has none), parity (an engine's outputs
+    against ONNX Runtime's; None where it cannot run).
     """
     (source,), (target,) = expansion.inputs, expansion.makes
     name = expansion.parameters["backend"]
@@ -150,7 +151,7 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
         "max_batch": max(config.batch_sizes) if artifact.kind == "engine" else None,
         "notes": notes,
         "parity": parity,
-        **{key: artifact.metadata.get(key) for key in ("verified", "provider", "options", "build_seconds", "timing_cache")},
+        **{key: artifact.metadata.get(key) for key in ("verified", "fusion", "provider", "options", "build_seconds", "timing_cache")},
     }
     return StepResult(record, {target.artifact: artifact})
 

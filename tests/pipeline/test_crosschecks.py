@@ -59,6 +59,14 @@ def test_a_limit_on_int8_layers_needs_some(tmp_path: Path) -> None:
     assert problem.startswith("12:32: budget.min_quantized_layers: nothing is built in INT8: add a qat or ptq stage")
 
 
+def test_cuda_graphs_are_of_tensorrts_engines(tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, RECIPE.replace("- benchmark", "- benchmark: {cuda_graph: true}"))
+    assert problem.startswith(
+        "11:29: stages.benchmark.cuda_graph: true launches engines of tensorrt as CUDA graphs, and none is built: add it to build.backends"
+    )
+    assert problems(tmp_path, RECIPE.replace("[onnxruntime]", "[onnxruntime, tensorrt]"), "stages.benchmark.cuda_graph=true") == []
+
+
 def test_weights_that_are_a_path_may_lie_elsewhere(tmp_path: Path) -> None:
     for weights in ("runs/x/01-prune", "resnet18.pth"):
         assert problems(tmp_path, RECIPE.replace("weights: null", f"weights: {weights}")) == []

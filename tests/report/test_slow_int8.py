@@ -58,7 +58,7 @@ def test_a_profile_names_the_layers_and_their_share_also_from_another_batch() ->
     profiled = row("qat", "int8", 0.1, profile={"total_us": 100.0, "layers": layers})
     (note,) = told(row("prune", "fp16", 1.0, batch=8), profiled, row("qat", "int8", 2.0, batch=8, verified=verified(int8=21)))
     assert note.endswith(
-        "60 % of its time goes into layers that are not INT8: Reformatting CopyNode for Input 0 (Reformat, fp16), add1 + relu1 (PointWise, fp16), "
+        "60 % of its time at batch 1 goes into layers that are not INT8: Reformatting CopyNode for Input 0 (Reformat, fp16), add1 + relu1 (PointWise, fp16), "
         "fc (gemm, fp32) and 1 more"
     )
 

@@ -9,15 +9,16 @@ from deployopt.runtime.tensorrt_layers import Network, execution, layers_of_insp
 NETWORK = Network(("conv1", "conv2"), ("add",))
 
 
-def inspected(kind, first_input, output, nodes, **more):
-    def tensor(text):
-        return {"Name": "t", "Dimensions": [8, 64, 8, 8], "Format/Datatype": text}
+def inspected(kind, first_input, output, nodes, reads="t", writes="u", pooled=False, split=False, **more):
+    def tensor(name, text, dims):
+        types = {"Format": text, "DataType": TYPES[text]} if split else {"Format/Datatype": text}
+        return {"Name": name, "Location": "Device", "Dimensions": dims, **types}
 
     return {
         "Name": nodes,
         "LayerType": kind,
-        "Inputs": [tensor(first_input)],
-        "Outputs": [tensor(output)],
+        "Inputs": [tensor(reads, first_input, [8, 64, 8, 8])],
+        "Outputs": [tensor(writes, output, [8, 64, 1, 1] if pooled else [8, 64, 8, 8])],
         "Metadata": "\x1f".join(f"[ONNX Layer: {n}]" for n in nodes.split()),
         **more,
     }
@@ -29,6 +30,8 @@ def inspector(*layers, rest="Bindings"):
 
 INT8 = "Thirty-two wide channel vectorized row major Int8 format."
 HALF = "Sixteen wide channel vectorized row major FP16 format."
+LINEAR = "Row major linear FP32"
+TYPES = {INT8: "Int8", HALF: "Half", LINEAR: "Float"}  # 11's word for each
 
 
 @pytest.mark.parametrize(
@@ -53,33 +56,70 @@ def test_nodes_of_metadata():
     assert nodes_of("[ONNX Layer: conv1]\x1f[ONNX Layer: layer1/relu 2]") == ("conv1", "layer1/relu 2")
 
 
-@pytest.mark.parametrize("rest", ["Bindings", "I/O Tensors"])
-def test_fused_int8_engine(rest):
+@pytest.mark.parametrize(("split", "rest"), [(False, "Bindings"), (True, "I/O Tensors")])
+def test_fused_int8_engine(split, rest):
     """Both JSON schemas: up to 10.x and from 11 on."""
     layers = layers_of_inspector(
         inspector(
-            inspected("Reformat", "Row major linear FP32", INT8, "quantize"),
-            inspected("CaskConvolution", INT8, INT8, "conv1", ParameterType="Convolution"),
-            inspected("CaskConvolution", INT8, INT8, "conv2 add", ParameterType="Convolution"),
+            inspected("Reformat", LINEAR, INT8, "quantize", "input", "a", split=split),
+            inspected("CaskConvolution", INT8, INT8, "conv1", "a", "b", split=split, ParameterType="Convolution"),
+            inspected("CaskConvolution", INT8, INT8, "conv2 add", "b", "c", split=split, ParameterType="Convolution"),
             rest=rest,
         )
     )
     found = execution(NETWORK, layers)
     assert (found.quantized_layers, found.quantizable_layers, found.int8_to_float) == (2, 2, 0)
-    assert (found.adds, found.fused_adds) == (1, 1)
+    assert (found.adds, found.fused_adds, found.reformats) == (1, 1, 1)
+
+
+def test_eleven_may_name_a_format_without_its_type():
+    (layer,) = layers_of_inspector(json.dumps({"Layers": [{"Name": "conv", "Inputs": [{"Name": "x", "Format": "kCHW32", "DataType": "Int8"}]}]}))
+    assert layer.inputs == ("int8",)
 
 
 def test_a_convolution_left_in_float_is_seen():
     layers = layers_of_inspector(
         inspector(
-            inspected("CaskConvolution", INT8, HALF, "conv1", ParameterType="Convolution"),
-            inspected("CaskConvolution", HALF, HALF, "conv2", ParameterType="Convolution"),
-            inspected("ElementWise", HALF, HALF, "add"),
+            inspected("CaskConvolution", INT8, HALF, "conv1", "a", "b", ParameterType="Convolution"),
+            inspected("CaskConvolution", HALF, HALF, "conv2", "b", "c", ParameterType="Convolution"),
+            inspected("ElementWise", HALF, HALF, "add", "c", "d"),
         )
     )
     found = execution(NETWORK, layers)
     assert found.executed == {"int8": 1, "fp16": 1}
-    assert (found.int8_to_float, found.fused_adds) == (1, 0)
+    assert (found.int8_to_float, found.fused_adds) == (0, 0)
+
+
+def test_floats_count_where_a_kernel_quantises_them_again():
+    """conv1's through an Add of its own; not those of the head, nor of a convolution that a pooling follows, though the pooled are quantised."""
+    layers = layers_of_inspector(
+        inspector(
+            inspected("CaskConvolution", INT8, HALF, "conv1", "a", "b"),
+            inspected("PointWise", HALF, HALF, "add", "b", "c"),
+            inspected("Reformat", HALF, INT8, "", "c", "d"),
+            inspected("CaskConvolution", INT8, HALF, "conv2", "d", "e"),
+            inspected("CaskPooling", HALF, INT8, "pool", "e", "f", pooled=True),
+            inspected("CaskGemm", INT8, HALF, "fc", "f", "logits", pooled=True, ParameterType="Gemm"),
+            inspected("Reformat", HALF, LINEAR, "", "logits", "output"),
+        )
+    )
+    found = execution(Network(("conv1", "conv2", "fc"), ("add",)), layers)
+    assert (found.quantized_layers, found.int8_to_float, found.fused_adds, found.reformats) == (3, 1, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reads", "writes", "precision"),
+    [
+        ("Reformat", INT8, HALF, "fp16"),  # dequantises
+        ("Reformat", HALF, INT8, "fp16"),
+        ("Reformat", INT8, INT8, "int8"),
+        ("CaskConvolution", INT8, HALF, "int8"),
+        ("CaskConvolution", HALF, INT8, "fp16"),
+    ],
+)
+def test_what_a_layer_computes_in(kind, reads, writes, precision):
+    (layer,) = layers_of_inspector(inspector(inspected(kind, reads, writes, "node")))
+    assert layer.precision == precision
 
 
 @pytest.mark.parametrize(
@@ -98,10 +138,11 @@ def test_what_cannot_be_told_is_an_error(text):
 def test_log_of_rtx_tells_a_quantizing_kernel_from_the_convolution_it_feeds():
     def line(name, kind, inputs, outputs, nodes):
         def tensors(types):
-            return ", ".join(f"{{ Name: t, Dimensions: [-1,4], Datatype: {t}, Format: (NHWC) Channel major format }}" for t in types)
+            named = [(t.partition(" ")[0], t.partition(" ")[2]) for t in types]
+            return ", ".join(f"{{ Name: {n}, Dimensions: [-1,4], Datatype: {t}, Format: (NHWC) Channel major format }}" for n, t in named)
 
         metadata = "".join(f"[ONNX Layer: {n}]" for n in nodes)
-        constants = tensors(["Int8", "Float"])
+        constants = tensors(["w Int8", "s Float"])
         return (
             f"Name: {name}, LayerType: {kind}, Inputs: [ {tensors(inputs)}], Constants: [ {constants}], Outputs: [ {tensors(outputs)}], "
             f"TacticName: stub, StreamId: 0, Metadata: {metadata}"
@@ -110,9 +151,10 @@ def test_log_of_rtx_tells_a_quantizing_kernel_from_the_convolution_it_feeds():
     listing = "\n".join(
         (
             "Layers:",
-            line("quantize", "kgen", ["Float"], ["Int8"], ["input_Q", "conv1"]),
-            line("conv1_myl0", "correlation", ["Int8"], ["Float"], ["conv1", "input_DQ"]),
-            line("conv2_myl0", "correlation", ["Half", "Half"], ["Half"], ["conv2", "add"]),
+            line("quantize", "kgen", ["input Float"], ["a Int8"], ["input_Q", "conv1"]),
+            line("conv1_myl0", "correlation", ["a Int8"], ["b Float"], ["conv1", "input_DQ"]),
+            line("quantize_2", "kgen", ["b Float"], ["c Int8"], ["relu1"]),
+            line("conv2_myl0", "correlation", ["d Half", "e Half"], ["f Half"], ["conv2", "add"]),
         )
     )
     found = execution(NETWORK, layers_of_log([("INFO", "noise"), ("VERBOSE", listing)]))

@@ -1,10 +1,12 @@
 from deployopt.runtime.session import LayerTime
-from deployopt.runtime.tensorrt_layers import Layer
+from deployopt.runtime.tensorrt_layers import Layer, Tensor
 from deployopt.runtime.tensorrt_session import layer_time
+
+INT8 = Tensor("t", ("1", "4"), "int8")
 
 
 def test_a_reported_time_gets_the_facts_that_the_inspector_shows():
-    layer = Layer("conv1 + relu1", "CaskConvolution", ("int8",), ("int8",), ("conv1", "relu1"))
+    layer = Layer("conv1 + relu1", "CaskConvolution", (INT8,), (INT8,), ("conv1", "relu1"))
     assert layer_time(layer, layer.name, 0.25) == LayerTime("conv1 + relu1", "CaskConvolution", ("conv1", "relu1"), "int8", 250.0)
 
 

@@ -11,7 +11,6 @@ from deployopt.runtime import tensorrt as rt
 from deployopt.runtime import tensorrt_versions as versions
 
 FAULTY = Path(__file__).parent / "faulty" / "tensorrt.py"
-OWN_KERNELS = "tactics EDGE_MASK_CONVOLUTIONS JIT_CONVOLUTIONS"
 
 
 @pytest.fixture
@@ -49,17 +48,27 @@ def test_bf16_came_with_strong_typing(old):
 
 
 @pytest.mark.parametrize(("precision", "flags"), [("fp32", []), ("fp16", ["FP16"]), ("int8", ["INT8"]), ("int8_fp16", ["INT8", "FP16"])])
-def test_a_weakly_typed_builder_is_allowed_the_precision_and_its_own_kernels(old, precision, flags):
+def test_a_weakly_typed_builder_is_allowed_the_precision_and_keeps_its_own_kernel_libraries(old, precision, flags):
     with pytest.raises(BuildFailed) as caught:
         rt.build_engine(old, b"model", rt.BuildOptions((1,)), precision=precision)
-    asked = ", ".join(["EXPLICIT_BATCH", "no TF32", *flags, OWN_KERNELS])
+    asked = ", ".join(["EXPLICIT_BATCH", "no TF32", *flags])
     assert caught.value.message == f"TensorRT 8.6.1 built no engine: {asked}"
+
+
+def test_kernels_come_from_the_libraries_that_are_named(old):
+    options = rt.BuildOptions((1,), tactic_sources=("JIT_CONVOLUTIONS", "EDGE_MASK_CONVOLUTIONS"))
+    assert rt.BuildOptions.from_json(options.to_json()) == options
+    assert options.recorded()["tactic_sources"] == ["JIT_CONVOLUTIONS", "EDGE_MASK_CONVOLUTIONS"]
+    with pytest.raises(BuildFailed, match=r"no TF32, tactics EDGE_MASK_CONVOLUTIONS JIT_CONVOLUTIONS\n"):
+        rt.build_engine(old, b"model", options)
+    with pytest.raises(BuildFailed, match=r"TensorRT 8\.6\.1 has no tactic source CUTLASS \(it has: CUBLAS, CUBLAS_LT, CUDNN"):
+        rt.build_engine(old, b"model", rt.BuildOptions((1,), tactic_sources=("CUTLASS",)))
 
 
 def test_tf32_is_allowed_where_it_was_asked_for(old):
     with pytest.raises(BuildFailed) as caught:
         rt.build_engine(old, b"model", rt.BuildOptions((1,), tf32=True))
-    assert caught.value.message == f"TensorRT 8.6.1 built no engine: EXPLICIT_BATCH, TF32, {OWN_KERNELS}"
+    assert caught.value.message == "TensorRT 8.6.1 built no engine: EXPLICIT_BATCH, TF32"
 
 
 def test_a_driver_too_old_for_the_library_is_said(old):
