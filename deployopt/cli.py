@@ -262,6 +262,9 @@ def bench(
     artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT...", help=".onnx, engine, or RUN:variant/backend/precision/b1.", show_default=False)],
     backend: Annotated[str | None, typer.Option(help="Runtime; by default from the file's kind.")] = None,
     batch: Annotated[str | None, typer.Option(metavar="N[,N...]", help="Batch sizes; by default the one that a row's address ends in, else 1.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Time with test images of this data set, as eval takes it; by default with natural-looking noise.")
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="At least so long for each artifact and batch size.")] = 3.0,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
@@ -289,6 +292,7 @@ def bench(
             threads=threads,
             scenario=scenario,
             device=place,
+            images=None if data is None else pipeline.timing_images(data, live),
             profile=profile,
             progress=live,
         )

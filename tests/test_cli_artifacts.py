@@ -79,6 +79,13 @@ def test_bench_speaks_json_and_prose(model: Path, rows: list[dict[str, Any]]) ->
     assert max(map(len, done.stdout.splitlines())) <= 100
 
 
+def test_bench_times_with_images_of_a_data_set(model: Path) -> None:
+    done = deployopt("bench", model, "--data", "digits:image_size=8", "--batch", "2", "--seconds", "0.1", "--json", "--quiet", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert row["contract"]["inputs"] == {"buffers": 8, "shape": [2, 8, 8, 3], "images": 256, "source": "images that were given"}
+
+
 def test_eval_scores_and_refuses(model: Path) -> None:
     done = deployopt("eval", model, "--data", "digits:image_size=8,mean=[0.1,0.2,0.3]", "--json")
     assert done.returncode == 0, done.stderr

@@ -441,7 +441,7 @@ def check_same_recipe(base: Report, new: Report) -> None:
 
 
 def _notes(rows: Sequence[RowComparison], runs: tuple[_Run, _Run], reran: bool) -> list[str]:
-    notes = []
+    notes = ["measured again with synthetic 1/f noise of each model's input size, not with the runs' images"] if reran else []
     compared = [r for r in rows if r.verdict in COMPARED]
     if not reran and compared and any(r.noise_floor is None for r in compared):
         notes.append(

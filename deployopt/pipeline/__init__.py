@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deployopt.pipeline.binding import available, schema, validate
-    from deployopt.pipeline.inspection import EXTRAS, diagnose, evaluate
+    from deployopt.pipeline.inspection import EXTRAS, diagnose, evaluate, timing_images
     from deployopt.pipeline.planning import Plan, Step, choose_device, plan
     from deployopt.pipeline.running import Observer, SilentObserver, execute
 
@@ -27,12 +27,13 @@ __all__ = [
     "execute",
     "plan",
     "schema",
+    "timing_images",
     "validate",
 ]
 
 _HOMES = {
     "binding": ("available", "schema", "validate"),
-    "inspection": ("EXTRAS", "diagnose", "evaluate"),
+    "inspection": ("EXTRAS", "diagnose", "evaluate", "timing_images"),
     "planning": ("Plan", "Step", "choose_device", "plan"),
     "running": ("Observer", "SilentObserver", "execute"),
 }

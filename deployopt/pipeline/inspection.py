@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deployopt import __version__, backends, data, plugins
 from deployopt.bench.environment import environment, versions
@@ -13,7 +13,13 @@ from deployopt.runtime import host
 from deployopt.runtime.progress import Progress
 from deployopt.tasks import Task
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 REPORTED = ("torch", "torchvision", "torch-pruning", "torchao", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13", "numpy")
+
+TIMING_IMAGES = 256  # enough for eight buffers of 32
 
 
 def evaluate(
@@ -41,6 +47,19 @@ def evaluate(
     scorer: Task = plugins.find("tasks", task)
     cores = threads or host.usable_cores()
     return artifacts.evaluate(artifact, data.load(source, config, progress), scorer, backend=backend, threads=cores, device=device, progress=progress)
+
+
+def timing_images(data_spec: str, progress: Progress) -> NDArray[np.uint8]:
+    """Up to `TIMING_IMAGES` of a data set's test split, chosen at random with a fixed seed, uint8 [n, H, W, C].
+
+    Args:
+        data_spec: as `evaluate` takes it, and the errors are the same.
+    """
+    import numpy as np
+
+    source, config = data_of(data_spec)
+    test = data.load(source, config, progress).test
+    return test.images(np.random.default_rng(0).permutation(len(test))[:TIMING_IMAGES])
 
 
 def diagnose() -> dict[str, Any]:
