@@ -29,6 +29,8 @@ Shape = Tuple[int, ...]
 Ranges = Dict[str, Dict[str, Shape]]  # input → {"min", "opt", "max"}: shape
 
 _DRIVER_NOISE = "CUDA driver version is insufficient"  # follows every error on a machine without a driver, whatever the error
+_JETSON = Path("/etc/nv_tegra_release")  # there on every Jetson
+_JETPACK = "sudo apt install nvidia-jetpack, and a virtual environment made with --system-site-packages: on a Jetson TensorRT comes with JetPack"
 _REMEDY_EXPORT = "export the model again: deployopt run RECIPE --fresh --until export"
 _REMEDY_ELSE = "take this backend out of the recipe's build stage, or change the model there"
 _EXPLANATIONS = (  # (in the code or description, what is wrong, what to do)
@@ -117,7 +119,7 @@ def load_vendor(name: str) -> Any:
     Raises:
         BackendUnavailable: it is not installed, cannot be loaded, or is a version that this deployopt does not serve.
     """
-    install = f"pip install 'deployopt[{name.replace('_', '-')}]'"
+    install = _JETPACK if name == "tensorrt" and _JETSON.exists() else f"pip install 'deployopt[{name.replace('_', '-')}]'"
     try:
         trt = importlib.import_module(name)
     except ModuleNotFoundError as exc:
@@ -371,6 +373,8 @@ def _configure(trt: Any, builder: Any, logger: Any, options: BuildOptions, preci
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     (config.set_flag if options.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
     versions.allow(trt, config, precision)
+    if options.error_on_timing_cache_miss:
+        versions.refuse_cache_misses(trt, config)
     if options.tactic_sources is not None:
         _set_tactic_sources(trt, config, options.tactic_sources)
     if options.workspace_mib is not None:

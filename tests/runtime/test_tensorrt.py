@@ -57,6 +57,14 @@ def test_stubs_alone_are_not_the_library(monkeypatch):
     assert caught.value.remedy == "pip install 'deployopt[tensorrt]'"
 
 
+def test_on_a_jetson_tensorrt_comes_with_jetpack(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
+    monkeypatch.setattr(rt, "_JETSON", tmp_path)  # it exists
+    with pytest.raises(BackendUnavailable) as caught:
+        rt.load_vendor("tensorrt")
+    assert caught.value.remedy.startswith("sudo apt install nvidia-jetpack")
+
+
 def test_a_tensorrt_without_named_tensors_is_refused(monkeypatch):
     old = ModuleType("tensorrt")
     old.Builder, old.__version__ = object, "8.4.3.1"
@@ -248,7 +256,7 @@ def test_a_vendor_that_hangs_is_ended_when_its_time_is_up(monkeypatch, tmp_path)
     arguments, start = faulty_build(monkeypatch, tmp_path, "hang"), time.monotonic()
     with pytest.raises(BuildFailed, match=r"building: not done within 0\.05 min") as caught:
         run_in_child("deployopt.runtime.tensorrt:build_file", arguments, SilentProgress(), "building", timeout_s=3.0)
-    assert caught.value.remedy == "raise build.timeout_minutes"
+    assert "build.timeout_minutes" in caught.value.remedy
     assert 3 <= time.monotonic() - start < 30  # it would have slept for 60 s
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
