@@ -11,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from deployopt.errors import ArtifactMismatch, BackendUnavailable, BuildFailed, DeviceUnavailable
+from deployopt.runtime import cuda
 from deployopt.runtime import tensorrt as rt
 from deployopt.runtime.child import run_in_child
 from deployopt.runtime.cuda import Cuda, device_index, find_gpu, runtime_version
@@ -63,6 +64,14 @@ def test_on_a_jetson_tensorrt_comes_with_jetpack(monkeypatch, tmp_path):
     with pytest.raises(BackendUnavailable) as caught:
         rt.load_vendor("tensorrt")
     assert caught.value.remedy.startswith("sudo apt install nvidia-jetpack")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists a process's libraries in /proc")
+def test_a_library_of_this_process_is_found_where_it_lies():
+    found = cuda._loaded("libc.so")
+    assert found
+    assert all(Path(path).is_file() for path in found)
+    assert cuda._loaded("libnothing.so.") == []
 
 
 def test_a_tensorrt_without_named_tensors_is_refused(monkeypatch):
