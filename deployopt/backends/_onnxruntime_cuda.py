@@ -15,6 +15,7 @@ from deployopt.runtime.session import Session, SessionOptions
 
 distributions = ("onnxruntime-gpu", "onnx")
 build_depends_on_machine = False
+builds_onnx = True
 
 probe = partial(_onnxruntime_gpu.probe, CUDA, {**dict.fromkeys(FLOAT_PRECISIONS), **CUDA_NOT_OFFERED})
 

@@ -13,6 +13,7 @@ from deployopt.runtime.session import Session, SessionOptions
 
 distributions = ("onnxruntime-gpu", "tensorrt", "onnx")
 build_depends_on_machine = False
+builds_onnx = True
 
 _UNVERIFIED = "ONNX Runtime's TensorRT provider does not tell what its engine computes in"
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 distributions = ("onnxruntime", "onnxruntime-gpu", "onnx")
 build_depends_on_machine = False
+builds_onnx = True
 providers = {name: f"{__package__}._onnxruntime_{name}" for name in ("cuda", "tensorrt")}
 
 _FLOATS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}

@@ -15,6 +15,7 @@ from deployopt.runtime.session import Session, SessionOptions
 
 distributions = ("openvino", "onnx")
 build_depends_on_machine = False
+builds_onnx = True
 
 _LAYERS = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul"})  # CPU plugin's layerType
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,18 @@ class Options(_tensorrt.BuildOptionsModel):
 
 
 def probe() -> Availability:
-    return _shared.probe(partial(load_vendor, _VENDOR), _offered)
+    found = _shared.probe(partial(load_vendor, _VENDOR), _offered)
+    return found if found.version else _without_driver(found)
+
+
+def _without_driver(found: Availability) -> Availability:
+    """Where the package is lacking: the driver, if it is lacking too, so that both are mended at once."""
+    try:
+        find_gpus()
+    except BackendUnavailable as exc:
+        remedies = [remedy for remedy in (found.remedy, exc.remedy) if remedy]
+        return replace(found, reason=f"{found.reason}; {exc.message}", remedy="; ".join(remedies) or None)
+    return found
 
 
 def _offered(trt: Any) -> Availability:

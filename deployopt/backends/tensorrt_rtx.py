@@ -52,7 +52,8 @@ def _offered(trt: Any) -> Availability:
     except BackendUnavailable as exc:
         return Availability(False, True, trt.__version__, None, f"{exc.message}; engines are built ahead of time and not run", _PRECISIONS, exc.remedy)
     reason = _unserved(trt, gpus)
-    return Availability(reason is None, True, trt.__version__, names_of(gpus), reason, _PRECISIONS)
+    remedy = "build for this GPU with the backend tensorrt, or run these engines on a machine with a GPU that is served" if reason else None
+    return Availability(reason is None, True, trt.__version__, names_of(gpus), reason, _PRECISIONS, remedy)
 
 
 def _unserved(trt: Any, gpus: Sequence[Gpu]) -> str | None:

@@ -24,6 +24,7 @@ from deployopt.runtime.progress import Bar, ContextManagerOfBar, Progress, Silen
 
 GRACE_SECONDS = 0.8  # with the time it takes to end a process, Ctrl-C is honoured within a second
 Message = Dict[str, Any]
+_OVERDUE = "allow it more time (in a recipe: build.timeout_minutes), or a faster build"
 _FOREIGN = "the log has the traceback; what it does not explain, as memory that ran out, is a fault to report"
 
 
@@ -168,7 +169,7 @@ class _Child:
     def error(self, purpose: str, otherwise: Type[DeployoptError], progress: Progress) -> DeployoptError:
         """What the call raised; a crash and anything foreign, whose traceback is logged, as `otherwise`."""
         if self._last is None and self._overdue:
-            return otherwise(f"{purpose}: not done within {(self._timeout_s or 0.0) / 60:g} min, and ended{self._said}", "raise build.timeout_minutes")
+            return otherwise(f"{purpose}: not done within {(self._timeout_s or 0.0) / 60:g} min, and ended{self._said}", _OVERDUE)
         if self._last is None:
             return otherwise(f"{purpose}: the process {describe_exit(self._process.returncode)}{self._said}", _remedy(self._process.returncode))
         error = self._last["error"]

@@ -135,12 +135,23 @@ def _driver() -> ctypes.CDLL:
 
 
 def runtime_libraries() -> List[str]:
-    """Where libcudart may be, best first: the loader's path, then the wheels that CUDA packages install."""
-    found = ["libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0"]
+    """Where libcudart may be, best first: one that this process has loaded already, as TensorRT's is, the loader's path, then the wheels that CUDA
+    packages install."""
+    found = [*_loaded("libcudart.so."), "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0"]
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         found += sorted(glob.glob(os.path.join(folder, "*", "lib", "libcudart.so.*")), reverse=True)
     return found
+
+
+def _loaded(start: str) -> List[str]:
+    """Paths of libraries of this process whose file names start so; [] where there is no /proc."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+            paths = [line.rstrip("\n").partition("/")[2] for line in maps]
+    except OSError:
+        return []
+    return list(dict.fromkeys(f"/{path}" for path in paths if os.path.basename(path).startswith(start)))
 
 
 def runtime_version() -> Optional[str]:

@@ -17,6 +17,7 @@ from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.session import TensorSpec
 
 SCHEMA = 2
+_PACKAGES = {"tensorrt_rtx": "tensorrt-rtx-cu13"}  # where a vendor's module comes from, if not from a package of its name: as our extras have it
 Profile = Mapping[str, Mapping[str, Tuple[int, ...]]]  # input → {"min", "opt", "max"}: shape
 REBUILD = "deployopt run RECIPE --fresh --until build"  # where the library refuses an engine that its manifest vouches for
 
@@ -145,12 +146,12 @@ def check_version(engine: Path, manifest: Manifest, vendor: str, version: str) -
     """
     wanted, here = f"{manifest.vendor} {manifest.version} on {manifest.platform}", f"{vendor} {version} on {this_platform()}"
     if wanted != here:
-        install = f"; or pip install '{manifest.vendor.replace('_', '-')}=={manifest.version}'" if manifest.platform == this_platform() else ""
+        install = f"; or pip install '{_PACKAGES.get(manifest.vendor, manifest.vendor)}=={manifest.version}'" if manifest.platform == this_platform() else ""
         raise ArtifactMismatch(f"{engine.name} was built by {wanted}; here is {here}", f"{rebuild(engine)} (on this machine){install}")
 
 
 def check_gpu(engine: Path, manifest: Manifest, gpu: Gpu) -> None:
-    """Refuse an engine built for other GPU classes than this GPU's.
+    """Refuse an engine built for other GPU classes than this GPU's, and one of TensorRT for another model: its kernels were chosen by timing that one.
 
     Raises:
         ArtifactMismatch: says what is here, what the engine wants, and the command that rebuilds.
@@ -159,5 +160,10 @@ def check_gpu(engine: Path, manifest: Manifest, gpu: Gpu) -> None:
         raise ArtifactMismatch(
             f"{engine.name} was built for compute capability {', '.join(manifest.compute_capabilities)}; "
             f"here is {gpu.name} with compute capability {gpu.compute_capability}",
+            f"{rebuild(engine)} (on this machine, whose GPU is then the target)",
+        )
+    if manifest.vendor == "tensorrt" and manifest.gpu is not None and manifest.gpu.name != gpu.name:
+        raise ArtifactMismatch(
+            f"{engine.name} was built and timed on {manifest.gpu.name}; here is {gpu.name}, also of compute capability {gpu.compute_capability}",
             f"{rebuild(engine)} (on this machine, whose GPU is then the target)",
         )

@@ -29,8 +29,11 @@ Shape = Tuple[int, ...]
 Ranges = Dict[str, Dict[str, Shape]]  # input → {"min", "opt", "max"}: shape
 
 _DRIVER_NOISE = "CUDA driver version is insufficient"  # follows every error on a machine without a driver, whatever the error
+_JETSON = Path("/etc/nv_tegra_release")  # there on every Jetson
+_JETPACK = "sudo apt install nvidia-jetpack, and a virtual environment made with --system-site-packages: on a Jetson TensorRT comes with JetPack"
 _REMEDY_EXPORT = "export the model again: deployopt run RECIPE --fresh --until export"
 _REMEDY_ELSE = "take this backend out of the recipe's build stage, or change the model there"
+_REMEDY_MISS = "build once without error_on_timing_cache_miss, which fills the cache"
 _EXPLANATIONS = (  # (in the code or description, what is wrong, what to do)
     ("MODEL_DESERIALIZE_FAILED", "the file is not a complete ONNX model", _REMEDY_EXPORT),
     (
@@ -117,7 +120,7 @@ def load_vendor(name: str) -> Any:
     Raises:
         BackendUnavailable: it is not installed, cannot be loaded, or is a version that this deployopt does not serve.
     """
-    install = f"pip install 'deployopt[{name.replace('_', '-')}]'"
+    install = _JETPACK if name == "tensorrt" and _JETSON.exists() else f"pip install 'deployopt[{name.replace('_', '-')}]'"
     try:
         trt = importlib.import_module(name)
     except ModuleNotFoundError as exc:
@@ -344,7 +347,9 @@ def build_engine(
     if monitor is not None and monitor.raised is not None:
         raise monitor.raised
     if plan is None:
-        raise BuildFailed(f"{product(trt)} built no engine: {_clean(' '.join(logger.errors())) or 'it gave no reason'}", _REMEDY_ELSE)
+        said = _clean(" ".join(logger.errors()))
+        missed = options.error_on_timing_cache_miss and "timing cache" in said.lower()
+        raise BuildFailed(f"{product(trt)} built no engine: {said or 'it gave no reason'}", _REMEDY_MISS if missed else _REMEDY_ELSE)
     if timing is not None:
         _keep(timing, options, progress)
     data = bytes(memoryview(plan))
@@ -358,7 +363,7 @@ def _keep(timing: TimingCache, options: BuildOptions, progress: Progress) -> Non
     if timing.missed and options.error_on_timing_cache_miss:
         raise BuildFailed(
             f"kernels were timed that the timing cache lacks ({timing.path.name} was {timing.use}), so other ones may have been chosen than before",
-            "build once without error_on_timing_cache_miss, which fills the cache",
+            _REMEDY_MISS,
         )
     try:
         timing.store()
@@ -371,6 +376,8 @@ def _configure(trt: Any, builder: Any, logger: Any, options: BuildOptions, preci
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     (config.set_flag if options.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
     versions.allow(trt, config, precision)
+    if options.error_on_timing_cache_miss:
+        versions.refuse_cache_misses(trt, config)
     if options.tactic_sources is not None:
         _set_tactic_sources(trt, config, options.tactic_sources)
     if options.workspace_mib is not None:

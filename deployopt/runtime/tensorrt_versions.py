@@ -64,6 +64,12 @@ def set_optimization_level(config: Any, level: int) -> bool:
     return level == _LEVEL or hasattr(config, "builder_optimization_level")
 
 
+def refuse_cache_misses(trt: Any, config: Any) -> None:
+    """Have a build end where it would have to time a kernel; before 10, which lacks the flag, only the cache tells it afterwards."""
+    if hasattr(trt.BuilderFlag, "ERROR_ON_TIMING_CACHE_MISS"):
+        config.set_flag(trt.BuilderFlag.ERROR_ON_TIMING_CACHE_MISS)
+
+
 def has_monitor(trt: Any) -> bool:
     """Whether a build can tell its progress (from 10 on)."""
     return hasattr(trt, "IProgressMonitor")

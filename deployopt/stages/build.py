@@ -39,7 +39,7 @@ distributions: tuple[str, ...] = ("onnx", "numpy")
 class Config(StageConfig):
     """Options of `build`."""
 
-    NOT_IN_KEY: ClassVar[frozenset[str]] = frozenset({"backends", "options", "on_unverified", "timeout_minutes"})  # see `_parameters`
+    NOT_IN_KEY: ClassVar[frozenset[str]] = frozenset({"backends", "options", "on_unverified", "on_mismatch", "timeout_minutes"})  # see `_parameters`
 
     backends: tuple[str, ...] = Field(("onnxruntime", "openvino"), min_length=1, strict=False)
     """Runtimes to build for (`deployopt list backends`). One that this machine lacks stays in the report as unavailable."""
@@ -106,6 +106,8 @@ def _parameters(name: str, precision: str, config: Config, probed: Availability 
     parameters: dict[str, Any] = {"backend": name, "options": _build_options(config, name)}
     if precision in INT8_PRECISIONS:  # the policy decides whether what was built is kept
         parameters["on_unverified"] = config.on_unverified
+    if not getattr(backends.find(name), "builds_onnx", False):  # what is no engine is not compared
+        parameters["on_mismatch"] = config.on_mismatch
     if probed is not None:
         backend = backends.find(name)
         parameters |= {"runtime": probed.version, "distributions": versions(backend.distributions)}

@@ -19,7 +19,6 @@ from deployopt.errors import ArtifactCorrupt, ArtifactMismatch, BackendUnavailab
 from deployopt.graph.casts import cast
 from deployopt.graph.tensorrt import check_tensorrt8
 from deployopt.runtime import manifest
-from deployopt.runtime.child import GRACE_SECONDS
 from deployopt.runtime.cuda import find_gpu
 from deployopt.runtime.hashing import sha256_file
 from deployopt.runtime.preprocessing import Preprocessing
@@ -389,7 +388,7 @@ def test_ctrl_c_ends_a_build_within_a_second(tmp_path, wait_s):
         seconds = time.monotonic() - start
     assert said == ""  # it was not through
     assert building.returncode != 0
-    assert seconds < GRACE_SECONDS + 1.0  # the build has its grace; a busy machine needs some time to end two processes
+    assert seconds < 1.0
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
@@ -428,7 +427,7 @@ def test_engine_of_another_version_is_refused(int8, tmp_path):
     manifest.write(engine, manifest.read(engine)._replace(version="1.5.0.42"))
     with pytest.raises(ArtifactMismatch, match=r"was built by tensorrt_rtx 1\.5\.0\.42") as caught:
         tensorrt_rtx.open(engine, SessionOptions())
-    assert "tensorrt-rtx==1.5.0.42" in caught.value.remedy
+    assert "pip install 'tensorrt-rtx-cu13==1.5.0.42'" in caught.value.remedy
 
 
 def test_without_a_driver_opening_says_so(int8):

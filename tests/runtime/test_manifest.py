@@ -123,6 +123,15 @@ def test_an_engine_for_another_machine_is_refused(tmp_path, changes, message):
     assert "deployopt run RECIPE --until build (on this machine" in caught.value.remedy
 
 
+def test_tensorrts_kernels_were_chosen_by_timing_one_gpu_model(tmp_path):
+    engine = put(tmp_path, vendor="tensorrt", gpu=AMPERE)
+    found = manifest.read(engine)
+    manifest.check_gpu(engine, found, AMPERE._replace(driver="590.1"))
+    with pytest.raises(ArtifactMismatch, match=r"built and timed on NVIDIA GeForce RTX 3090; here is NVIDIA A10, also of compute capability 8\.6"):
+        manifest.check_gpu(engine, found, AMPERE._replace(name="NVIDIA A10"))
+    manifest.check_gpu(engine, found._replace(vendor="tensorrt_rtx"), AMPERE._replace(name="NVIDIA A10"))  # chooses its kernels where it runs
+
+
 def test_in_a_run_folder_the_remedy_is_the_very_command(tmp_path):
     (tmp_path / "recipe.yaml").write_text("name: a")
     (tmp_path / "07-build").mkdir()

@@ -1,6 +1,7 @@
 """Without a GPU no kernel is timed: what the vendor's library makes of a file is tried on TensorRT-RTX, what a build adds on a module that only fails."""
 
 import importlib.util
+from enum import IntEnum
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,16 @@ def test_a_build_that_times_a_kernel_can_be_refused(old, tmp_path):
         rt.build_engine(old, b"model", wanted, gpu=HOPPER)
     assert "without error_on_timing_cache_miss" in caught.value.remedy
     assert list(tmp_path.iterdir()) == []
+
+
+def test_from_ten_on_the_builder_itself_ends_at_a_miss(old, tmp_path, monkeypatch):
+    flags = IntEnum("BuilderFlag", {**{flag.name: flag.value for flag in old.BuilderFlag}, "ERROR_ON_TIMING_CACHE_MISS": 16})
+    monkeypatch.setattr(old, "BuilderFlag", flags)
+    monkeypatch.setattr(old, "PLAN", None)
+    with pytest.raises(BuildFailed, match="no TF32, ERROR_ON_TIMING_CACHE_MISS"):
+        rt.build_engine(old, b"model", options(tmp_path, error_on_timing_cache_miss=True), gpu=HOPPER)
+    with pytest.raises(BuildFailed, match=r"no TF32\n"):
+        rt.build_engine(old, b"model", options(tmp_path), gpu=HOPPER)
 
 
 def test_a_cache_that_cannot_be_stored_is_logged_and_the_build_goes_on(old, tmp_path):

@@ -133,13 +133,13 @@ def test_away_from_the_machine_that_will_build_nothing_is_asked_of_it(fake):
     assert fake.probes == 1
     assert [(s.inputs, s.makes, s.label) for s in away] == [(s.inputs, s.makes, s.label) for s in steps]
     assert {s.why_not for s in away} == {None}
-    assert away[0].parameters == {"backend": "fake", "options": {}}
+    assert away[0].parameters == {"backend": "fake", "options": {}, "on_mismatch": "warn"}
 
 
 def test_an_artifact_depends_on_its_own_backend_only(fake):
     def parameters(**options):
         config = build.Config(**options)
-        assert config.keyed() == {"batch_sizes": [1, 8], "on_mismatch": "warn"}
+        assert config.keyed() == {"batch_sizes": [1, 8]}
         return {step.label: step.parameters for step in build.expand(config, planning("fp32", "int8")) if "-fake-" in step.label}
 
     alone = parameters(backends=["fake"])
@@ -147,6 +147,17 @@ def test_an_artifact_depends_on_its_own_backend_only(fake):
     assert parameters(backends=["fake"], options={"fake": {"level": 2}})["qat-fake-fp32"]["options"] == {"level": 2}
     strict = parameters(backends=["fake"], on_unverified="fail")
     assert [label for label in alone if strict[label] != alone[label]] == ["qat-fake-int8"]
+    compared = parameters(backends=["fake"], on_mismatch="fail")
+    assert all(compared[label] != alone[label] for label in alone)
+
+
+def test_what_becomes_of_a_mismatch_is_in_the_key_of_engines_only():
+    def parameters(policy):
+        config = build.Config(backends=["onnxruntime", "openvino", "tensorrt_rtx"], on_mismatch=policy)
+        return {step.label: step.parameters for step in build.expand(config, planning("fp32"))}
+
+    warned, failed = parameters("warn"), parameters("fail")
+    assert [label for label in warned if failed[label] != warned[label]] == ["qat-tensorrt_rtx-fp32"]
 
 
 def test_a_precision_the_backend_does_not_know_is_said(fake):
