@@ -27,7 +27,10 @@ def scenario_name(row: JsonRow) -> str:
 
 
 def table(rows: Sequence[JsonRow]) -> tuple[list[str], list[list[str]]] | None:
-    """Every measured row's figures under headers; columns that no row fills are left out. None without measured rows."""
+    """Every measured row's figures under headers; columns that no row fills are left out. None without measured rows.
+
+    Of an invalid row only what a disturbance does not touch: start-up and memory.
+    """
     measured = [r for r in rows if r["status"] in {"ok", "invalid"} and r.get("latency_ms")]
     if not measured:
         return None
@@ -37,7 +40,8 @@ def table(rows: Sequence[JsonRow]) -> tuple[list[str], list[list[str]]] | None:
     body = []
     for row, cells in zip(measured, figures, strict=True):
         what = [str(row[k]) for k in ("variant", "backend", "precision", "batch")]
-        latency = [units.significant(summary.host(row).get(p)) for p in ("p50", "p90")]
+        disturbed = row["status"] == "invalid"
+        latency = ["invalid", ""] if disturbed else [units.significant(summary.host(row).get(p)) for p in ("p50", "p90")]
         body.append([*what, scenario_name(row), *latency, *(cells[i] for i in kept)])
     return head, body
 
@@ -52,10 +56,11 @@ def _figures(row: JsonRow) -> list[str]:
     def milliseconds(key: str) -> str:
         return units.significant(contract[key]) if contract.get(key) is not None else ""
 
-    watts = (contract.get("load") or {}).get("gpu_power_w")
+    disturbed = row["status"] == "invalid"
+    watts = None if disturbed else (contract.get("load") or {}).get("gpu_power_w")
     return [
-        device(row),
-        throughput(row),
+        "" if disturbed else device(row),
+        "" if disturbed else throughput(row),
         milliseconds("first_inference_ms"),
         milliseconds("load_ms"),
         size("peak_memory_bytes"),

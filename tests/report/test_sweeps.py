@@ -74,6 +74,17 @@ def test_gpu_power_is_of_rows_that_ran_there(report: dict[str, Any]) -> None:
     assert found[1][0][-2:] == ["540 MB", "312 W"]
 
 
+def test_a_disturbed_row_shows_no_figure_that_depends_on_time(report: dict[str, Any]) -> None:
+    row = summary.measured(report["rows"])[0]
+    row["contract"] |= {"load_ms": 12.34}
+    found = sweeps.table([row, {**row, "variant": "disturbed", "status": "invalid"}])
+    assert found is not None
+    headers, (_, disturbed) = found
+    cells = dict(zip(headers, disturbed, strict=True))
+    assert (cells["p50 ms"], cells["p90 ms"], cells["images/s [95 %]"]) == ("invalid", "", "")
+    assert (cells["load ms"], cells["peak memory"]) == ("12.3", "210 MB")
+
+
 def test_swept_rows_are_shown_and_never_judged(report: dict[str, Any], swept: dict[str, Any]) -> None:
     task = summary.task_of(report)
     assert verdict.judge(swept["rows"], swept["variants"], {}, task) == verdict.judge(report["rows"], report["variants"], {}, task)
