@@ -58,9 +58,12 @@ def files(arch: str, image_size: int, folder: Path, nncf_python: str) -> tuple[d
     return {**found, "openvino/nncf": folder / "nncf.xml"}, None
 
 
-def markdown(networks: dict[str, Any], threads: int) -> str:
+def markdown(networks: dict[str, Any], facts: dict[str, Any]) -> str:
+    where = facts["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
     lines = [
-        f"{threads} threads; median over rounds [smallest, largest].",
+        f"{where['cpu']['model']}, {where['cpu']['cores']} cores ({', '.join(where['cpu']['isa'])}), {where['os']}, {versions}, {where['utc']}.",
+        f"{facts['image_size']} pixels, {facts['threads']} threads; median over rounds [smallest, largest].",
         "",
         "| network | batch | ratio | value | rounds | marked invalid |",
         "|---|---|---|---|---|---|",
@@ -105,7 +108,7 @@ def main() -> None:
     facts = {"threads": arguments.threads, "image_size": arguments.image_size, "environment": environment(("onnxruntime", "openvino"))}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "int8_speed.json").write_text(json.dumps({**facts, "networks": networks}, indent=2) + "\n")
-    (RESULTS / "int8_speed.md").write_text(markdown(networks, arguments.threads))
+    (RESULTS / "int8_speed.md").write_text(markdown(networks, facts))
 
 
 if __name__ == "__main__":
