@@ -1,10 +1,12 @@
 """A small real residual network as ONNX, float or with Q/DQ where our quantizer puts them, in the form torch's exporter writes."""
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from deployopt.graph.editing import PRODUCTS, Graph, has_constant_weight, layer_name, unmoved
+from deployopt.runtime.session import SessionOptions
 
 CONVOLUTIONS = ("conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2", "layer2.0.downsample.0")
 LAYERS = len(CONVOLUTIONS) + 1  # and the head
@@ -136,3 +138,21 @@ def layers_by_kind(model):
             is_int8 = all(graph.producer(unmoved(graph, name), "DequantizeLinear") is not None for name in node.input[:2])
             (quantized if is_int8 else floating).append(layer_name(graph, node))
     return quantized, floating
+
+
+def check_profile(backend, artifact, precision):
+    """Layers of `artifact`, profiled by the module `backend`, are told by their ONNX nodes, and the session's outputs stay. Returns the layers with weights."""
+    nodes = {n.name: n.op_type for n in onnx.load(artifact.path).graph.node}
+    with backend.open(artifact.path, SessionOptions(precision=precision)) as session:
+        before = session.infer({"image": images(2)})["logits"]
+        layers = session.profile([{"image": images(2, seed)} for seed in (1, 2)], runs=4)
+        np.testing.assert_array_equal(session.infer({"image": images(2)})["logits"], before)
+    told = [name for layer in layers for name in layer.nodes]
+    assert set(told) <= set(nodes)
+    assert sum(nodes[name] in {"Conv", "Gemm"} for name in told) == LAYERS
+    products = [layer for layer in layers if any(nodes[name] in {"Conv", "Gemm"} for name in layer.nodes)]
+    assert {layer.precision for layer in products} == {precision}
+    assert {layer.precision for layer in layers} >= {precision}
+    assert sum(layer.time_us for layer in layers) > 0
+    assert all(layer.calls == 1 and layer.kind for layer in layers)
+    return products
