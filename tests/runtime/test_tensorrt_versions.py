@@ -1,7 +1,5 @@
 """TensorRT 8.x cannot build without a GPU: what is asked of it is told by a module that has its names and builds nothing."""
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -9,16 +7,6 @@ import pytest
 from deployopt.errors import BackendUnavailable, BuildFailed
 from deployopt.runtime import tensorrt as rt
 from deployopt.runtime import tensorrt_versions as versions
-
-FAULTY = Path(__file__).parent / "faulty" / "tensorrt.py"
-
-
-@pytest.fixture
-def old():
-    spec = importlib.util.spec_from_file_location("tensorrt", FAULTY)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def vendor(version, name="tensorrt"):
