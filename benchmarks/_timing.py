@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deployopt.bench.artifacts import natural_noise, opener
-from deployopt.bench.harness import Failure, Measured, Settings, Subject, measure, speedup
+from deployopt.bench.artifacts import SYNTHETIC, opener
+from deployopt.bench.harness import Failure, Images, Measured, Settings, Subject, measure, speedup
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
 
@@ -21,20 +21,20 @@ class Pair(NamedTuple):
 
 
 def interleaved(
-    paths: Mapping[str, Path], pairs: Sequence[Pair], image_size: int, *, channels: int = 3, batch: int = 1, threads: int, seconds: float, seed: int
+    paths: Mapping[str, Path], pairs: Sequence[Pair], images: Images, *, source: str = SYNTHETIC, batch: int = 1, threads: int, seconds: float, seed: int
 ) -> dict[str, Any]:
     """One round: every file in a new process at one batch size, interleaved, and the ratios paired by block.
 
     Args:
         paths: by "backend/precision"; a precision that is none of ours names an INT8 file.
+        images: [N, H, W, C]; `source` says of what.
     """
     subjects = []
     for key, path in paths.items():
         backend, precision = key.split("/")
         options = SessionOptions(threads, precision="fp32" if precision == "fp32" else "int8")
         subjects.append(Subject(key, opener(backend), path, options))
-    images = natural_noise(8 * batch, image_size, image_size, channels, seed)
-    measured = measure(subjects, images, Settings(min_seconds=seconds, seed=seed), SilentProgress(), batch=batch, source="synthetic 1/f noise")
+    measured = measure(subjects, images, Settings(min_seconds=seconds, seed=seed), SilentProgress(), batch=batch, source=source)
     found: dict[str, Any] = {"seed": seed, "batch": batch, "rows": {key: _row(result) for key, result in measured.items()}, "ratios": {}}
     for label, slow, fast in pairs:
         a, b = measured.get(slow), measured.get(fast)

@@ -98,8 +98,9 @@ def main() -> None:
         with TemporaryDirectory() as folder:
             paths, no_nncf = files(arch, arguments.image_size, Path(folder), arguments.nncf_python)
             settings: dict[str, Any] = {"threads": arguments.threads, "seconds": arguments.seconds}
+            shape = (arguments.image_size, arguments.image_size, 3)
             rounds = [
-                interleaved(paths, PAIRS, arguments.image_size, batch=batch, seed=seed, **settings)
+                interleaved(paths, PAIRS, natural_noise(8 * batch, *shape, seed), batch=batch, seed=seed, **settings)
                 for seed in range(arguments.rounds)
                 for batch in arguments.batch_sizes
             ]

@@ -106,12 +106,14 @@ def _parameters(name: str, precision: str, config: Config, probed: Availability 
     parameters: dict[str, Any] = {"backend": name, "options": _build_options(config, name)}
     if precision in INT8_PRECISIONS:  # the policy decides whether what was built is kept
         parameters["on_unverified"] = config.on_unverified
-    if not getattr(backends.find(name), "builds_onnx", False):  # what is no engine is not compared
+    if probed is None:  # no key is made of them then, and a backend's module loads NumPy
+        return parameters
+    backend = backends.find(name)
+    parameters |= {"runtime": probed.version, "distributions": versions(backend.distributions)}
+    if not getattr(backend, "builds_onnx", False):  # what is no engine is not compared
         parameters["on_mismatch"] = config.on_mismatch
-    if probed is not None:
-        backend = backends.find(name)
-        parameters |= {"runtime": probed.version, "distributions": versions(backend.distributions)}
-        parameters |= {"device": probed.device} if backend.build_depends_on_machine else {}
+    if backend.build_depends_on_machine:
+        parameters["device"] = probed.device
     return parameters
 
 

@@ -53,6 +53,13 @@ def bench(*paths, **options):
     return bench_artifacts(paths, progress=SilentProgress(), seconds=0.1, **options)
 
 
+def assert_as_fast(row):
+    """As the first row, whatever runs beside the tests: a wrong unit or pairing is further off than that."""
+    low, high = row.speedup_ci95
+    assert low <= row.speedup <= high
+    assert 1 / 3 < row.speedup < 3
+
+
 @pytest.mark.usefixtures("onnxruntime_opener")
 def test_files_are_compared_with_the_first(tmp_path, model):
     big = tiny_onnx.convolution(tmp_path / "big.onnx", channels=32, layers=4, size=32)
@@ -72,7 +79,7 @@ def test_files_are_compared_with_the_first(tmp_path, model):
 def test_the_same_file_twice_is_an_a_a_comparison(model):
     rows = bench(model, model)
     assert [r.variant for r in rows] == ["tiny#1", "tiny#2"]
-    assert rows[1].speedup == pytest.approx(1, abs=0.2)
+    assert_as_fast(rows[1])
 
 
 @pytest.mark.usefixtures("onnxruntime_opener")
@@ -350,7 +357,7 @@ def test_offline_compares_throughputs(model):
     row, same = bench(model, model, scenario="offline", threads=2)
     assert (row.scenario, row.threads, row.contract["streams"]) == ("offline", 2, 2)
     assert row.throughput_ci95[0] <= row.throughput_ci95[1]
-    assert same.speedup == pytest.approx(1, abs=0.5)
+    assert_as_fast(same)
 
 
 @pytest.mark.usefixtures("no_vendor")

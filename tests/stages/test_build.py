@@ -133,7 +133,7 @@ def test_away_from_the_machine_that_will_build_nothing_is_asked_of_it(fake):
     assert fake.probes == 1
     assert [(s.inputs, s.makes, s.label) for s in away] == [(s.inputs, s.makes, s.label) for s in steps]
     assert {s.why_not for s in away} == {None}
-    assert away[0].parameters == {"backend": "fake", "options": {}, "on_mismatch": "warn"}
+    assert away[0].parameters == {"backend": "fake", "options": {}}
 
 
 def test_an_artifact_depends_on_its_own_backend_only(fake):
