@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/deployopt run $(RECIPE)
 
 test: $(VENV)/.installed-test
-	$(BIN)/pytest -n 2 --dist loadfile -m "not recipe" --durations=15
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not recipe" --durations=15
 
 # The main recipe to its end, trained as shipped, on all cores.
 test-main-recipe: $(VENV)/.installed-test

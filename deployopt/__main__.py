@@ -1,6 +1,6 @@
 """`python -m deployopt`."""
 
-from deployopt.cli import main
+from deployopt.cli import console
 
 if __name__ == "__main__":
-    main()
+    console()

@@ -18,6 +18,7 @@ import typer
 
 from deployopt import __version__
 from deployopt.errors import DeployoptError, LackingEnvironment, StageFailed, UsageError
+from deployopt.runtime.process import leave
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,6 +76,15 @@ def main() -> None:
         if code is None:
             _report_bug()
         sys.exit(code)
+
+
+def console() -> NoReturn:
+    """The installed command."""
+    try:
+        main()
+    except SystemExit as ending:
+        leave(ending.code if isinstance(ending.code, int) else 0)
+    leave(0)
 
 
 class _Stdout(io.TextIOWrapper):

@@ -15,9 +15,17 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: none of them is left for one worker at the end."""
+    """Files with slow tests first (xdist keeps the order with --no-loadscope-reorder): none of them is left for one worker at the end. One file makes the
+    finished run that others read; they come when it is there, so that no worker waits for it."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    readers = sorted({item.path for item in items if "finished" in getattr(item, "fixturenames", ())})
+
+    def rank(item: pytest.Item) -> int:
+        if item.path in readers:
+            return 0 if item.path == readers[0] else 2
+        return 1 if item.path in slow else 3
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ import pytest
 HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "sklearn", "scipy", "PIL")
 RECIPE = """
 name: tiny
-model: {arch: resnet20, stem: cifar}
+model: {arch: resnet8, stem: cifar}
 data: {name: digits, image_size: 8}
 stages:
   - finetune: {epochs: 1}
@@ -75,7 +75,7 @@ def test_light_commands_take_little_longer_than_their_libraries(recipe: Path, ar
 
 def test_validate_says_ok_and_names_every_problem(recipe: Path) -> None:
     assert deployopt("validate", str(recipe)).stdout == f"{recipe}: ok\n"
-    recipe.write_text(RECIPE.replace("epochs: 1", "epoch: 1").replace("resnet20", "resnet19"))
+    recipe.write_text(RECIPE.replace("epochs: 1", "epoch: 1").replace("resnet8", "resnet19"))
     done = deployopt("validate", str(recipe))
     assert done.returncode == 2
     assert done.stdout == ""

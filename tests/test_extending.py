@@ -28,6 +28,7 @@ DATA = overrides("data.held_out=0.3", "model.options.width=8", "stages.ptq.calib
 TINY = DATA + overrides(
     "stages.finetune.epochs=1",
     "stages.finetune.warmup_epochs=0",
+    "stages.prune.if_not_faster=ignore",
     "stages.calibrate_bn.images=128",
     "stages.export.precisions=[int8]",
     "stages.benchmark.min_seconds=0.1",
@@ -38,6 +39,7 @@ TINY = DATA + overrides(
     "stages.benchmark.max_pressure=100",
     "stages.benchmark.max_steal_percent=100",
 )
+AGAIN = overrides("data.held_out=0.3", "stages.prune.if_not_faster=ignore", "stages.ptq.calibration_images=64", "stages.export.precisions=[int8]")
 
 
 def blocks(document: Path, language: str) -> list[str]:
@@ -137,7 +139,7 @@ def test_a_finished_checkpoint_is_quantised_without_training(home: Home, report:
 
 @pytest.mark.slow
 def test_a_pruned_variant_is_pruned_again(home: Home, report: dict[str, Any]) -> None:
-    again = home.run("pruned_again.yaml", "pruned_again", "--until", "build", *overrides("data.held_out=0.3", "stages.ptq.calibration_images=64"))
+    again = home.run("pruned_again.yaml", "pruned_again", "--until", "build", *AGAIN)
     variants = {v["name"]: v for v in again["variants"]}
     once = next(v for v in report["variants"] if v["name"] == "prune")
     assert variants["init"]["params"] == once["params"]

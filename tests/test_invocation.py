@@ -20,7 +20,7 @@ from deployopt.runtime import host
 
 RECIPE = """\
 name: tiny
-model: {arch: resnet20, stem: cifar}
+model: {arch: resnet8, stem: cifar}
 data: {name: digits, image_size: 8}
 stages:
   - finetune: {epochs: 1, batch_size: 128, warmup_epochs: 0}

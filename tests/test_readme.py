@@ -18,7 +18,7 @@ from deployopt.cli import app
 
 TINY = """\
 name: tiny
-model: {arch: resnet20, stem: cifar}
+model: {arch: resnet8, stem: cifar}
 data: {name: digits, image_size: 8}
 stages:
   - finetune: {epochs: 1, batch_size: 256}

@@ -8,7 +8,7 @@ from deployopt.errors import DataNotFound, UsageError
 from deployopt.plugins import did_you_mean
 
 TORCHVISION_ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2")
-CIFAR_ARCHITECTURES = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+CIFAR_ARCHITECTURES = ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 ARCHITECTURES = TORCHVISION_ARCHITECTURES + CIFAR_ARCHITECTURES
 STEMS = ("imagenet", "small", "cifar")
 IMAGENET = "imagenet"  # as `weights`: torchvision's, downloaded

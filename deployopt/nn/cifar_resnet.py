@@ -2,6 +2,7 @@
 
 Depth 6n + 2: a 3×3 convolution, three stages of n basic blocks with 16, 32 and 64 channels, global average pooling, one linear layer.
 Shortcuts that change shape are 1×1 convolutions (option B), not zero padding: channels must be prunable and exportable.
+The smallest, resnet8, is the network that MLPerf Tiny classifies images with.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from _thread import interrupt_main
 from typing import IO, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Type
 
 from deployopt.errors import BuildFailed, DeployoptError, StageFailed
-from deployopt.runtime.process import describe_exit, error_from_json, error_to_json, tail
+from deployopt.runtime.process import describe_exit, error_from_json, error_to_json, leave, tail
 from deployopt.runtime.progress import Bar, ContextManagerOfBar, Progress, SilentProgress
 
 GRACE_SECONDS = 0.8  # with the time it takes to end a process, Ctrl-C is honoured within a second
@@ -294,4 +294,4 @@ def main(arguments: List[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from deployopt.errors import ArtifactMismatch, UsageError, WorkerDied
 from deployopt.runtime import host, sampler
 from deployopt.runtime.clock import now_ns, seconds_since
 from deployopt.runtime.preprocessing import to_feed
-from deployopt.runtime.process import describe_exit, error_from_json, error_to_json, tail
+from deployopt.runtime.process import describe_exit, error_from_json, error_to_json, leave, tail
 from deployopt.runtime.sampler import Block, WarmUp
 from deployopt.runtime.session import Explained, Feed, LayerTime, Loaded, Profiling, Session, SessionOptions, TensorSpec
 
@@ -336,8 +336,8 @@ class _Service:
         return {spec.name: feed}
 
 
-def serve(descriptor: int, parent: int) -> None:
-    """The child's main loop: answer requests on the inherited socket until it is closed."""
+def serve(descriptor: int, parent: int) -> NoReturn:
+    """The child's main loop: answer requests on the inherited socket until it is closed. Then the process ends."""
     _die_with(parent)
     service = _Service()
     with socket.socket(fileno=descriptor) as channel:
@@ -353,3 +353,4 @@ def serve(descriptor: int, parent: int) -> None:
                 content, answer = {"error": error_to_json(exc)}, {}
             _send(channel, content, answer)
     service.close()
+    leave(0)

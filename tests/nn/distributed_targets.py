@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from deployopt.data import Dataset
 from deployopt.data._arrays import ArraySet
-from deployopt.nn import distributed, evaluate, training
-from deployopt.nn.cifar_resnet import CifarResNet
-from deployopt.nn.models import Network
+from deployopt.nn import distributed, evaluate, models, training
 from deployopt.nn.prepared import Prepared, Scheme
 from deployopt.nn.schedule import TrainingConfig
 from deployopt.runtime.preprocessing import Preprocessing
@@ -64,7 +62,7 @@ def quantized() -> dict[str, Tensor]:
     """State of a ResNet-8 with fake quantisers after an epoch of QAT that freezes BatchNorm and ranges half way."""
     torch.manual_seed(0)
     data = noise()
-    network = Network(CifarResNet(8, 3), {"arch": "resnet8", "outputs": 3}, PREPROCESSING).eval()
+    network = models.build({"arch": "resnet8", "outputs": 3}, PREPROCESSING).eval()
     prepared = Prepared(network, Scheme("min_max"))
     prepared.calibrate(evaluate.calibration_batches(data.train, 32, seed=0))
 

@@ -4,7 +4,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from deployopt.nn.cifar_resnet import CifarResNet
+from deployopt.nn import models
 from deployopt.nn.models import Network
 from deployopt.runtime.preprocessing import Preprocessing
 
@@ -12,9 +12,8 @@ PREPROCESSING = Preprocessing(16, 3, None, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def resnet8(preprocessing: Preprocessing = PREPROCESSING, outputs: int = 7) -> Network:
-    """The CIFAR ResNet with one block a stage."""
     torch.manual_seed(0)
-    return Network(CifarResNet(8, outputs), {"arch": "resnet8", "outputs": outputs}, preprocessing)
+    return models.build({"arch": "resnet8", "outputs": outputs}, preprocessing)
 
 
 def resnext() -> Network:

@@ -15,7 +15,6 @@ from deployopt.graph.dialects import is_non_negative
 from deployopt.graph.editing import Graph, layer_name
 from deployopt.nn import checkpoint, models
 from deployopt.nn.capture import capture, example_input
-from deployopt.nn.cifar_resnet import CifarResNet
 from deployopt.nn.export import canonical, deployed, to_onnx
 from deployopt.nn.fold import fold_batchnorm
 from deployopt.nn.models import Network
@@ -28,10 +27,8 @@ PREPROCESSING = Preprocessing(16, 3, None, (0.5,) * 3, (0.25,) * 3)
 
 
 def network(arch: str = "resnet8", **base: object) -> Network:
-    """`resnet8` is the CIFAR ResNet with one block a stage: every kind of layer and the fewest of them."""
+    """`resnet8` has one block a stage: every kind of layer and the fewest of them."""
     torch.manual_seed(0)
-    if arch == "resnet8":
-        return warmed(Network(CifarResNet(8, 10), {"arch": arch, "outputs": 10}, PREPROCESSING))
     return warmed(models.build({"arch": arch, "outputs": 10, **base}, PREPROCESSING))
 
 

@@ -15,7 +15,7 @@ QUIET = ("max_contention", "max_drift", "max_pressure", "max_spread", "max_steal
 HURRIED = {"min_seconds": 0.05, "profile": False, **dict.fromkeys(QUIET, 100)}
 TINY = f"""\
 name: tiny
-model: {{arch: resnet20, stem: cifar}}
+model: {{arch: resnet8, stem: cifar}}
 data: {{name: digits, image_size: 8}}
 stages:
   - finetune: {{epochs: 2, batch_size: 128}}

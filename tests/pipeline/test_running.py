@@ -32,7 +32,7 @@ def test_a_run_measures_what_runs_and_says_why_the_rest_does_not(finished: Finis
         assert rows[name]["contract"]["blocks"] >= 20
     for backend in ("onnxruntime", "openvino", "tensorrt_rtx"):
         verified = rows[f"qat/{backend}/int8"]["verified"]
-        assert verified["quantized_layers"] == verified["quantizable_layers"] == 22  # 19 + 2 shortcut convolutions + the classifier, all of them
+        assert verified["quantized_layers"] == verified["quantizable_layers"] == 10  # 7 + 2 shortcut convolutions + the classifier, all of them
     for row in (f"{v}/tensorrt_rtx/{p}" for v, ps in (("finetune", FLOAT), ("prune", FLOAT), ("qat", ["int8"])) for p in ps):
         assert rows[row]["status"] in {"built", "ok"}, rows[row]["reason"]  # ok where there is a GPU
         assert rows[row]["artifact"]["bytes"] > 0
@@ -146,7 +146,7 @@ def test_a_run_without_anything_to_deploy_ends_in_the_code_of_its_cause(
 @pytest.mark.slow  # half a minute
 def test_a_recipe_starts_from_a_variant_of_an_earlier_run(cache: Path, finished: Finished, tmp_path: Path) -> None:
     start = tmp_path / "start.yaml"
-    head = f"name: again\nmodel: {{arch: resnet20, weights: {finished.folder / '02-qat'}}}\ndata: {{name: digits, image_size: 8}}\nstages:\n"
+    head = f"name: again\nmodel: {{arch: resnet8, weights: {finished.folder / '02-qat'}}}\ndata: {{name: digits, image_size: 8}}\nstages:\n"
     start.write_text(head + "  - export\n  - build: {backends: [onnxruntime]}\n")
     document = run(start, tmp_path / "again", cache)
     (variant,), quantized = document["variants"], finished.document["variants"][-1]
@@ -156,10 +156,10 @@ def test_a_recipe_starts_from_a_variant_of_an_earlier_run(cache: Path, finished:
     keys = {pipeline.plan(load_recipe(start, [f"model.weights={finished.folder / step}"]), device="cpu").steps[0].key for step in steps}
     assert len(keys) == len(steps)
 
-    start.write_text(head.replace("resnet20", "resnet32") + "  - finetune\n  - qat\n  - export\n")
+    start.write_text(head.replace("resnet8", "resnet32") + "  - finetune\n  - qat\n  - export\n")
     said = [(p.line, p.message) for p in pipeline.validate(start)]
     assert [line for line, _ in said] == [2, 5, 6]
-    assert "the network in model.weights has arch resnet20" in said[0][1]
+    assert "the network in model.weights has arch resnet8" in said[0][1]
     assert all("whose network is quantised: start from its float parent's folder" in message for _, message in said[1:])
     start.write_text(head.replace(str(finished.folder / "02-qat"), str(tmp_path)) + "  - export\n")
     (problem,) = pipeline.validate(start)

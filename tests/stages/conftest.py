@@ -55,7 +55,7 @@ def run_stages(small_digits: Dataset) -> RunStages:
             name = stage.__name__.rpartition(".")[2]
             home = folder / f"{number}-{name}"
             home.mkdir(parents=True)
-            context = StageContext(home, name, {"arch": "resnet20"}, 0, "cpu", 1, 1, task, lambda: data, SilentProgress(), choices or NoChoices(), folder)
+            context = StageContext(home, name, {"arch": "resnet8"}, 0, "cpu", 1, 1, task, lambda: data, SilentProgress(), choices or NoChoices(), folder)
             expansion = stage.expand(config, Planning(points, name))[-1]
             read = [next(s for s in reversed(steps) if point in s.point) for point in expansion.inputs]
             result = stage.run(context, config, expansion, read)

@@ -16,7 +16,7 @@ from deployopt.stages._quantize import MixedPrecision, Sensitivity
 
 TRAIN = {"batch_size": 32, "warmup_epochs": 0.0}
 KEPT = ("body.conv1", "body.layer1.0.conv1", "body.layer2.0.conv2", "body.fc")  # stem, before and at an Add, head
-LAYERS = 22
+LAYERS = 10
 
 
 @pytest.fixture(scope="module")
