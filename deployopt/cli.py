@@ -168,7 +168,8 @@ def run(
     from deployopt.report.live import LiveProgress
     from deployopt.runtime.hashing import sha256_json
 
-    planned = pipeline.plan(load_recipe(recipe, set_ or ()), device=device, threads=threads, processes=nproc, until=until, fresh=fresh)
+    with LiveProgress(_console(stderr=True), [], quiet=quiet) as live, live.track("plan", None):
+        planned = pipeline.plan(load_recipe(recipe, set_ or ()), device=device, threads=threads, processes=nproc, until=until, fresh=fresh)
     if planned.data_problem is not None:
         raise planned.data_problem
     folder = run_dir or store.new_run_folder(Path("runs"), planned.recipe.name, sha256_json(planned.resolved))
@@ -176,7 +177,7 @@ def run(
     asked = {"device": None if device == "auto" else device, "threads": threads, "nproc": None if nproc == 1 else nproc}
     resume = _command("run", recipe, set_, run_dir=folder, until=until, **asked)
     with _resume_hint(folder, resume, fresh):
-        with LiveProgress(_console(stderr=True), steps, quiet=quiet) as live:
+        with LiveProgress(_console(stderr=True), steps, quiet, planned.expected) as live:
             document = pipeline.execute(planned, folder, live, fresh=fresh)
         if json_:
             _print_json(document)
@@ -201,8 +202,10 @@ def plan(
     """What would run, what is cached, and why."""
     from deployopt import load_recipe, pipeline
     from deployopt.report import plan as plan_report
+    from deployopt.report.live import LiveProgress
 
-    planned = pipeline.plan(load_recipe(recipe, set_ or ()), device=device, threads=threads, processes=nproc, until=until)
+    with LiveProgress(_console(stderr=True), []) as live, live.track("plan", None):
+        planned = pipeline.plan(load_recipe(recipe, set_ or ()), device=device, threads=threads, processes=nproc, until=until)
     facts = _plan_facts(planned)
     if json_:
         _print_json(facts)

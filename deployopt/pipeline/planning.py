@@ -84,10 +84,15 @@ class Plan:
     cache: store.Cache = field(repr=False)
 
     @property
+    def expected(self) -> Mapping[str, float | None]:
+        """About how many seconds each step will take, by id: 0 if it is only read back or cannot run, None if nothing like it was ever run."""
+        return {s.id: 0.0 if s.cached or not s.runnable else s.seconds for s in self.steps}
+
+    @property
     def seconds(self) -> float | None:
         """About how long a run will take; None if a step that must run was never run before."""
-        to_run = [s.seconds for s in self.steps if not s.cached and s.runnable]
-        return None if any(s is None for s in to_run) else sum(s for s in to_run if s is not None)
+        times = list(self.expected.values())
+        return None if None in times else sum(s for s in times if s is not None)
 
 
 def plan(

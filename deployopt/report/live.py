@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -38,9 +38,11 @@ FAILED_MARK = ("✗", "bold red")
 class _Step:
     id: str
     title: str
+    expected: float | None = None
     state: str = "pending"
     seconds: float = 0.0
     reason: str = ""
+    started: float = 0.0
 
     @property
     def stage(self) -> str:
@@ -58,6 +60,13 @@ class _Step:
     @property
     def failed(self) -> bool:
         return self.over and self.state not in MARKS
+
+    @property
+    def left(self) -> float | None:
+        """Seconds it should still take; None if nothing like it was ever run, 0 when it takes longer than that."""
+        if self.expected is None or self.over:
+            return None if self.expected is None else 0.0
+        return max(0.0, self.expected - (time.monotonic() - self.started)) if self.state == "running" else self.expected
 
     @property
     def note(self) -> str:
@@ -92,7 +101,9 @@ def _stage_line(steps: Sequence[_Step]) -> Text:
     text.append(steps[0].stage, style="dim" if state == "pending" else "")
     if len(steps) > 1:
         text.append(f" {len(over)}/{len(steps)}", style="dim" if state == "pending" else "")
-    said = [f"{running.label}" if running and running.label else "", units.seconds(sum(s.seconds for s in over)) if over else ""]
+    said = [running.label if running else "", units.seconds(sum(s.seconds for s in over)) if over else ""]
+    if running and running.left:
+        said.append(units.time_left(running.left))
     counts = Counter(s.state for s in over if s.state != "done")
     said += [f"{number} {name}" if len(steps) > 1 else name for name, number in counts.items()]
     if failed:
@@ -125,7 +136,7 @@ class _LogBar:
             return
         self._said = now
         left = (now - self._started) * (self._total - self._done) / self._done if self._done > 0 else None
-        parts = [f"{100 * self._done / self._total:.0f} %" if self._total else "", f"about {units.seconds(left)} left" if left is not None else "", note]
+        parts = [f"{100 * self._done / self._total:.0f} %" if self._total else "", units.time_left(left) if left is not None else "", note]
         _plain(self._console, f"  {self._description}: {', '.join(p for p in parts if p)}")
 
 
@@ -181,11 +192,12 @@ class LiveProgress:
         console: on stderr.
         steps: (id, title) of every planned step, in order.
         quiet: say nothing but failures.
+        expected: about how many seconds a step will take, by id, where that is known.
     """
 
-    def __init__(self, console: Console, steps: Sequence[tuple[str, str]], quiet: bool = False) -> None:
+    def __init__(self, console: Console, steps: Sequence[tuple[str, str]], quiet: bool = False, expected: Mapping[str, float | None] | None = None) -> None:
         self._console, self._quiet = console, quiet
-        self._steps = {step_id: _Step(step_id, title) for step_id, title in steps}
+        self._steps = {step_id: _Step(step_id, title, (expected or {}).get(step_id)) for step_id, title in steps}
         self._timer = threading.Timer(0, _plain)  # says that a step started; none is running yet
         self._bars = Progress(
             TextColumn("  {task.description}", markup=False),
@@ -232,7 +244,7 @@ class LiveProgress:
         stages = self._stages()
         lines = [_stage_line(stage) for stage in stages]
         running = next((i for i, stage in enumerate(stages) if any(s.state == "running" for s in stage)), sum(all(s.over for s in st) for st in stages))
-        room = max(1, self._console.height - MARGIN - len(self._bars.tasks) - 2)  # 2: what says that lines are left out
+        room = max(1, self._console.height - MARGIN - len(self._bars.tasks) - 3)  # 3: what says that lines are left out, and the time left
         first = min(max(0, running - room + 2), max(0, len(lines) - room))
         shown: list[RenderableType] = [Text(f"✓ {units.plural(first, 'earlier stage')}", style="green")] if first else []
         for i, line in list(enumerate(lines))[first : first + room]:
@@ -241,13 +253,21 @@ class LiveProgress:
                 shown.append(self._bars.get_renderable())
         if running >= len(lines) and self._bars.tasks:
             shown.append(self._bars.get_renderable())
-        later = len(lines) - first - room
-        return Group(*shown, *([Text(f"· {units.plural(later, 'later stage')}", style="dim")] if later > 0 else []))
+        if (later := len(lines) - first - room) > 0:
+            shown.append(Text(f"· {units.plural(later, 'later stage')}", style="dim"))
+        if left := self._left():
+            shown.append(Text(f"  {units.time_left(left)}", style="dim"))
+        return Group(*shown)
+
+    def _left(self) -> float | None:
+        """Seconds until the run ends; None if the time of a step that is not over is unknown."""
+        known = [step.left for step in self._steps.values() if not step.over]
+        return None if None in known else sum(left for left in known if left is not None)
 
     def step_started(self, step_id: str, title: str) -> None:
         """A step begins to run; one that was not planned is added to the list."""
         step = self._steps.setdefault(step_id, _Step(step_id, title))
-        step.title, step.state = title, "running"
+        step.title, step.state, step.started = title, "running", time.monotonic()
         if not self._live and not self._quiet:
             self._timer = threading.Timer(STARTED_AFTER_S, _plain, (self._console, f"{title}: started"))
             self._timer.daemon = True

@@ -52,6 +52,11 @@ def seconds(value: float | None) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
+def time_left(value: float) -> str:
+    """An estimate, so without tenths."""
+    return f"about {value:.0f} s left" if value < 60 else f"about {seconds(value)} left"
+
+
 def factor(value: float | None) -> str:
     return UNKNOWN if value is None else f"{significant(value)}x"
 

@@ -59,7 +59,7 @@ def test_a_bar_logs_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
             bar.advance()
     lines = stream.getvalue().splitlines()
     assert len(lines) == 3  # 40 s at one line in 10 s; the last step needs none
-    assert "30 %, about 28.0 s left" in lines[0]
+    assert "30 %, about 28 s left" in lines[0]
 
 
 def test_work_that_cannot_tell_how_far_it_is_says_how_long_it_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,3 +134,25 @@ def test_the_list_never_exceeds_the_terminal(height: int, running: int) -> None:
     assert any(f"stage{running}" in line for line in lines)
     assert any("epochs" in line for line in lines)
     assert any("later stage" in line for line in lines) == (running < 29)
+
+
+def test_the_time_left_is_told_of_the_running_step_and_of_the_run_while_all_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: clock[0])
+    expected = {"init": 0.0, **{f"{i:02d}-export": 10.0 for i in range(3)}, **{f"{i:02d}-build": 1.0 for i in range(24)}}
+    console = Console(file=io.StringIO(), width=100, height=24, force_terminal=True)
+    with LiveProgress(console, STAGES, expected=expected) as progress:
+        assert drawn(progress, 24)[-1].strip() == "about 54 s left"
+        progress.step_finished("init", 0.0, cached=True, status="ok")
+        progress.step_started("00-export", "export v0")
+        clock[0] += 4
+        lines = drawn(progress, 24)
+        assert lines[1].endswith("v0, about 6 s left")
+        assert lines[-1].strip() == "about 50 s left"
+        clock[0] += 20  # longer than expected: what follows is still ahead
+        assert drawn(progress, 24)[-1].strip() == "about 44 s left"
+    with LiveProgress(console, STAGES, expected={**expected, "07-build": None}) as progress:
+        progress.step_started("00-export", "export v0")
+        lines = drawn(progress, 24)
+        assert lines[1].endswith("v0, about 10 s left")
+        assert len(lines) == 3

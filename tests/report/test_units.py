@@ -23,6 +23,7 @@ def test_suffixes_and_signs() -> None:
     assert units.size(980) == "980 B"
     assert units.seconds(192.2) == "3 min 12 s"
     assert units.seconds(3720) == "1 h 2 min"
+    assert [units.time_left(s) for s in (4.4, 192.2)] == ["about 4 s left", "about 3 min 12 s left"]
     assert units.signed(-0.001) == "0.00"
     assert units.signed(-0.277) == "−0.28"
     assert units.interval([0.4012, 0.4231]) == "0.401–0.423"
