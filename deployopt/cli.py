@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from deployopt.pipeline import Plan
+    from deployopt.report import Report
+    from deployopt.report.live import LiveProgress
 
 app = typer.Typer(
     name="deployopt",
@@ -408,9 +410,15 @@ def compare(
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="A row that the base measured and NEW did not misses no gate.")] = False,
     row: Annotated[list[str] | None, typer.Option(metavar="ROW", help="Only variant/backend/precision/bN. Repeatable.")] = None,
     rerun: Annotated[bool, typer.Option("--rerun", help="Measure both runs' artifacts again, interleaved on this machine.")] = False,
-    lifetimes: Annotated[int, typer.Option(min=3, help="With --rerun: process lifetimes of each row, at least; at most twice as many.")] = 5,
-    precision: Annotated[str, typer.Option(metavar="PERCENT", help="With --rerun: add lifetimes until the interval reaches no further to either side.")] = "1%",
-    seconds: Annotated[float, typer.Option(min=0.1, help="With --rerun: timed for each artifact and lifetime.")] = 1.0,
+    lifetimes: Annotated[int | None, typer.Option(min=3, help="With --rerun: process lifetimes of each row, at least (5); at most twice as many.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="PERCENT", help="With --rerun: add lifetimes until the interval reaches no further to either side (1%).")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.1, help="With --rerun: timed for each artifact and lifetime (1).")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="With --rerun: time with test images of this data set, as eval takes it; else with natural-looking noise."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="With --rerun: CPU threads; by default the base row's.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write Markdown here.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit here.")] = None,
@@ -435,13 +443,15 @@ def compare(
         _limit("--max-accuracy-drop", max_accuracy_drop, "pp", 1.0),
         allow_missing,
     )
-    narrow = _quantity("--precision", precision, "%", 0.01)
+    again = {"--lifetimes": lifetimes, "--precision": precision, "--seconds": seconds, "--threads": threads, "--data": data}
+    if not rerun and (idle := [name for name, given in again.items() if given is not None]):
+        raise UsageError(f"{', '.join(idle)} would do nothing: stored reports are compared as they are", "add --rerun to measure again")
+    narrow = None if precision is None else _quantity("--precision", precision, "%", 0.01)
     before, after, measured = reports.load(base), reports.load(new), None
     if rerun:
-        from deployopt.bench import rerun as again
-
+        told = {"lifetimes": lifetimes, "precision": narrow, "seconds": seconds, "threads": threads}
         with LiveProgress(_console(stderr=True), [], quiet=quiet) as live:
-            measured = again.rerun(before, after, again.Plan(lifetimes, narrow, seconds, threads), live, row or ())
+            measured = _measured_again(before, after, {name: value for name, value in told.items() if value is not None}, row or (), data, live)
     folders = [path if path.is_dir() else path.parent for path in (base, new)]
     result = compare_reports(before, after, folders[0], folders[1], gates, only=row or (), reran=measured).to_json()
     if json_:
@@ -459,6 +469,14 @@ def compare(
             trend.append(history, trend.entry(after, result))
     if not result["gate"]["met"]:
         raise typer.Exit(1)
+
+
+def _measured_again(before: Report, after: Report, told: dict[str, Any], rows: Sequence[str], data: str | None, live: LiveProgress) -> dict[str, Any]:
+    """What `compare --rerun` judges by. `told`: of `rerun.Plan`, what is not to be as it is by default."""
+    from deployopt import pipeline
+    from deployopt.bench.rerun import Plan, rerun
+
+    return dict(rerun(before, after, Plan(**told), live, rows, None if data is None else pipeline.timing_images(data, live)))
 
 
 @app.command()

@@ -77,6 +77,20 @@ def test_what_is_no_comparable_report_is_named(tmp_path: Path, base: Path, text:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--lifetimes", "4", "--data", "digits"], "--lifetimes, --data would do nothing"),
+        (["--rerun", "--data", "digit"], "did you mean 'digits'"),
+        (["--rerun", "--precision", "1 ms"], "--precision"),
+    ],
+)
+def test_options_of_a_rerun_are_refused_where_they_mean_nothing(base: Path, options: list[str], said: str) -> None:
+    done = deployopt("compare", base, base, *options)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
 def test_history_shows_what_compare_appended(tmp_path: Path, base: Path) -> None:
     history = tmp_path / "h.jsonl"
     for name, p50 in (("one", 1.0), ("two", 1.1)):

@@ -46,8 +46,10 @@ class Plan:
     settings: Settings = field(default_factory=Settings)
 
 
-def rerun(base: Report, new: Report, plan: Plan, progress: Progress, only: Sequence[str] = ()) -> dict[str, Reran | str]:
-    """Measure each row of both runs (`only` these if any are named), or say why one was not.
+def rerun(
+    base: Report, new: Report, plan: Plan, progress: Progress, only: Sequence[str] = (), images: NDArray[np.uint8] | None = None
+) -> dict[str, Reran | str]:
+    """Measure each row of both runs (`only` these if any are named) on `images` (as `measure_pair` takes them), or say why one was not.
 
     Load and throttling hit both sides of a round alike, so a lifetime that would make a stored row invalid counts here, and the row says so.
 
@@ -66,7 +68,7 @@ def rerun(base: Report, new: Report, plan: Plan, progress: Progress, only: Seque
     with progress.track("measure again", len(wanted)) as bar:
         for key in wanted:
             try:
-                found[key] = _measure_again((before[key], after[key]), (_folder(base), _folder(new)), plan, progress)
+                found[key] = _measure_again((before[key], after[key]), (_folder(base), _folder(new)), plan, progress, images)
             except DeployoptError as exc:
                 found[key] = _on_one_line(reason_of(exc))
             bar.advance(1, key)
@@ -79,14 +81,14 @@ def _folder(report: Report) -> Path:
     return report.folder
 
 
-def _measure_again(rows: tuple[JsonRow, JsonRow], folders: tuple[Path, Path], plan: Plan, progress: Progress) -> Reran | str:
+def _measure_again(rows: tuple[JsonRow, JsonRow], folders: tuple[Path, Path], plan: Plan, progress: Progress, images: NDArray[np.uint8] | None) -> Reran | str:
     subjects = []
     threads = plan.threads or rows[0].get("threads") or host.usable_cores()
     for side, row, folder in zip(("base", "new"), rows, folders, strict=True):
         target, device = resolve(f"{folder}:{summary.row_key(row)}"), (row.get("contract") or {}).get("device", "cpu")
         scenario = Scenario(row.get("scenario") or "single_stream", threads)
         subjects.append(Subject(side, opener(target.backend), target.path, scenario.options(target.session_options(threads, device)), scenario.name))
-    pairs = measure_pair((subjects[0], subjects[1]), rows[0]["batch"], plan, progress)
+    pairs = measure_pair((subjects[0], subjects[1]), rows[0]["batch"], plan, progress, images)
     return pairs if isinstance(pairs, str) else summarize(pairs)
 
 

@@ -385,23 +385,31 @@ def _group_sensitivity(found: Mapping[str, Any], position: int, task: Mapping[st
 
 
 def _confusion(report: Report) -> Section | None:
-    variant = next((v for v in reversed(report["variants"]) if (v.get("details") or {}).get("confusion")), None)
-    if variant is None:
+    """Of every variant that has one, the last on top and the others folded; the pairs most often confused, variant by variant."""
+    variants = [v for v in reversed(report["variants"]) if (v.get("details") or {}).get("confusion")]
+    if not variants:
         return None
-    matrix = variant["details"]["confusion"]
-    classes = [str(c) for c in variant["details"].get("classes") or report.get("classes") or range(len(matrix))]
-    pairs = sorted(((n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if i != j and n), reverse=True)[:WORST_PAIRS]
-    table = (["truth", "predicted", "times", "of"], [[classes[i], classes[j], str(n), str(sum(matrix[i]))] for n, i, j in pairs])
-    title, total = f"Confusion matrix: {variant['name']}", sum(map(sum, matrix))
-    right = sum(matrix[i][i] for i in range(len(matrix)))
-    lead = f"{right} of {total} right."
-    if len(classes) > CLASSES_DRAWN:
-        return Section("confusion", title, [], f"{lead} {len(classes)} classes are too many to draw; the pairs most often confused are below.", table)
+    leads, pairs = [], []
+    figures: list[Figure] = []
+    for variant in variants:
+        name, matrix = variant["name"], variant["details"]["confusion"]
+        classes = [str(c) for c in variant["details"].get("classes") or report.get("classes") or range(len(matrix))]
+        leads.append(f"{name}: {sum(matrix[i][i] for i in range(len(matrix)))} of {sum(map(sum, matrix))} right")
+        wrong = sorted(((n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if i != j and n), reverse=True)[:WORST_PAIRS]
+        pairs += [[name, classes[i], classes[j], str(n), str(sum(matrix[i]))] for n, i, j in wrong]
+        if len(classes) <= CLASSES_DRAWN:
+            figures.append(_confusion_figure(f"Confusion matrix: {name}", matrix, classes, folded=bool(figures)))
+    lead = f"{'; '.join(leads)}."
+    if not figures:
+        lead = f"{lead} {len(classes)} classes are too many to draw; the pairs most often confused are below."
+    return Section("confusion", "Confusion matrices", figures, lead, (["variant", "truth", "predicted", "times", "of"], pairs))
 
+
+def _confusion_figure(title: str, matrix: Sequence[Sequence[int]], classes: Sequence[str], *, folded: bool) -> Figure:
     def draw(width: float) -> Markup:
         return charts.confusion(matrix, classes, min(width, 620.0), title)
 
-    return Section("confusion", title, [Figure("", charts.responsive(draw))], lead, table)
+    return Figure(title, charts.responsive(draw), folded=folded)
 
 
 def _row_table(report: Report) -> list[dict[str, Any]]:

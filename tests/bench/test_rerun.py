@@ -67,6 +67,12 @@ def test_a_slower_artifact_is_slower_when_measured_again(runs):
     assert row.memory_ratio == pytest.approx(1, abs=0.5)
 
 
+def test_images_that_are_given_are_what_is_timed(runs):
+    base, new = runs
+    (said,) = rerun(base, new, QUICK, SilentProgress(), images=np.zeros((4, 5, 5, 3), np.uint8)).values()
+    assert "found images of [1, 3, 5, 5]" in said
+
+
 def test_an_offline_row_is_measured_offline_again_and_judged_by_throughput(tmp_path, monkeypatch):
     base, new = run_folder(tmp_path / "base", "offline"), run_folder(tmp_path / "new", "offline", channels=48, layers=4)
     opened = []

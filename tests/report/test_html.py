@@ -79,11 +79,22 @@ def test_hostile_names_are_text(report: dict[str, Any]) -> None:
     assert "alert" in "".join(page.text)
 
 
+def test_every_variant_has_its_confusion_matrix_and_the_last_is_open(report: dict[str, Any]) -> None:
+    first, last = report["variants"][0], report["variants"][-1]
+    first["details"] = {**last["details"], "confusion": [[54 if i == j else 0 for j in range(10)] for i in range(10)]}
+    page = render(report)
+    shown, _, folded = page[page.index('id="confusion"') :].partition("<details><summary>Confusion matrix: ")
+    assert f"Confusion matrix: {last['name']}" in shown
+    assert folded.startswith(first["name"])
+    assert f"{last['name']}: 533 of 540 right; {first['name']}: 540 of 540 right." in " ".join(Page(page).text)
+
+
 def test_too_many_classes_become_a_table_of_worst_pairs(report: dict[str, Any]) -> None:
     n = 200
     matrix = [[50 if i == j else 0 for j in range(n)] for i in range(n)]
     matrix[3][7] = 9
-    report["variants"][-1]["details"] = {"confusion": matrix, "classes": [f"class {i}" for i in range(n)]}
+    for variant in report["variants"]:
+        variant["details"] = {"confusion": matrix, "classes": [f"class {i}" for i in range(n)]}
     text = " ".join(Page(render(report)).text)
     assert "200 classes are too many to draw" in text
     assert "class 7" in text
