@@ -63,16 +63,16 @@ class Timing(Candidates):
         """p50 of the parent alone."""
         return float(self._measured({}, SECONDS, 0)[PARENT].host["p50"])
 
-    def compare(self, candidates: Mapping[str, Network], lifetimes: int = 1, seconds: float = SECONDS) -> dict[str, Reading]:
+    def compare(self, candidates: Mapping[str, Network], lifetimes: int = 1, seconds: float | None = None) -> dict[str, Reading]:
         """Time candidates and the parent in shuffled rounds, in new processes for each of `lifetimes`.
 
         Args:
-            seconds: for each network in each lifetime, at least.
+            seconds: for each network in each lifetime, at least; None: `SECONDS`.
 
         Raises:
             BuildFailed, ExportFailed: of a candidate. StageFailed: one could not be timed.
         """
-        found = [self._measured(candidates, seconds, seed) for seed in range(lifetimes)]
+        found = [self._measured(candidates, seconds or SECONDS, seed) for seed in range(lifetimes)]
         return {key: _reading([(results[key], results[PARENT]) for results in found]) for key in candidates}
 
     def _measured(self, candidates: Mapping[str, Network], seconds: float, seed: int) -> dict[str, Measured]:

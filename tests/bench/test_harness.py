@@ -156,7 +156,7 @@ def test_other_load_is_seen(model):
     assert found.contract["load"]["other_cpu_percent"] > 25
     pressure = found.contract["load"]["pressure_percent"]
     assert pressure is None or pressure > 25  # None: this kernel keeps no pressure stall information
-    assert "other processes used" in found.invalid
+    assert "other processes used" in found.invalid or "processes waited for a CPU" in found.invalid  # by how the kernel shared the cores out
 
 
 def test_a_slow_subject_stops_in_time_and_says_so(model):

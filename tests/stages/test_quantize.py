@@ -71,7 +71,7 @@ def test_a_pruned_and_quantised_network_is_exported_as_torch_computes_it(run_sta
     assert record["parity"]["checked"]
     assert record["parity"]["agreement"] >= 0.95
     assert record["macs"] == trained_int8[-1].record["macs"]
-    assert record["nodes"]["QuantizeLinear"] > 20
+    assert record["nodes"]["QuantizeLinear"] >= 10  # one for each layer's input
     model = onnx.load(step.folder / "int8.onnx")
     metadata = {p.key: p.value for p in model.metadata_props}
     assert json.loads(metadata["deployopt.classes"]) == ["0", "1", "2"]
