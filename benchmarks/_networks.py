@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from onnx import ModelProto
 
-from deployopt.bench.artifacts import natural_noise
+from deployopt.bench.images import natural_noise
 from deployopt.nn import CIFAR_ARCHITECTURES, export, models
 from deployopt.nn.models import Network
 from deployopt.nn.prepared import Prepared, Scheme

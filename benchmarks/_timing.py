@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deployopt.bench.artifacts import SYNTHETIC, opener
 from deployopt.bench.harness import Failure, Images, Measured, Settings, Subject, measure, speedup
+from deployopt.bench.images import SYNTHETIC
+from deployopt.bench.targets import opener
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
 

@@ -23,10 +23,11 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from deployopt.bench.artifacts import natural_noise, opener
 from deployopt.bench.disturbance import Limits
 from deployopt.bench.environment import environment
 from deployopt.bench.harness import Measured, Settings, Subject, measure
+from deployopt.bench.images import natural_noise
+from deployopt.bench.targets import opener
 from deployopt.runtime import onnxruntime_session, openvino_session
 from deployopt.runtime.clock import now_ns, seconds_since
 from deployopt.runtime.preprocessing import to_feed

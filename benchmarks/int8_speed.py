@@ -26,8 +26,8 @@ import numpy as np
 from _timing import Pair, interleaved
 
 from deployopt.backends import onnxruntime, openvino
-from deployopt.bench.artifacts import natural_noise
 from deployopt.bench.environment import environment
+from deployopt.bench.images import natural_noise
 from deployopt.runtime.preprocessing import to_feed
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -86,7 +86,7 @@ def open_session(artifact: str | Path, backend: str | None = None, *, threads: i
     Raises:
         UsageError: nothing is there, or a file of unknown kind. BackendUnavailable, DeviceUnavailable, ArtifactCorrupt, ArtifactMismatch.
     """
-    from deployopt.bench.artifacts import open_artifact
+    from deployopt.bench.inference import open_artifact
     from deployopt.runtime.session import SessionOptions
 
     return open_artifact(artifact, backend, SessionOptions(threads=threads, device=device))

@@ -359,7 +359,7 @@ def predict(
 ) -> None:
     """Predict images with the same preprocessing that evaluation uses."""
     from deployopt import pipeline
-    from deployopt.bench.artifacts import predict as run_predict
+    from deployopt.bench.inference import predict as run_predict
     from deployopt.report.live import LiveProgress
     from deployopt.runtime import host
 

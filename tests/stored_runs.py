@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from deployopt.runtime.hashing import sha256_file
+
 KEY = "qat/onnxruntime/int8/b1"
 
 
@@ -41,3 +43,11 @@ def write(folder: Path, p50_ms: float, **changes: Any) -> Path:
     (folder / "samples.json").write_text(json.dumps({"row": KEY, "host_block_medians": medians, "block_throughputs_per_s": [1000 / m for m in medians]}))
     (folder / "report.json").write_text(json.dumps(report))
     return folder
+
+
+def around(artifact: Path, **document: Any) -> Path:
+    """The artifact's folder as a run whose only row is that artifact."""
+    facts = {"path": artifact.name, "sha256": sha256_file(artifact), "bytes": artifact.stat().st_size}
+    row = {"variant": "qat", "backend": "onnxruntime", "precision": "fp32", "batch": 1, "status": "ok", "artifact": facts}
+    (artifact.parent / "report.json").write_text(json.dumps({"schema": 1, "variants": [], "rows": [row], **document}))
+    return artifact.parent

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from deployopt.bench.artifacts import SYNTHETIC, images_for
 from deployopt.bench.comparison import Reran, check_same_recipe, chosen
 from deployopt.bench.environment import reason_of
 from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject
+from deployopt.bench.images import SYNTHETIC, images_for
 from deployopt.bench.scenarios import Scenario
 from deployopt.bench.targets import opener, resolve
 from deployopt.errors import ArtifactError, DeployoptError, UsageError

@@ -58,6 +58,11 @@ class Target:
     def session_options(self, threads: int, device: str) -> SessionOptions:
         return SessionOptions(threads, device, self.precision, self.options)
 
+    def facts(self) -> dict[str, Any]:
+        """What a row says of its file."""
+        found = Artifact.of(self.kind, self.path)
+        return {"path": self.path.name, "sha256": found.sha256, "bytes": found.size_bytes}
+
 
 class Description(NamedTuple):
     """What is recorded of an artifact beside its weights.

@@ -32,7 +32,7 @@ def evaluate(
     device: str = "cpu",
     progress: Progress,
 ) -> dict[str, Any]:
-    """Score an artifact on the test split of a data set; see `bench.artifacts.evaluate`.
+    """Score an artifact on the test split of a data set; see `bench.inference.evaluate`.
 
     Args:
         data_spec: "NAME" or "NAME:KEY=VALUE,KEY=VALUE" with the options of a recipe's `data` section, VALUE in YAML.
@@ -41,12 +41,12 @@ def evaluate(
         RecipeError: every problem of the data options at once.
         UsageError, DataNotFound, MissingDependency, ArtifactError, WorkerDied.
     """
-    from deployopt.bench import artifacts
+    from deployopt.bench import inference
 
     source, config = data_of(data_spec)
     scorer: Task = plugins.find("tasks", task)
     cores = threads or host.usable_cores()
-    return artifacts.evaluate(artifact, data.load(source, config, progress), scorer, backend=backend, threads=cores, device=device, progress=progress)
+    return inference.evaluate(artifact, data.load(source, config, progress), scorer, backend=backend, threads=cores, device=device, progress=progress)
 
 
 def timing_images(data_spec: str, progress: Progress) -> NDArray[np.uint8]:

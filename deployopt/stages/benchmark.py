@@ -262,7 +262,7 @@ def _built(context: StageContext, config: Config, point: Point, output: StepOutp
 
 
 def _candidate(context: StageContext, row: Row, artifact: Artifact | None, backend: str, options: SessionOptions) -> _Candidate:
-    from deployopt.bench.artifacts import opener
+    from deployopt.bench.targets import opener
 
     if artifact is not None:
         row = replace(row, artifact={"path": _inside(artifact.path, context.run_folder), "sha256": artifact.sha256, "bytes": artifact.size_bytes})

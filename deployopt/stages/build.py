@@ -190,7 +190,7 @@ def _parity(context: StageContext, name: str, artifact: Artifact, canonical: Pat
         return {"checked": False, "reason": UNCHECKED[request.precision]}, None
     from deployopt.backends._shared import load
     from deployopt.bench.accuracy import outputs_of
-    from deployopt.bench.artifacts import opener
+    from deployopt.bench.targets import opener
     from deployopt.graph import macs
     from deployopt.runtime.worker import Worker
 

@@ -7,10 +7,10 @@ import tiny_onnx
 
 from deployopt import report as reports
 from deployopt.artifact import Row
-from deployopt.bench.artifacts import natural_noise
 from deployopt.bench.comparison import Gates, compare
 from deployopt.bench.disturbance import Limits
 from deployopt.bench.harness import Settings, Subject, measure, with_figures, write_samples
+from deployopt.bench.images import natural_noise
 from deployopt.bench.repeats import aa_repeats
 from deployopt.bench.rerun import Plan, half_width, measure_pair, rerun, summarize
 from deployopt.bench.scenarios import Scenario

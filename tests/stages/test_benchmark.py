@@ -8,7 +8,7 @@ import tiny_onnx
 from pydantic import ValidationError
 
 from deployopt.artifact import Artifact
-from deployopt.bench import artifacts as bench_artifacts
+from deployopt.bench import targets
 from deployopt.bench.targets import opener
 from deployopt.errors import OptionRefused
 from deployopt.runtime.progress import SilentProgress
@@ -42,7 +42,7 @@ class Split:
 def context(tmp_path, monkeypatch):
     """A run whose sessions are the tests' own: NaN outputs for "nan", OpenVINO for "real_openvino", ONNX Runtime for all others, "torch" included."""
     names = {"nan": "worker_openers:NanSession", "tensorrt": "worker_openers:GraphSession", "real_openvino": "deployopt.runtime.openvino_session:open_session"}
-    monkeypatch.setattr(bench_artifacts, "opener", lambda backend: names.get(backend, "worker_openers:OnnxRuntimeSession"))
+    monkeypatch.setattr(targets, "opener", lambda backend: names.get(backend, "worker_openers:OnnxRuntimeSession"))
     (tmp_path / "step").mkdir()
     dataset = SimpleNamespace(test=Split(40), classes=tuple("0123456789"))
     return StageContext(
@@ -244,7 +244,7 @@ def test_sweeps_are_strict(bad):
 @pytest.fixture
 def profiling(context, monkeypatch):
     """A run's context, in which backends are those of their names."""
-    monkeypatch.setattr(bench_artifacts, "opener", lambda backend: f"deployopt.backends.{backend}:open")
+    monkeypatch.setattr(targets, "opener", lambda backend: f"deployopt.backends.{backend}:open")
     return context
 
 
@@ -269,7 +269,7 @@ def test_profiles_can_be_left_out(profiling):
 
 
 def test_a_profiler_that_crashes_costs_neither_latency_nor_accuracy(context, monkeypatch):
-    monkeypatch.setattr(bench_artifacts, "opener", lambda backend: "worker_openers:CrashingProfile")
+    monkeypatch.setattr(targets, "opener", lambda backend: "worker_openers:CrashingProfile")
     (row,) = benchmark.run(context, config(), Expansion(inputs=(DENSE,)), [output(context, DENSE, {}, layers=1)]).record["rows"]
     assert row["status"] == "ok"
     assert row["accuracy"]["n"] == 40
@@ -294,7 +294,7 @@ def test_compiled_rows_stand_beside_the_eager_ones_of_float_variants(context):
 
 def test_without_a_compiler_the_compiled_row_is_unavailable_with_the_remedy(context, monkeypatch):
     pytest.importorskip("torch")
-    monkeypatch.setattr(bench_artifacts, "opener", opener)
+    monkeypatch.setattr(targets, "opener", opener)
     monkeypatch.setenv("CXX", "no-such-compiler")
     settings = config(torch_compile=True, accuracy=False)
     result = benchmark.run(context, settings, Expansion(inputs=(DENSE,)), [output(context, DENSE, {}, seed=0)])

@@ -11,7 +11,7 @@ from residual_onnx import LAYERS, quantized, residual
 
 from deployopt import backends, plugins
 from deployopt.artifact import Artifact, Availability
-from deployopt.bench import artifacts as bench_artifacts
+from deployopt.bench import targets
 from deployopt.data import ArraySet
 from deployopt.errors import BuildFailed
 from deployopt.graph.canonical import canonicalize
@@ -57,7 +57,7 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch):
     backend = Fake()
-    monkeypatch.setattr(bench_artifacts, "opener", lambda name: backend.opener)
+    monkeypatch.setattr(targets, "opener", lambda name: backend.opener)
     entry = SimpleNamespace(name="fake", load=lambda: backend)
     theirs = plugins._theirs
     monkeypatch.setattr(plugins, "_theirs", lambda kind: {"fake": entry} if kind == "backends" else theirs(kind))
