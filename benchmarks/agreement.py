@@ -141,6 +141,7 @@ def main() -> int:
         backend, tool = name.split(" ", 1)
         ratios[f"ours / {tool} ({backend})"] = bootstrap_ratio(medians[backend], medians[name], paired=True)
     facts = {"arch": arguments.arch, "image_size": arguments.image_size, "threads": arguments.threads, "seconds": arguments.seconds, "limit": LIMIT}
+    facts["rounds"] = arguments.rounds
     RESULTS.mkdir(exist_ok=True)
     found = {
         **facts,

@@ -40,8 +40,8 @@ PAIRS = (
 CALIBRATION_IMAGES = 16
 
 
-def files(arch: str, image_size: int, folder: Path, nncf_python: str) -> tuple[dict[str, Path], str | None]:
-    """What is timed, by "backend/precision", and why NNCF's is not among it, if so."""
+def files(arch: str, image_size: int, folder: Path, nncf_python: str) -> tuple[dict[str, Path], dict[str, Any]]:
+    """What is timed, by "backend/precision", and {"no_nncf": why NNCF's is not among it, or None; "nncf": the versions it was made with}."""
     canonical = _networks.canonical(arch, image_size)
     for name, model in (("fp32", canonical.fp32), ("int8", canonical.int8)):
         (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
@@ -54,8 +54,8 @@ def files(arch: str, image_size: int, folder: Path, nncf_python: str) -> tuple[d
     command = [nncf_python, str(NNCF), str(folder / "fp32.onnx"), str(folder / "images.npy"), str(folder / "nncf.xml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        return found, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return {**found, "openvino/nncf": folder / "nncf.xml"}, None
+        return found, {"no_nncf": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1], "nncf": None}
+    return {**found, "openvino/nncf": folder / "nncf.xml"}, {"no_nncf": None, "nncf": json.loads(done.stdout.strip().splitlines()[-1])}
 
 
 def markdown(networks: dict[str, Any], facts: dict[str, Any]) -> str:
@@ -78,6 +78,8 @@ def markdown(networks: dict[str, Any], facts: dict[str, Any]) -> str:
             invalid = sum(bool(r["rows"][key]["invalid"]) for r in rounds for key in (slow, fast))
             shown = f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
             lines.append(f"| {arch} | {batch} | {label} | {shown} | {len(values)} | {invalid} of {2 * len(values)} rows |")
+        if network["nncf"]:
+            lines.append(f"| {arch} | | NNCF's network | by NNCF {network['nncf']['nncf']}, OpenVINO {network['nncf']['openvino']} | | |")
         if network["no_nncf"]:
             lines.append(f"| {arch} | | {PAIRS[-1][0]} | not measured: {network['no_nncf']} | | |")
     return "\n".join(lines) + "\n"
@@ -96,7 +98,7 @@ def main() -> None:
     networks: dict[str, Any] = {}
     for arch in arguments.archs:
         with TemporaryDirectory() as folder:
-            paths, no_nncf = files(arch, arguments.image_size, Path(folder), arguments.nncf_python)
+            paths, nncf = files(arch, arguments.image_size, Path(folder), arguments.nncf_python)
             settings: dict[str, Any] = {"threads": arguments.threads, "seconds": arguments.seconds}
             shape = (arguments.image_size, arguments.image_size, 3)
             rounds = [
@@ -104,8 +106,8 @@ def main() -> None:
                 for seed in range(arguments.rounds)
                 for batch in arguments.batch_sizes
             ]
-        networks[arch] = {"rounds": rounds, "no_nncf": no_nncf}
-        print(arch, *(f"b{r['batch']} {r['ratios']}" for r in rounds), no_nncf or "", sep="\n  ", flush=True)
+        networks[arch] = {"rounds": rounds, **nncf}
+        print(arch, *(f"b{r['batch']} {r['ratios']}" for r in rounds), nncf["no_nncf"] or "", sep="\n  ", flush=True)
     facts = {"threads": arguments.threads, "image_size": arguments.image_size, "environment": environment(("onnxruntime", "openvino"))}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "int8_speed.json").write_text(json.dumps({**facts, "networks": networks}, indent=2) + "\n")

@@ -3,6 +3,7 @@
 python benchmarks/nncf_quantize.py MODEL.onnx IMAGES.npy OUT.xml     # IMAGES: float32 [n, C, H, W] in 0-1
 """
 
+import json
 import sys
 
 import nncf
@@ -15,6 +16,7 @@ def main() -> None:
     samples = [image[None] for image in np.load(images)]
     quantized = nncf.quantize(openvino.Core().read_model(source), nncf.Dataset(samples), subset_size=len(samples))
     openvino.save_model(quantized, target, compress_to_fp16=False)
+    print(json.dumps({"nncf": nncf.__version__, "openvino": openvino.__version__}))
 
 
 if __name__ == "__main__":

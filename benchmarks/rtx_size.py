@@ -77,9 +77,9 @@ def sizes(arch: str, macs_ratio: float, capability: float) -> Sizes:
     )
 
 
-def markdown(rows: list[Sizes], settings: dict[str, Any]) -> str:
+def markdown(rows: list[Sizes], settings: dict[str, Any], date: str) -> str:
     lines = [
-        f"TensorRT-RTX {settings['version']}, compute capability {settings['compute_capability']}, profile 1 to {max(BATCH_SIZES)} images.",
+        f"TensorRT-RTX {settings['version']}, compute capability {settings['compute_capability']}, profile 1 to {max(BATCH_SIZES)} images, {date}.",
         "",
         "| network | dense FP32, MB | pruned INT8, MB | ratio | both compressed | MACs kept | layers in INT8 |",
         "|---|---|---|---|---|---|---|",
@@ -109,10 +109,10 @@ def main() -> None:
         rows.append(sizes(arch, arguments.macs_ratio, arguments.compute_capability))
         print(rows[-1], flush=True)
     settings = {"version": tensorrt_rtx.probe().version, "compute_capability": arguments.compute_capability, "batch_sizes": BATCH_SIZES}
-    found = {"settings": settings, "environment": environment(tensorrt_rtx.distributions), "rows": [asdict(r) for r in rows]}
+    found: dict[str, Any] = {"settings": settings, "environment": environment(tensorrt_rtx.distributions), "rows": [asdict(r) for r in rows]}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "rtx_size.json").write_text(json.dumps(found, indent=2) + "\n")
-    (RESULTS / "rtx_size.md").write_text(markdown(rows, settings))
+    (RESULTS / "rtx_size.md").write_text(markdown(rows, settings, found["environment"]["utc"]))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import os
 import shlex
 import sys
@@ -274,8 +275,11 @@ def doctor(json_: JsonOption = False) -> None:
 
 @app.command()
 def bench(
-    artifacts: Annotated[list[str], typer.Argument(metavar="ARTIFACT...", help=".onnx, engine, or RUN:variant/backend/precision/b1.", show_default=False)],
-    backend: Annotated[str | None, typer.Option(help="Runtime; by default from the file's kind.")] = None,
+    artifacts: Annotated[
+        list[str],
+        typer.Argument(metavar="ARTIFACT...", help=".onnx, engine, model.safetensors, run, or RUN:variant/backend/precision/b1.", show_default=False),
+    ],
+    backend: Annotated[str | None, typer.Option(help="Runtime; by default the row's, or from the file's kind.")] = None,
     batch: Annotated[str | None, typer.Option(metavar="N[,N...]", help="Batch sizes; by default the one that a row's address ends in, else 1.")] = None,
     data: Annotated[
         str | None, typer.Option(metavar="SPEC", help="Time with test images of this data set, as eval takes it; by default with natural-looking noise.")
@@ -297,6 +301,7 @@ def bench(
     from deployopt.report import terminal
     from deployopt.report.live import LiveProgress
 
+    _finite("--seconds", seconds)
     sizes, place = None if batch is None else _integers("--batch", batch), pipeline.choose_device(device)
     with LiveProgress(_console(stderr=True), [], quiet=quiet) as live:
         rows = bench_artifacts(
@@ -408,7 +413,7 @@ def compare(
     max_size_regression: Annotated[str | None, typer.Option(metavar="PERCENT", help="Gate on the artifact's bytes, as 1%.")] = None,
     max_accuracy_drop: Annotated[str | None, typer.Option(metavar="POINTS", help="Gate, as 0.5pp.")] = None,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="A row that the base measured and NEW did not misses no gate.")] = False,
-    row: Annotated[list[str] | None, typer.Option(metavar="ROW", help="Only variant/backend/precision/bN. Repeatable.")] = None,
+    row: Annotated[list[str] | None, typer.Option(metavar="ROW", help="Only this row, by its address (variant/backend/precision/bN). Repeatable.")] = None,
     rerun: Annotated[bool, typer.Option("--rerun", help="Measure both runs' artifacts again, interleaved on this machine.")] = False,
     lifetimes: Annotated[int | None, typer.Option(min=3, help="With --rerun: process lifetimes of each row, at least (5); at most twice as many.")] = None,
     precision: Annotated[
@@ -446,6 +451,7 @@ def compare(
     again = {"--lifetimes": lifetimes, "--precision": precision, "--seconds": seconds, "--threads": threads, "--data": data}
     if not rerun and (idle := [name for name, given in again.items() if given is not None]):
         raise UsageError(f"{', '.join(idle)} would do nothing: stored reports are compared as they are", "add --rerun to measure again")
+    _finite("--seconds", seconds)
     narrow = None if precision is None else _quantity("--precision", precision, "%", 0.01)
     before, after, measured = reports.load(base), reports.load(new), None
     if rerun:
@@ -453,7 +459,8 @@ def compare(
         with LiveProgress(_console(stderr=True), [], quiet=quiet) as live:
             measured = _measured_again(before, after, {name: value for name, value in told.items() if value is not None}, row or (), data, live)
     folders = [path if path.is_dir() else path.parent for path in (base, new)]
-    result = compare_reports(before, after, folders[0], folders[1], gates, only=row or (), reran=measured).to_json()
+    shown = None if data is None else f"test images of {data}"
+    result = compare_reports(before, after, folders[0], folders[1], gates, only=row or (), reran=measured, images=shown).to_json()
     if json_:
         _print_json(result)
     else:
@@ -608,6 +615,12 @@ def _integers(option: str, text: str) -> tuple[int, ...]:
     if not all(p.isdecimal() and int(p) > 0 for p in parts):
         raise UsageError(f"{option}: wanted positive whole numbers such as 1,8; found '{text}'")
     return tuple(int(p) for p in parts)
+
+
+def _finite(option: str, value: float | None) -> None:
+    """`inf` and `nan` are numbers to the option parser."""
+    if value is not None and not math.isfinite(value):
+        raise UsageError(f"{option}: wanted a number of seconds, found {value}")
 
 
 def _limit(option: str, text: str | None, unit: str, scale: float) -> float | None:

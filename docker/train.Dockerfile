@@ -1,5 +1,6 @@
 # The whole chain on an NVIDIA GPU: docker build -f docker/train.Dockerfile -t deployopt:train .
-#   docker run --gpus all -v "$PWD:/workspace" deployopt:train run recipes/resnet18_int8.yaml
+#   docker run --gpus all -v "$PWD:/workspace" -e XDG_CACHE_HOME=/workspace/.cache deployopt:train run recipes/resnet18_int8.yaml
+# It runs as user 1000, who must be allowed to write there: runs/ and the cache of finished steps are kept in that folder.
 FROM python:3.12-slim-bookworm
 
 # The CUDA libraries come with torch's wheels; only the driver comes from the host.

@@ -82,6 +82,7 @@ def test_what_is_no_comparable_report_is_named(tmp_path: Path, base: Path, text:
     [
         (["--lifetimes", "4", "--data", "digits"], "--lifetimes, --data would do nothing"),
         (["--rerun", "--data", "digit"], "did you mean 'digits'"),
+        (["--rerun", "--seconds", "inf"], "--seconds: wanted a number of seconds, found inf"),
         (["--rerun", "--precision", "1 ms"], "--precision"),
     ],
 )

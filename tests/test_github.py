@@ -88,7 +88,7 @@ class GitHub:
         (folder / "artifacts.json").write_text(json.dumps({"artifacts": artifacts}))
         (folder / "bin").mkdir()
         stub = folder / "bin/gh"
-        stub.write_text('#!/bin/sh\nif [ "$1" = api ]; then exec jq -r "$4" artifacts.json; fi\necho "$@" >> asked\n')
+        stub.write_text('#!/bin/sh\nif [ "$1" = api ]; then exec jq -r "$5" artifacts.json; fi\necho "$@" >> asked\n')
         stub.chmod(0o755)
         self.files = {name: folder / name for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")}
 

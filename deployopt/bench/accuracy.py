@@ -31,6 +31,21 @@ def outputs_of(infer: Infer, image_set: ImageSet, batch: int = 32) -> NDArray[np
     return np.concatenate(parts).astype(np.float32, copy=False)
 
 
+def finite(outputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Outputs [N, K] as they are.
+
+    Raises:
+        StageFailed: some are not finite; says of how many images.
+    """
+    good = np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)
+    if not good.all():
+        raise StageFailed(
+            f"outputs of {int((~good).sum())} of {len(outputs)} images are NaN or infinite",
+            "an FP16 model that overflows needs its range checked, or bf16 or fp32",
+        )
+    return outputs
+
+
 def score(
     infer: Infer, image_set: ImageSet, task: Task, references: Mapping[str, NDArray[Any]] | None = None, batch: int = 32
 ) -> tuple[dict[str, Any], NDArray[np.float32]]:
@@ -46,13 +61,7 @@ def score(
     Raises:
         StageFailed: outputs that are not finite.
     """
-    outputs = outputs_of(infer, image_set, batch)
-    finite = np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)
-    if not finite.all():
-        raise StageFailed(
-            f"outputs of {int((~finite).sum())} of {len(outputs)} images are NaN or infinite",
-            "an FP16 model that overflows needs its range checked, or bf16 or fp32",
-        )
+    outputs = finite(outputs_of(infer, image_set, batch))
     result: dict[str, Any] = {"primary": task.primary, **task.score(outputs, image_set.targets)}
     for prefix, reference in (references or {}).items():
         result.update({f"{prefix}{name}": value for name, value in task.agree(outputs, reference).items()})

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from deployopt import backends
 from deployopt.artifact import Row
 from deployopt.bench import profiles
-from deployopt.bench.environment import environment, reason_of
+from deployopt.bench.environment import environment
 from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject, speedup, with_figures
 from deployopt.bench.images import SYNTHETIC, images_for
 from deployopt.bench.scenarios import Scenario, ScenarioName
 from deployopt.bench.targets import TORCH_OPENERS, Target, measured_rows, opener, resolve
-from deployopt.errors import DeployoptError, UsageError
+from deployopt.errors import UsageError
 from deployopt.runtime import host
 from deployopt.runtime.progress import Progress
 
@@ -116,16 +116,7 @@ def _given(group: Group, batch: int, images: NDArray[np.uint8] | None, seed: int
 
 def _measure(group: Group, batch: int, given: Mapping[str, NDArray[np.uint8]], source: str) -> dict[str, Measured | Failure]:
     found = group.measure(given, batch, source)
-    return {key: result if isinstance(result, Failure) else _checked(group, key, given[key][:batch], result) for key, result in found.items()}
-
-
-def _checked(group: Group, key: str, images: NDArray[np.uint8], result: Measured) -> Measured | Failure:
-    """What was measured, unless it computes something that is no number."""
-    try:
-        finite = np.isfinite(group.infer(key, images)).all()
-    except DeployoptError as exc:
-        return Failure(reason_of(exc))
-    return result if finite else Failure(f"its outputs are NaN or infinite for batches of {len(images)}")
+    return {key: result if isinstance(result, Failure) else group.checked(result, given[key]) for key, result in found.items()}
 
 
 def _row(row: Row, batch: int, results: dict[str, Measured | Failure], baseline_key: str) -> Row:

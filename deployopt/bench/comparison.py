@@ -394,7 +394,7 @@ def _lost(row: RowComparison, base: JsonRow | None, new: JsonRow | None, reran: 
         return None
     if new is None:
         return "its row is gone"
-    if reran:
+    if reran and new["status"] != "failed":
         return row.why if row.verdict == "not comparable" else None
     return None if summary.measured([new]) else _unmeasured(new)
 
@@ -440,8 +440,9 @@ def check_same_recipe(base: Report, new: Report) -> None:
         raise UsageError(f"wanted two runs scored by one metric, found {metrics[0]} and {metrics[1]}", "compare runs of the same task")
 
 
-def _notes(rows: Sequence[RowComparison], runs: tuple[_Run, _Run], reran: bool) -> list[str]:
-    notes = ["measured again with synthetic 1/f noise of each model's input size, not with the runs' images"] if reran else []
+def _notes(rows: Sequence[RowComparison], runs: tuple[_Run, _Run], reran: bool, images: str | None) -> list[str]:
+    shown = images or "synthetic 1/f noise of each model's input size, not with the runs' images"
+    notes = [f"measured again with {shown}"] if reran else []
     compared = [r for r in rows if r.verdict in COMPARED]
     if not reran and compared and any(r.noise_floor is None for r in compared):
         notes.append(
@@ -475,6 +476,7 @@ def compare(
     *,
     only: Sequence[str] = (),
     reran: Mapping[str, Reran | str] | None = None,
+    images: str | None = None,
 ) -> Comparison:
     """Compare the rows of two reports.
 
@@ -483,6 +485,7 @@ def compare(
         base_dir, new_dir: their run folders, for the stored block medians.
         only: addresses of the rows to compare; all if empty.
         reran: of `bench.rerun.rerun`: rows measured again, or why one was not; takes the place of the stored figures. Accuracy and size stay the reports'.
+        images: what those were timed with; None: noise.
 
     A row that the base measured and the new run did not misses any gate, and a gate of which nothing could be compared is missed: silence is no pass.
 
@@ -507,7 +510,7 @@ def compare(
     misses += _nothing_compared(rows, gates)
     names = [str(report.get("run") or (report.get("recipe") or {}).get("name") or folder.name) for report, folder in runs]
     time, where = (new.get("finished"), new.get("environment")) if reran is None else (None, environment(()))
-    notes = _notes(rows, runs, reran is not None)
+    notes = _notes(rows, runs, reran is not None, images)
     return Comparison(
         names[0], names[1], task, rows, gates, time or utc_now(), where or {}, reran is not None, _recipe_changes(base, new), notes, tuple(misses)
     )

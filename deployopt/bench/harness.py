@@ -36,7 +36,7 @@ from deployopt.runtime.worker import Memory, Opened, Worker
 
 Images = NDArray[np.uint8]
 
-HEADLINE_RUNS = 1000  # a row is long enough after these or after min_seconds
+HEADLINE_RUNS, HEADLINE_SECONDS = 1000, 3.0  # a row is long enough after either
 PAUSE_S = 0.02  # before each block: spin-waiting threads of the session before go to sleep
 RUNS_OF_A_STREAM = 4  # in a block, at least: at its end streams wait for the last of them
 LEAD_IN_MS, LEAD_IN_RUNS = 10.0, 10  # untimed runs at the head of a block: about so long, at most so many, at least one
@@ -73,7 +73,7 @@ class Settings:
     Attributes:
         min_seconds: timed for each subject; if the warm-up's estimate was off, 1,000 runs do too.
         blocks: at least so many for each subject; 20 are needed for an interval of a ratio.
-        max_seconds: a subject stops after so many timed seconds, with fewer blocks and a flag.
+        max_seconds: a subject stops after so many timed seconds, with fewer blocks and a flag; None: a minute, or twice `min_seconds` if that is more.
         limits: above which a row is invalid.
         buffers: of different images, rotated.
         seed: of the order in the rounds, of the images' order and of the bootstrap.
@@ -82,11 +82,16 @@ class Settings:
 
     min_seconds: float = 3.0
     blocks: int = MINIMUM_BLOCKS
-    max_seconds: float = 60.0
+    max_seconds: float | None = None
     limits: Limits = field(default_factory=Limits)
     buffers: int = 8
     seed: int = 0
     timeout_s: float = 600.0
+
+    @property
+    def longest_s(self) -> float:
+        """Of timed seconds."""
+        return max(60.0, 2 * self.min_seconds) if self.max_seconds is None else self.max_seconds
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ class _Run:
         self.seconds += block.wall_s
 
     def wants_more(self, settings: Settings) -> bool:
-        if self.seconds >= settings.max_seconds:
+        if self.seconds >= settings.longest_s:
             return False
         if len(self.blocks) < settings.blocks:
             return True
@@ -202,10 +207,16 @@ class Group:
                 workers[key] = self._stack.enter_context(Worker(s.opener, s.path, s.options, self._settings.timeout_s))
                 workers[key].spawn()
             with self._progress.track("open sessions", len(workers)) as bar, ThreadPoolExecutor(host.usable_cores()) as pool:
-                opening = {pool.submit(worker.start): key for key, worker in workers.items()}
-                for future in as_completed(opening):
-                    self._opened(opening[future], workers[opening[future]], future)
-                    bar.advance(1, opening[future])
+                try:
+                    opening = {pool.submit(worker.start): key for key, worker in workers.items()}
+                    for future in as_completed(opening):
+                        self._opened(opening[future], workers[opening[future]], future)
+                        bar.advance(1, opening[future])
+                except BaseException:  # the pool's threads wait for answers, and it for them
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    for worker in workers.values():
+                        worker.kill()
+                    raise
         except BaseException as exc:
             self._stack.__exit__(type(exc), exc, exc.__traceback__)
             raise
@@ -218,6 +229,17 @@ class Group:
         """First output of a live subject for images uint8 [n, H, W, C]. Raises what `Worker.infer` does."""
         outputs = self._workers[key].infer(images)
         return outputs[self.opened[key].outputs[0].name]
+
+    def checked(self, result: Measured, images: Images) -> Measured | Failure:
+        """What was measured, unless the session computes something that is no number for a batch of these images; one that died since is believed."""
+        if result.key not in self._workers:
+            return result
+        (batch,) = make_buffers(images, 1, result.batch, self._settings.seed)
+        try:
+            finite = np.isfinite(self.infer(result.key, batch)).all()
+        except DeployoptError as exc:
+            return self._fail(result.key, exc)
+        return result if finite else Failure(f"its outputs are NaN or infinite for batches of {result.batch}")
 
     def profile(self, key: str, images: Images, batch: int, runs: int) -> list[LayerTime] | Failure | None:
         """Each layer's time in a live subject, or why it could not be taken; None where the subject is gone or its runtime does not tell.
@@ -249,7 +271,8 @@ class Group:
         with self._progress.track(f"warm up, batch {batch}", len(images)) as bar:
             for key in [k for k in self._subjects if k in self._workers and k in images]:
                 buffers = make_buffers(images[key], settings.buffers, batch, settings.seed)
-                inputs = {"buffers": len(buffers), "shape": list(buffers.shape[1:]), "images": len(images[key]), "source": source}
+                types = [spec.dtype for spec in self.opened[key].inputs]
+                inputs = {"buffers": len(buffers), "shape": list(buffers.shape[1:]), "types": types, "images": len(images[key]), "source": source}
                 try:
                     runs[key] = self._prepare(key, buffers, inputs)
                 except DeployoptError as exc:
@@ -310,7 +333,7 @@ class Group:
                 bar.advance(1, key)
             alive = [k for k in active if k not in failed]
             # one that is done goes on while others are not, so that all rounds stay complete; one that is over its time leaves
-            active = [k for k in alive if runs[k].seconds < self._settings.max_seconds]
+            active = [k for k in alive if runs[k].seconds < self._settings.longest_s]
             if not any(runs[k].wants_more(self._settings) for k in active):
                 break
         return failed
@@ -457,8 +480,8 @@ def write_samples(measured: Measured, row: Row, folder: Path) -> Path:
 def _summarize(blocks_ns: Sequence[NDArray[Any]], seed: int) -> tuple[dict[str, Any], list[float]]:
     medians = [round(float(np.median(b)) * 1e-6, 6) for b in blocks_ns]
     figures = summary(np.concatenate(blocks_ns))
-    if figures["p50"] is not None:
-        figures |= {"p50": float(np.median(medians)), "p50_ci95": list(bootstrap_median(medians, seed=seed))}
+    figures |= {"p50": float(np.median(medians)), "p50_ci95": list(bootstrap_median(medians, seed=seed))}
+    figures["reasons"].pop("p50", None)  # of blocks, not of single samples
     return figures, medians
 
 
@@ -468,7 +491,7 @@ def _flags(run: _Run, settings: Settings) -> list[str]:
     if not run.warm_up.settled:
         flags.append("the warm-up did not settle")
     if len(run.blocks) < settings.blocks:
-        flags.append(f"{len(run.blocks)} of {settings.blocks} blocks within {settings.max_seconds:g} s")
-    if run.seconds < settings.min_seconds and run.runs < HEADLINE_RUNS:
-        flags.append(f"timed for {run.seconds:.2g} s of {settings.min_seconds:g} s, {run.runs} of {HEADLINE_RUNS} runs")
+        flags.append(f"{len(run.blocks)} of {settings.blocks} blocks within {settings.longest_s:g} s")
+    if run.seconds < max(settings.min_seconds, HEADLINE_SECONDS) and run.runs < HEADLINE_RUNS:
+        flags.append(f"too short for a headline: {run.seconds:.2g} s of {max(settings.min_seconds, HEADLINE_SECONDS):g} s, {run.runs} of {HEADLINE_RUNS} runs")
     return flags

@@ -28,5 +28,5 @@ def natural_noise(n: int, height: int, width: int, channels: int, seed: int) -> 
     for i in range(n):
         white = np.fft.rfft2(rng.standard_normal((channels, height, width)))
         image = np.fft.irfft2(white / frequency, s=(height, width))
-        noise[i] = np.clip(127.5 + 50 * image / image.std(), 0, 255).transpose(1, 2, 0)
+        noise[i] = np.clip(127.5 + 50 * image / (image.std() or 1.0), 0, 255).transpose(1, 2, 0)
     return noise

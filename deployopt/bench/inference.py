@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deployopt.bench.accuracy import outputs_of, score
+from deployopt.bench.accuracy import finite, outputs_of, score
 from deployopt.bench.targets import Description, Target, describe, opener, resolve
 from deployopt.data import Dataset
 from deployopt.errors import ArtifactMismatch, UsageError
@@ -92,7 +92,7 @@ def predict(
     Raises:
         ArtifactMismatch: the artifact records no preprocessing, or takes other images than it says.
         UsageError: images that are not there. ArtifactError: an image that cannot be decoded; names it.
-        WorkerDied and what `targets.resolve` raises.
+        StageFailed: outputs that are not finite. WorkerDied and what `targets.resolve` raises.
     """
     missing = [str(image) for image in images if not Path(image).is_file()]
     if missing:
@@ -111,7 +111,7 @@ def predict(
         classes = _classes(target, described, _width(target, opened))
         batch = _batch(opened, described.max_batch, len(decoded))
         with (progress or SilentProgress()).track("predict", len(decoded)) as bar:
-            outputs = outputs_of(lambda pixels: _infer(worker, opened, pixels, bar), decoded, batch)
+            outputs = finite(outputs_of(lambda pixels: _infer(worker, opened, pixels, bar), decoded, batch))
     if classes is None and outputs.shape[1] > 1:
         classes = tuple(map(str, range(outputs.shape[1])))
     return [{"image": str(path), **_prediction(row, classes, top)} for path, row in zip(images, outputs, strict=True)]
@@ -171,7 +171,7 @@ def _width(target: Target, opened: Opened) -> int | None:
 
 def _batch(opened: Opened, limit: int | None, wanted: int = EVALUATION_BATCH) -> int:
     """Images at once: the batch that the artifact fixes, else as many as are wanted within its limit."""
-    fixed = opened.inputs[0].shape[0]
+    fixed = next((size for spec in opened.inputs for size in spec.shape), None)  # what takes no image refuses it with the reason
     return fixed if isinstance(fixed, int) else max(1, min(wanted, EVALUATION_BATCH, limit or EVALUATION_BATCH))
 
 

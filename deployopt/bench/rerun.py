@@ -83,9 +83,13 @@ def _folder(report: Report) -> Path:
 
 def _measure_again(rows: tuple[JsonRow, JsonRow], folders: tuple[Path, Path], plan: Plan, progress: Progress, images: NDArray[np.uint8] | None) -> Reran | str:
     subjects = []
+    devices = [device for row in rows if (device := (row.get("contract") or {}).get("device"))]
+    if len(set(devices)) > 1:
+        return f"device: {' → '.join(devices)}"
+    device = devices[0] if devices else "cpu"
     threads = plan.threads or rows[0].get("threads") or host.usable_cores()
     for side, row, folder in zip(("base", "new"), rows, folders, strict=True):
-        target, device = resolve(f"{folder}:{summary.row_key(row)}"), (row.get("contract") or {}).get("device", "cpu")
+        target = resolve(f"{folder}:{summary.row_key(row)}")
         scenario = Scenario(row.get("scenario") or "single_stream", threads)
         subjects.append(Subject(side, opener(target.backend), target.path, scenario.options(target.session_options(threads, device)), scenario.name))
     pairs = measure_pair((subjects[0], subjects[1]), rows[0]["batch"], plan, progress, images)
@@ -112,7 +116,8 @@ def measure_pair(subjects: tuple[Subject, Subject], batch: int, plan: Plan, prog
         settings = replace(plan.settings, min_seconds=plan.seconds, seed=plan.settings.seed + attempt)
         with Group(ordered, settings, progress) as group:
             given = {key: images_for(opened.inputs, batch, settings.seed) if images is None else images for key, opened in group.opened.items()}
-            results = group.measure(given, batch, SYNTHETIC if images is None else "images that were given")
+            timed = group.measure(given, batch, SYNTHETIC if images is None else "images that were given")
+            results = {key: found if isinstance(found, Failure) else group.checked(found, given[key]) for key, found in timed.items()}
         base, new = (results[s.key] for s in subjects)
         if isinstance(base, Failure) or isinstance(new, Failure):
             return "; ".join(f"{s.key}: {_on_one_line(r.reason)}" for s, r in zip(subjects, (base, new), strict=True) if isinstance(r, Failure))

@@ -104,7 +104,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             found = json.loads(text)
         except json.JSONDecodeError as exc:
             raise ArtifactError(f"{path}:{number} is not whole JSON ({exc})", f"remove line {number}: a write was cut off") from exc
-        if not isinstance(found, dict) or any(not isinstance(found.get(key), kind) for key, kind in REQUIRED.items()):
+        if not _is_entry(found):
             raise ArtifactError(f"{path}:{number} is no entry of a history: wanted {', '.join(REQUIRED)}", f"remove line {number}")
         if found["schema"] != SCHEMA:
             raise ArtifactError(f"{path}:{number}: wanted history schema {SCHEMA}, found {found['schema']}", "read it with the deployopt that wrote it")
@@ -112,6 +112,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not entries:
         raise ArtifactError(f"{path} is empty", "deployopt compare BASE NEW --history FILE appends to it")
     return entries
+
+
+def _is_entry(found: Any) -> bool:
+    """Whether a line has what the table and the curves are made of."""
+    if not isinstance(found, dict) or any(not isinstance(found.get(key), kind) for key, kind in REQUIRED.items()):
+        return False
+    named = all(isinstance(found["machine"].get(key), str) for key in ("name", "fingerprint"))
+    return named and all(isinstance(row, dict) and isinstance(row.get("p50_ms"), (int, float)) for row in found["rows"].values())
 
 
 def _keys(entries: Sequence[Entry]) -> list[str]:

@@ -183,7 +183,7 @@ def shortfall(report: Mapping[str, Any]) -> DeployoptError | None:
         StageFailed if a build or a measurement failed, LackingEnvironment if this machine lacks every backend. A run whose rows are all built ahead of
         time, or too disturbed to count, is neither: its artifacts are there.
     """
-    rows = [r for r in report["rows"] if r["backend"] != "torch"]
+    rows = [r for r in report["rows"] if r["backend"] not in (TORCH, TORCH_COMPILE)]
     ended = [(summary.row_key(r), r) for r in rows] or [(s["id"], s) for s in report.get("steps") or [] if s["stage"] == "build"]
     states = Counter(str(found["status"]) for _, found in ended)
     if not states or states["ok"] or not (states["failed"] or states.keys() == {"unavailable"}):

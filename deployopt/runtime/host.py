@@ -165,7 +165,7 @@ def container() -> Optional[str]:
 
 def operating_system() -> str:
     """Distribution and kernel release, as "Debian GNU/Linux 13 (trixie), Linux 6.12.1"."""
-    kernel = f"{platform.system()} {platform.release()}"
+    kernel = f"{platform.system()} {platform.release().partition('-')[0]}"  # behind the dash stands who built it
     for line in (_read("/etc/os-release") or "").splitlines():
         key, _, value = line.partition("=")
         if key == "PRETTY_NAME":

@@ -1,6 +1,7 @@
 """Sessions of ONNX Runtime's CPU provider."""
 
 import json
+import os
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -42,11 +43,12 @@ _DTYPES = {
 
 
 def load_vendor() -> Any:
-    """The module `onnxruntime`.
+    """The module `onnxruntime`, its telemetry off: it would report to its maker from its import on.
 
     Raises:
         BackendUnavailable: it is not installed or does not import.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as exc:

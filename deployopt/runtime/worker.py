@@ -326,7 +326,12 @@ class _Service:
         if len(specs) != 1:
             raise ArtifactMismatch(f"wanted a model with one input, found {len(specs)}: {', '.join(s.name for s in specs)}")
         (spec,) = specs
-        feed = to_feed(images).astype(spec.dtype, copy=False)
+        if spec.dtype == "uint8":  # a graph that normalises by itself
+            feed = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        elif spec.dtype in ("float16", "float32", "float64"):
+            feed = to_feed(images).astype(spec.dtype, copy=False)
+        else:
+            raise ArtifactMismatch(f"input '{spec.name}' takes {spec.dtype}; images are given as floats in 0–1, or as uint8")
         fits = len(spec.shape) == 4 and all(isinstance(want, str) or want == feed.shape[axis] for axis, want in enumerate(spec.shape))
         if not fits:
             raise ArtifactMismatch(

@@ -109,7 +109,7 @@ def test_an_address_that_contradicts_an_option_is_refused(swept_run, ends, optio
 def test_given_images_are_used(model):
     images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
     (row,) = bench(model, images=images)
-    assert row.contract["inputs"] == {"buffers": 8, "shape": [1, 16, 16, 3], "images": 5, "source": "images that were given"}
+    assert row.contract["inputs"] == {"buffers": 8, "shape": [1, 16, 16, 3], "types": ["float32"], "images": 5, "source": "images that were given"}
 
 
 @pytest.mark.usefixtures("onnxruntime_opener")
@@ -162,14 +162,17 @@ def test_a_run_folder_is_everything_that_it_measured(tmp_path, model):
 
 
 def test_outputs_that_are_no_numbers_fail_their_row_alone(tmp_path, model):
-    nan = onnx.load(model)
-    head = next(w for w in nan.graph.initializer if w.name == "head")
-    head.CopyFrom(onnx.numpy_helper.from_array(np.full((8, 10), np.nan, np.float32), "head"))
-    onnx.save(nan, tmp_path / "nan.onnx")
-    good, bad = bench(model, tmp_path / "nan.onnx", batch_sizes=(2,))
+    good, bad = bench(model, tiny_onnx.computing_nan(model, tmp_path / "nan.onnx"), batch_sizes=(2,))
     assert good.latency_ms is not None
     assert (bad.status, bad.reason) == ("failed", "its outputs are NaN or infinite for batches of 2")
     assert bad.latency_ms is None
+
+
+def test_a_batch_of_more_images_than_were_given_is_made_of_repeated_ones(tmp_path):
+    fixed = tiny_onnx.convolution(tmp_path / "fixed.onnx", batch=8)
+    (row,) = bench(fixed, batch_sizes=(8,), images=np.full((3, 16, 16, 3), 7, np.uint8))
+    assert row.status in {"ok", "invalid"}, row.reason
+    assert row.latency_ms["host"]["p50"] > 0
 
 
 def test_an_empty_file_is_named(tmp_path):

@@ -320,7 +320,13 @@ def test_figures_measured_again_replace_stored_ones_and_conditions(tmp_path: Pat
     assert (result.rows[0].base_p50_ms, result.rows[0].ratio_ci95, result.rows[0].interval_from) == (2.0, (1.08, 1.12), "process lifetimes")
     assert "SIGSEGV" in result.misses[1]
     assert result.environment["cpu"]["model"] != "CPU B"
-    assert "measured again" in renderers.render_markdown(result.to_json())
+    assert "measured again with synthetic 1/f noise" in renderers.render_markdown(result.to_json())
+    with_images = compare(base.report, new.report, base.folder, new.folder, reran=again, images="test images of digits")
+    assert with_images.notes == ["measured again with test images of digits"]
+    new.report["rows"][0].update(status="failed", reason="its outputs are NaN or infinite")  # fast, and useless
+    failed = compare(base.report, new.report, base.folder, new.folder, Gates(max_latency_regression=0.5), reran=again)
+    assert failed.rows[0].regressions == ("missing",)
+    assert "NaN" in failed.misses[0]
 
 
 def test_only_chosen_rows_are_compared(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from deployopt.bench.images import natural_noise
 from deployopt.bench.inference import evaluate, open_artifact, predict
 from deployopt.data import Dataset
-from deployopt.errors import ArtifactError, ArtifactMismatch, UsageError
+from deployopt.errors import ArtifactError, ArtifactMismatch, StageFailed, UsageError
 from deployopt.runtime.hashing import sha256_file
 from deployopt.runtime.preprocessing import Preprocessing, apply, decode, to_feed
 from deployopt.runtime.progress import SilentProgress
@@ -136,6 +136,11 @@ def test_a_prediction_tells_how_far_it_is(exported, photograph):
     predict(exported, [photograph] * 40, progress=progress)
     assert progress.tracked == [("predict", 40)]
     assert progress.done >= 40  # the last batch is filled up
+
+
+def test_predictions_that_are_no_numbers_are_refused(tmp_path, exported, photograph):
+    with pytest.raises(StageFailed, match="outputs of 1 of 1 images are NaN or infinite"):
+        predict(tiny_onnx.computing_nan(exported, tmp_path / "nan.onnx"), [photograph])
 
 
 def test_a_regression_predicts_its_outputs(tmp_path, photograph):

@@ -100,6 +100,17 @@ def test_stopping_by_width_costs_little_coverage(spread):
     assert 0.92 <= covered / 1500 <= 0.97
 
 
+def test_rows_of_two_devices_and_outputs_that_are_no_numbers_are_not_compared(runs, tmp_path):
+    base, new = runs
+    key = "qat/onnxruntime/fp32/b1"
+    elsewhere = {**new.rows[0], "contract": {**new.rows[0]["contract"], "device": "cuda:0"}}
+    (tmp_path / "report.json").write_text(json.dumps({**new, "rows": [elsewhere]}))
+    assert rerun(base, reports.load(tmp_path), QUICK, SilentProgress())[key] == "device: cpu → cuda:0"
+    nan = tiny_onnx.computing_nan(base.folder / "model.onnx", tmp_path / "nan.onnx")
+    sides = [Subject(side, "worker_openers:OnnxRuntimeSession", path, SessionOptions(1)) for side, path in (("base", base.folder / "model.onnx"), ("new", nan))]
+    assert measure_pair((sides[0], sides[1]), 1, QUICK, SilentProgress()) == "new: its outputs are NaN or infinite for batches of 1"
+
+
 def test_what_cannot_be_measured_again_says_why(runs, tmp_path):
     base, new = runs
     key = "qat/onnxruntime/fp32/b1"

@@ -73,6 +73,8 @@ def test_lines_are_appended_and_read(tmp_path: Path) -> None:
         ("", "is empty"),
         (json.dumps(line(1.0)) + '\n{"schema": 1, "ti', ":2 is not whole JSON"),
         ('{"schema": 1}\n', ":1 is no entry"),
+        (json.dumps({**line(1.0), "machine": {}}) + "\n", ":1 is no entry"),
+        (json.dumps({**line(1.0), "rows": {KEY: {"score": 1.0}}}) + "\n", ":1 is no entry"),
         (json.dumps({**line(1.0), "schema": 2}) + "\n", "wanted history schema 1, found 2"),
     ],
 )

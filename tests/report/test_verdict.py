@@ -158,10 +158,10 @@ def test_a_failed_int8_row_counts_with_what_was_verified() -> None:
     ],
 )
 def test_a_run_that_left_nothing_to_deploy_ends_in_an_error_that_says_why(states: list[str], error: type[DeployoptError] | None) -> None:
-    baseline = row("finetune", "fp32", 2.0, 0.98, backend="torch")
+    baselines = [row("finetune", "fp32", 2.0, 0.98, backend=backend) for backend in ("torch", "torch-compile")]
     ended = [row("qat", "int8", 1.0, 0.9, batch=i, status=state, reason="no driver\n  → install one") for i, state in enumerate(states, 1)]
     steps = [{"id": f"04-build-{i}", "stage": "build", "status": state, "reason": None} for i, state in enumerate(states)]
-    measured, unmeasured = verdict.shortfall({"rows": [baseline, *ended]}), verdict.shortfall({"rows": [], "steps": steps})
+    measured, unmeasured = verdict.shortfall({"rows": [*baselines, *ended]}), verdict.shortfall({"rows": [], "steps": steps})
     assert type(measured) is type(unmeasured) is (error or type(None))
     if measured is not None and unmeasured is not None:
         assert f"{states.count('failed') or 2} {'failed' if 'failed' in states else 'unavailable'}" in measured.message

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import pytest
@@ -110,3 +114,11 @@ def test_streams_run_one_session_at_once(path):
         streams = [session.load([{"image": images(2, seed)}]) for seed in (1, 2)]
         assert len(time_streams(streams, 20).host_ns) == 20
         np.testing.assert_allclose(session.infer({"image": images(2)})["logits"], run(residual(), images(2)), atol=1e-4)
+
+
+def test_importing_onnx_runtime_reports_nothing(tmp_path):
+    """Its import alone writes an identity into the cache folder and reports to its maker, unless that is turned off."""
+    code = "from deployopt.runtime.onnxruntime_session import load_vendor; load_vendor().get_available_providers()"
+    home = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"} | {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=home, check=True)
+    assert [p.name for p in tmp_path.rglob("*")] == []

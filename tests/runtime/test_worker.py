@@ -113,6 +113,17 @@ def test_images_that_do_not_fit_are_refused(model):
         assert w.load(IMAGES) > 0
 
 
+def test_bytes_are_fed_as_bytes_and_other_integers_refused(tmp_path):
+    opener = "deployopt.runtime.onnxruntime_session:open_session"
+    with Worker(opener, tiny_onnx.sums_of_bytes(tmp_path / "bytes.onnx"), SessionOptions(1)) as w:
+        w.start()
+        assert w.infer(np.full((2, 4, 4, 3), 200, np.uint8))["logits"].tolist() == [[9600.0], [9600.0]]
+    with Worker(opener, tiny_onnx.sums_of_bytes(tmp_path / "int32.onnx", "int32"), SessionOptions(1)) as w:
+        w.start()
+        with pytest.raises(ArtifactMismatch, match="takes int32; images are given as floats in 0–1, or as uint8"):
+            w.infer(np.zeros((1, 4, 4, 3), np.uint8))
+
+
 def test_requests_out_of_order_are_refused(model):
     with worker(model) as w:
         with pytest.raises(UsageError, match="not running"):

@@ -32,3 +32,26 @@ def convolution(path, *, channels=8, layers=2, size=16, batch="batch", classes=1
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
     return path
+
+
+def computing_nan(model, path):
+    """The model of `convolution` with a head of NaN; returns `path`."""
+    nan = onnx.load(model)
+    head = next(w for w in nan.graph.initializer if w.name == "head")
+    head.CopyFrom(numpy_helper.from_array(np.full(tuple(head.dims), np.nan, np.float32), "head"))
+    onnx.save(nan, str(path))
+    return path
+
+
+def sums_of_bytes(path, dtype="uint8"):
+    """[batch, 3, 4, 4] of `dtype` → the sum over each image's elements [batch, 1], as floats; returns `path`."""
+    nodes = [
+        helper.make_node("Cast", ["input"], ["float"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Flatten", ["float"], ["flat"]),
+        helper.make_node("ReduceSum", ["flat", "axes"], ["logits"]),
+    ]
+    given = helper.make_tensor_value_info("input", helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), ["batch", 3, 4, 4])
+    made = helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 1])
+    graph = helper.make_graph(nodes, "sums", [given], [made], [numpy_helper.from_array(np.array([1], np.int64), "axes")])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    return path
