@@ -190,6 +190,7 @@ class Row:
     speedup: float | None = None  # against the dense FP32 row of the same backend and batch
     speedup_ci95: list[float] | None = None
     speedup_best_float: float | None = None  # against that variant's best float row on the same backend and batch
+    speedup_best_float_ci95: list[float] | None = None
     profile: dict[str, Any] | None = None  # where its time goes: see `bench.profiles.summarize`
     contract: dict[str, Any] | None = None
 

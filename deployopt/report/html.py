@@ -443,14 +443,22 @@ def _row_table(report: Report) -> list[dict[str, Any]]:
     return found
 
 
+TOLD_OF_A_ROW = (
+    *("artifact", "provider", "options", "threads", "verified", "parity", "throughput_per_s", "throughput_ci95", "peak_memory_bytes", "device_memory_bytes"),
+    *("speedup", "speedup_ci95", "speedup_best_float", "speedup_best_float_ci95", "contract"),
+)
+
+
+def _row_facts(row: JsonRow) -> list[tuple[str, str]]:
+    """Everything that is known of a measured row: which bytes, by which clocks, how, and the figures of each clock."""
+    clocks = {clock: {k: v for k, v in found.items() if k != "quantiles"} for clock, found in (row.get("latency_ms") or {}).items() if found}
+    return summary.flatten({"latency_ms": clocks, **{key: row[key] for key in TOLD_OF_A_ROW if row.get(key) is not None}})
+
+
 def _facts(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
     """The folded tables at the bottom."""
-    recommended = report.get("recommended")
-    rows = report["rows"]
-    shown = rows[recommended["row"]] if recommended else next((r for r in rows if r.get("contract")), None)
     tables = [("Environment", summary.flatten(report.get("environment") or {}))]
-    if shown and shown.get("contract"):
-        tables.append((f"Contract of {summary.row_key(shown)}", summary.flatten(shown["contract"])))
+    tables += [(f"Contract and figures of {summary.row_key(row)}", _row_facts(row)) for row in report["rows"] if row.get("contract")]
     tables.append(("Recipe", summary.flatten(report.get("recipe") or {})))
     steps = [
         (

@@ -419,7 +419,7 @@ def _with_speedups(row: Row, rows: Sequence[Row], dense: str, results: Mapping[s
     if row.status != "ok" or not baselines:
         return row
     fastest = max(baselines, key=lambda r: speedup(result(row), result(r))[0])
-    value_best, _ = speedup(result(fastest), result(row))
+    value_best, interval_best = speedup(result(fastest), result(row))
     fp32 = next((r for r in baselines if r.precision == "fp32"), None)
     value, interval = speedup(result(fp32), result(row)) if fp32 is not None else (None, None)
-    return replace(row, speedup=value, speedup_ci95=interval, speedup_best_float=value_best)
+    return replace(row, speedup=value, speedup_ci95=interval, speedup_best_float=value_best, speedup_best_float_ci95=interval_best)

@@ -89,6 +89,16 @@ def test_every_variant_has_its_confusion_matrix_and_the_last_is_open(report: dic
     assert f"{last['name']}: 533 of 540 right; {first['name']}: 540 of 540 right." in " ".join(Page(page).text)
 
 
+def test_every_measured_row_tells_its_bytes_its_figures_and_its_contract(report: dict[str, Any]) -> None:
+    text = " ".join(Page(render(report)).text)
+    measured = [row for row in report["rows"] if row.get("contract")]
+    assert len(measured) > 3
+    for row in measured:
+        assert f"Contract and figures of {row['variant']}/{row['backend']}/{row['precision']}/b{row['batch']}" in text
+        assert row["artifact"]["sha256"] in text
+    assert text.count("latency_ms.host.std") == text.count("contract.clock") == len(measured)
+
+
 def test_too_many_classes_become_a_table_of_worst_pairs(report: dict[str, Any]) -> None:
     n = 200
     matrix = [[50 if i == j else 0 for j in range(n)] for i in range(n)]
