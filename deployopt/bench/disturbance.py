@@ -11,7 +11,7 @@ import numpy as np
 from deployopt.bench.environment import Condition
 from deployopt.runtime import host
 from deployopt.runtime.clock import now_ns
-from deployopt.runtime.host import CpuTimes, EnergyMeter
+from deployopt.runtime.host import CpuTimes, GpuMeter, GpuReading
 
 DRIFT_BLOCKS = 9  # fewer have no thirds to speak of
 
@@ -26,7 +26,7 @@ class Limits:
         max_contention: share of its threads for which others left no core.
         max_pressure: share of the time in which something that could run waited for a CPU.
         max_steal_percent: CPU time that the hypervisor gave to other guests, percent of the cores.
-        max_clock_drop: fall of a GPU's SM clock from the end of the warm-up to the end of the rounds, relative.
+        max_clock_drop: fall of the SM clock of the row's GPU from the first to the last third of its blocks, relative.
     """
 
     max_spread: float = 0.25
@@ -38,24 +38,28 @@ class Limits:
 
 
 class Counters(NamedTuple):
-    """What the kernel has counted since boot, each None where it does not say, and when they were read: `at_ns` of the host clock. `energy_j`: of the
-    row's GPU."""
+    """What the kernel has counted since boot, each None where it does not say, and when they were read: `at_ns` of the host clock; with the row's GPU."""
 
     cpu: CpuTimes | None
     pressure_s: float | None
     at_ns: int
-    energy_j: float | None = None
+    gpu: GpuReading | None = None
 
     @staticmethod
-    def now(meter: EnergyMeter, gpu: int | None) -> Counters:
-        return Counters(host.cpu_times(), host.cpu_pressure_s(), now_ns(), meter.joules(gpu))
+    def now(meter: GpuMeter, gpu: int | None) -> Counters:
+        return Counters(host.cpu_times(), host.cpu_pressure_s(), now_ns(), meter.read(gpu))
 
 
 class Load:
     """CPU time that others took while blocks of one row were timed, as a share of the time between the counters on either side: for short blocks the way
-    to the timed process and back is a large part of it. Time between its blocks does not count."""
+    to the timed process and back is a large part of it. Time between its blocks does not count.
+
+    Attributes:
+        gpu: the row's GPU at the end of each block; empty for a row on the CPU, and where it cannot be told which GPU it is.
+    """
 
     def __init__(self) -> None:
+        self.gpu: list[GpuReading] = []
         self._wall_s = self._other_s = self._stolen_s = self._waited_s = self._energy_j = 0.0
         self._cpu_known = self._pressure_known = self._energy_known = True
 
@@ -71,10 +75,12 @@ class Load:
             self._pressure_known = False
         else:
             self._waited_s += after.pressure_s - before.pressure_s
-        if before.energy_j is None or after.energy_j is None:
+        if after.gpu is not None:
+            self.gpu.append(after.gpu)
+        if before.gpu is None or after.gpu is None or before.gpu.energy_j is None or after.gpu.energy_j is None:
             self._energy_known = False
         else:
-            self._energy_j += after.energy_j - before.energy_j
+            self._energy_j += after.gpu.energy_j - before.gpu.energy_j
 
     @property
     def other_cores(self) -> float | None:
@@ -100,6 +106,14 @@ class Load:
         return max(0.0, seconds) / self._wall_s if known and self._wall_s > 0 else None
 
 
+class Watched(NamedTuple):
+    """A GPU that is or may be the row's: its SM clocks in the order they were read, None where the driver does not tell, and why it throttled."""
+
+    name: str
+    clocks_mhz: list[int | None]
+    throttled: set[str]
+
+
 class Observed(NamedTuple):
     """All that is known of how a row was measured.
 
@@ -121,10 +135,16 @@ class Observed(NamedTuple):
     gpu: int | None = None
 
     @property
-    def watched(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Each GPU that may be the row's, before and after."""
+    def watched(self) -> list[Watched]:
+        """The row's GPU at the end of each of its blocks; where it cannot be told which it is, every GPU before and after all rounds."""
+        if self.gpu is not None and self.load.gpu:
+            reasons = {reason for reading in self.load.gpu for reason in reading.throttled or []}
+            return [Watched(self.before.gpus[self.gpu]["name"], [reading.sm_clock_mhz for reading in self.load.gpu], reasons)]
         pairs = list(zip(self.before.gpus, self.after.gpus, strict=True))
-        return pairs if self.gpu is None else pairs[self.gpu : self.gpu + 1]
+        return [
+            Watched(pair[0]["name"], [gpu["sm_clock_mhz"] for gpu in pair], {reason for gpu in pair for reason in gpu["throttled"] or []})
+            for pair in (pairs if self.gpu is None else pairs[self.gpu : self.gpu + 1])
+        ]
 
 
 def drift(block_medians: Sequence[float]) -> float | None:
@@ -171,8 +191,8 @@ def flags(seen: Observed, limits: Limits, cores: int) -> list[str]:
 
 
 def contract(seen: Observed, cores: int) -> dict[str, Any]:
-    """The contract's `load`: what else used the machine, and its clocks, temperatures and power before and after; `gpu_power_w` is
-    that of the row's own GPU during its blocks."""
+    """The contract's `load`: what else used the machine, and its clocks, temperatures and power before and after; `gpu_power_w` and
+    `own_gpu` are of the row's own GPU during its blocks."""
     pressure, moved, before, after = seen.load.pressure, drift(seen.block_medians), seen.before, seen.after
     power = seen.load.gpu_power_w
     return {
@@ -182,23 +202,37 @@ def contract(seen: Observed, cores: int) -> dict[str, Any]:
         "drift_percent": None if moved is None else round(100 * moved, 2),
         "load_average": [before.load_average, after.load_average],
         "gpu_power_w": None if power is None or seen.device == "cpu" else round(power, 2),
+        "own_gpu": _during(seen.load.gpu) if seen.load.gpu else None,
         "frequency_mhz": [before.frequency_mhz, after.frequency_mhz],
         "gpus": [{"name": gpu["name"], "before": _state(gpu), "after": _state(late)} for gpu, late in zip(before.gpus, after.gpus, strict=True)],
     }
 
 
 def _gpu_throttling(seen: Observed) -> list[str]:
-    """Reasons for which the row's GPU throttled at either moment."""
-    return sorted({f"{gpu['name']}: {reason}" for pair in seen.watched for gpu in pair for reason in gpu["throttled"] or []})
+    """Reasons for which the row's GPU throttled whenever it was read."""
+    return sorted({f"{gpu.name}: {reason}" for gpu in seen.watched for reason in gpu.throttled})
 
 
 def _clock_drops(seen: Observed, limits: Limits) -> list[str]:
     found = []
-    for early, late in seen.watched:
-        first, last = early["sm_clock_mhz"], late["sm_clock_mhz"]
-        if first and last is not None and 1 - last / first > limits.max_clock_drop:
-            found.append(f"the SM clock of {early['name']} fell from {first} to {last} MHz (limit {100 * limits.max_clock_drop:g} %)")
+    for gpu in seen.watched:
+        known = [clock for clock in gpu.clocks_mhz if clock]
+        third = max(1, len(known) // 3)
+        first, last = (float(np.median(part)) for part in (known[:third], known[-third:])) if known else (0.0, 0.0)
+        if first and 1 - last / first > limits.max_clock_drop:
+            found.append(f"the SM clock of {gpu.name} fell from {first:g} to {last:g} MHz (limit {100 * limits.max_clock_drop:g} %)")
     return found
+
+
+def _during(readings: Sequence[GpuReading]) -> dict[str, Any]:
+    """The row's GPU at the ends of its blocks: its clock at first, at its lowest and at last, its temperature at first and at its highest."""
+    clocks = [r.sm_clock_mhz for r in readings if r.sm_clock_mhz is not None]
+    temperatures = [r.temperature_c for r in readings if r.temperature_c is not None]
+    return {
+        "sm_clock_mhz": [clocks[0], min(clocks), clocks[-1]] if clocks else None,
+        "temperature_c": [temperatures[0], max(temperatures)] if temperatures else None,
+        "throttled": sorted({reason for r in readings for reason in r.throttled or []}),
+    }
 
 
 def _percent(used_cores: float | None, cores: int) -> float | None:

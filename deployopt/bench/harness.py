@@ -146,7 +146,7 @@ class _Run:
     iterations: int
     lead_in: int
     gpu: int | None
-    meter: host.EnergyMeter
+    meter: host.GpuMeter
     blocks: list[Block] = field(default_factory=list)
     load: Load = field(default_factory=Load)
     runs: int = 0
@@ -201,7 +201,7 @@ class Group:
     def __enter__(self) -> Group:
         """Open the sessions, at most one a core at a time: imports and compilation take memory and cores."""
         try:
-            self._meter = self._stack.enter_context(host.EnergyMeter())
+            self._meter = self._stack.enter_context(host.GpuMeter())
             workers = {}
             for key, s in self._subjects.items():
                 workers[key] = self._stack.enter_context(Worker(s.opener, s.path, s.options, self._settings.timeout_s))

@@ -272,24 +272,30 @@ def _gpu(library: ctypes.CDLL, index: int, driver: str) -> Dict[str, Any]:
     library.nvmlDeviceGetName(device, name, 96)
     memory_info = _Memory()
     has_memory = library.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory_info)) == _NVML_SUCCESS
-
-    def unsigned(function: str, *arguments: ctypes.c_uint) -> Optional[int]:
-        value = ctypes.c_uint()
-        return value.value if getattr(library, function)(device, *arguments, ctypes.byref(value)) == _NVML_SUCCESS else None
-
-    milliwatts = unsigned("nvmlDeviceGetPowerUsage")
-    reasons = ctypes.c_ulonglong()
-    knows_reasons = library.nvmlDeviceGetCurrentClocksThrottleReasons(device, ctypes.byref(reasons)) == _NVML_SUCCESS
+    milliwatts = _unsigned(library, device, "nvmlDeviceGetPowerUsage")
     return {
         "name": name.value.decode(),
         "driver": driver,
         "memory_bytes": memory_info.total if has_memory else None,
-        "sm_clock_mhz": unsigned("nvmlDeviceGetClockInfo", ctypes.c_uint(_NVML_CLOCK_SM)),
-        "memory_clock_mhz": unsigned("nvmlDeviceGetClockInfo", ctypes.c_uint(_NVML_CLOCK_MEM)),
-        "temperature_c": unsigned("nvmlDeviceGetTemperature", ctypes.c_uint(_NVML_TEMPERATURE_GPU)),
+        "sm_clock_mhz": _unsigned(library, device, "nvmlDeviceGetClockInfo", _NVML_CLOCK_SM),
+        "memory_clock_mhz": _unsigned(library, device, "nvmlDeviceGetClockInfo", _NVML_CLOCK_MEM),
+        "temperature_c": _unsigned(library, device, "nvmlDeviceGetTemperature", _NVML_TEMPERATURE_GPU),
         "power_w": None if milliwatts is None else milliwatts / 1000,
-        "throttled": [text for bit, text in _THROTTLE_REASONS if reasons.value & bit] if knows_reasons else None,
+        "throttled": _throttled(library, device),
     }
+
+
+def _unsigned(library: ctypes.CDLL, device: ctypes.c_void_p, function: str, *arguments: int) -> Optional[int]:
+    """What one of NVML's getters of an unsigned int answers; None where it does not."""
+    value = ctypes.c_uint()
+    return value.value if getattr(library, function)(device, *map(ctypes.c_uint, arguments), ctypes.byref(value)) == _NVML_SUCCESS else None
+
+
+def _throttled(library: ctypes.CDLL, device: ctypes.c_void_p) -> Optional[List[str]]:
+    reasons = ctypes.c_ulonglong()
+    if library.nvmlDeviceGetCurrentClocksThrottleReasons(device, ctypes.byref(reasons)) != _NVML_SUCCESS:
+        return None
+    return [text for bit, text in _THROTTLE_REASONS if reasons.value & bit]
 
 
 def nvml_index(cuda_index: int) -> Optional[int]:
@@ -310,28 +316,42 @@ def nvml_index(cuda_index: int) -> Optional[int]:
     return int(order[cuda_index])
 
 
-class EnergyMeter:
-    """What GPUs have consumed since their driver was loaded, by NVML's counters. A context manager: it keeps NVML open, whose start takes milliseconds."""
+class GpuReading(NamedTuple):
+    """A GPU at one moment, each None where its driver does not tell. `energy_j`: consumed since the driver was loaded; GPUs before Volta do not count it."""
+
+    energy_j: Optional[float] = None
+    sm_clock_mhz: Optional[int] = None
+    temperature_c: Optional[int] = None
+    throttled: Optional[List[str]] = None
+
+
+class GpuMeter:
+    """Reads GPUs by NVML. A context manager: it keeps NVML open, whose start takes milliseconds."""
 
     def __init__(self) -> None:
         self._library = _nvml()
 
-    def joules(self, index: Optional[int]) -> Optional[float]:
-        """Of the GPU at this place in `gpus`; None for None, without a driver, and for a GPU older than Volta, which has no such counter."""
-        if self._library is None or index is None:
+    def read(self, index: Optional[int]) -> Optional[GpuReading]:
+        """The GPU at this place in `gpus`; None for None, and without a driver."""
+        library = self._library
+        if library is None or index is None:
             return None
         device, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
-        self._library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(device))
-        if self._library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(millijoules)) != _NVML_SUCCESS:
-            return None
-        return millijoules.value / 1000
+        library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(device))
+        counted = library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(millijoules)) == _NVML_SUCCESS
+        return GpuReading(
+            millijoules.value / 1000 if counted else None,
+            _unsigned(library, device, "nvmlDeviceGetClockInfo", _NVML_CLOCK_SM),
+            _unsigned(library, device, "nvmlDeviceGetTemperature", _NVML_TEMPERATURE_GPU),
+            _throttled(library, device),
+        )
 
     def close(self) -> None:
         if self._library is not None:
             self._library.nvmlShutdown()
             self._library = None
 
-    def __enter__(self) -> "EnergyMeter":
+    def __enter__(self) -> "GpuMeter":
         return self
 
     def __exit__(self, *exc: Any) -> None:

@@ -3,7 +3,7 @@ import pytest
 from deployopt.bench import disturbance
 from deployopt.bench.disturbance import Counters, Limits, Load, Observed
 from deployopt.bench.environment import Condition
-from deployopt.runtime.host import CpuTimes
+from deployopt.runtime.host import CpuTimes, GpuReading
 
 STEADY = [1.0] * 21
 
@@ -84,10 +84,32 @@ def test_only_the_rows_own_gpu_concerns_it():
     assert faults(device="cuda:0", before=quiet, after=two)[0] == throttled  # not known which is its own
 
 
+def on_gpu(*readings):
+    """Of blocks after which the row's GPU was read."""
+    found = load()
+    for second, reading in enumerate(readings):
+        found.add(Counters(None, None, second * 10**9, GpuReading()), Counters(None, None, (second + 1) * 10**9, reading), own_cpu_s=0.0)
+    return found
+
+
+def test_a_gpu_that_is_known_is_judged_by_its_own_blocks():
+    """What it does while rows on the CPU are timed, or before and after all rounds, says nothing."""
+    steady = on_gpu(*[GpuReading(None, 1500, 60, [])] * 9)
+    idle_after = {"device": "cuda:0", "gpu": 0, "after": condition(300, "hardware slowdown")}
+    assert faults(load=steady, **idle_after) == []
+    between = on_gpu(*[GpuReading(None, 1500, 60, [])] * 4, GpuReading(None, 1490, 81, ["software power cap"]), *[GpuReading(None, 1500, 70, [])] * 4)
+    assert faults(load=between, device="cuda:0", gpu=0) == ["throttled: GPU: software power cap"]
+    during = disturbance.contract(observed(load=between, device="cuda:0", gpu=0), cores=2)["own_gpu"]
+    assert during == {"sm_clock_mhz": [1500, 1490, 1500], "temperature_c": [60, 81], "throttled": ["software power cap"]}
+    falling = on_gpu(*(GpuReading(None, clock, None, None) for clock in (1500, 1500, 1500, 1400, 1400, 1300, 1200, 1200, 900)))
+    assert faults(load=falling, device="cuda:0", gpu=0) == ["the SM clock of GPU fell from 1500 to 1200 MHz (limit 10 %)"]
+
+
 def test_power_is_the_energy_of_its_blocks_by_their_time():
     found = Load()
-    found.add(Counters(None, None, 0, 100.0), Counters(None, None, 2 * 10**9, 500.0), own_cpu_s=0.0)
-    found.add(Counters(None, None, 5 * 10**9, 9000.0), Counters(None, None, 7 * 10**9, 9600.0), own_cpu_s=0.0)
+    for seconds, joules in (((0, 2), (100.0, 500.0)), ((5, 7), (9000.0, 9600.0))):
+        before, after = (Counters(None, None, second * 10**9, GpuReading(energy)) for second, energy in zip(seconds, joules, strict=True))
+        found.add(before, after, own_cpu_s=0.0)
     assert disturbance.contract(observed(load=found, device="cuda:0", gpu=0), cores=2)["gpu_power_w"] == 250.0
     assert disturbance.contract(observed(load=found), cores=2)["gpu_power_w"] is None  # a row on the CPU
     assert disturbance.contract(observed(device="cuda:0"), cores=2)["gpu_power_w"] is None

@@ -122,9 +122,17 @@ def test_the_contract_says_how(results):
     assert contract["inputs"] == {"buffers": 8, "shape": [2, 16, 16, 3], "types": ["float32"], "images": 20, "source": "test images"}
     assert contract["spread"]["limit"] == 100.0
     assert contract["duration_s"] >= 0.15
-    assert {"steal_percent", "other_cpu_percent", "pressure_percent", "drift_percent", "load_average", "gpu_power_w", "frequency_mhz", "gpus"} == set(
-        contract["load"]
-    )
+    assert {
+        "steal_percent",
+        "other_cpu_percent",
+        "pressure_percent",
+        "drift_percent",
+        "load_average",
+        "gpu_power_w",
+        "own_gpu",
+        "frequency_mhz",
+        "gpus",
+    } == set(contract["load"])
 
 
 def test_ratios_across_comparisons_are_refused(results, model):

@@ -1,7 +1,9 @@
+# ruff: noqa: N802 -- a stand-in for NVML is called as the library is
 import json
 import os
 import socket
 import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -63,16 +65,69 @@ def test_cudas_gpus_are_found_among_nvmls(monkeypatch, names, environment, expec
     assert [host.nvml_index(index) for index in (0, 1)] == expected
 
 
-def test_energy_is_counted_up_or_unknown():
-    with host.EnergyMeter() as meter:
-        assert meter.joules(None) is None
-        readings = [meter.joules(0) for _ in range(2)]
-    assert readings == [None, None] or readings[0] <= readings[1]
+class Nvml:
+    """NVML of one GPU, as a driver's library answers through ctypes; it has no sensor for power."""
+
+    values: ClassVar = {("nvmlDeviceGetClockInfo", 1): 1410, ("nvmlDeviceGetClockInfo", 2): 2619, ("nvmlDeviceGetTemperature", 0): 54}
+    closed = 0
+
+    def __getattr__(self, name):
+        def getter(device, *arguments):
+            *which, pointer = arguments
+            value = self.values.get((name, *(argument.value for argument in which)))
+            if value is None:
+                return 3  # NVML_ERROR_NOT_SUPPORTED
+            pointer._obj.value = value
+            return 0
+
+        return getter
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index, device):
+        device._obj.value = 100 + index.value
+        return 0
+
+    def nvmlDeviceGetCount_v2(self, count):
+        count._obj.value = 1
+        return 0
+
+    def nvmlSystemGetDriverVersion(self, text, size):
+        text.value = b"580.1"
+
+    def nvmlDeviceGetName(self, device, text, size):
+        assert device.value == 100
+        text.value = b"GPU"
+
+    def nvmlDeviceGetMemoryInfo(self, device, memory):
+        memory._obj.total = 2**34
+        return 0
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, device, millijoules):
+        millijoules._obj.value = 5500
+        return 0
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, device, reasons):
+        reasons._obj.value = 0x01 | 0x04 | 0x40
+        return 0
+
+    def nvmlShutdown(self):
+        self.closed += 1
 
 
-def test_gpus_are_listed_or_none():
-    for gpu in host.gpus():
-        assert {"name", "driver", "sm_clock_mhz", "temperature_c", "power_w", "throttled"} <= gpu.keys()
+def test_gpus_are_read_through_nvml(monkeypatch):
+    library, throttled = Nvml(), ["software power cap", "hardware thermal slowdown"]
+    monkeypatch.setattr(host, "_nvml", lambda: library)
+    facts = {"name": "GPU", "driver": "580.1", "memory_bytes": 2**34, "sm_clock_mhz": 1410, "memory_clock_mhz": 2619, "temperature_c": 54, "power_w": None}
+    assert host.gpus() == [{**facts, "throttled": throttled}]
+    with host.GpuMeter() as meter:
+        assert meter.read(None) is None
+        assert meter.read(0) == host.GpuReading(5.5, 1410, 54, throttled)
+    assert library.closed == 2
+
+
+def test_without_a_driver_there_are_no_gpus(monkeypatch):
+    monkeypatch.setattr(host, "_nvml", lambda: None)
+    with host.GpuMeter() as meter:
+        assert (host.gpus(), meter.read(0), host.device_memory_bytes()) == ([], None, None)
 
 
 def test_facts_are_json_without_this_machines_names():
