@@ -84,7 +84,7 @@ def test_bench_times_with_images_of_a_data_set(model: Path) -> None:
     done = deployopt("bench", model, "--data", "digits:image_size=8", "--batch", "2", "--seconds", "0.1", "--json", "--quiet", "--threads", "1")
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)
-    assert row["contract"]["inputs"] == {"buffers": 8, "shape": [2, 8, 8, 3], "images": 256, "source": "images that were given"}
+    assert row["contract"]["inputs"] == {"buffers": 8, "shape": [2, 8, 8, 3], "types": ["float32"], "images": 256, "source": "images that were given"}
 
 
 def test_eval_scores_and_refuses(model: Path) -> None:

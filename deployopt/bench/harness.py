@@ -36,6 +36,7 @@ from deployopt.runtime.worker import Memory, Opened, Worker
 
 Images = NDArray[np.uint8]
 
+OUTLYING, MANY_OUTLIERS = 2.0, 0.01  # times the median; share of the runs that is worth a flag
 HEADLINE_RUNS, HEADLINE_SECONDS = 1000, 3.0  # a row is long enough after either
 PAUSE_S = 0.02  # before each block: spin-waiting threads of the session before go to sleep
 RUNS_OF_A_STREAM = 4  # in a block, at least: at its end streams wait for the last of them
@@ -345,6 +346,7 @@ class Group:
         device_blocks = [b.device_ms * 1e6 for b in run.blocks if b.device_ms is not None]
         device_summary, device_medians = _summarize(device_blocks, settings.seed) if device_blocks else (None, None)
         spread = median_absolute_deviation(samples_ns) / float(np.median(samples_ns))
+        outliers = float(np.mean(samples_ns > OUTLYING * np.median(samples_ns)))
         throughputs = [round(batch * len(b.host_ns) / b.wall_s, 3) for b in run.blocks]
         seen = Observed(medians, spread, run.load, run.subject.threads, run.device, *conditions, run.gpu)
         cores = host.usable_cores()
@@ -374,8 +376,9 @@ class Group:
             "device": run.device,
             **execution,
             "spread": {"mad_over_median": round(spread, 4), "limit": settings.limits.max_spread},
+            "outliers": {"percent": round(100 * outliers, 3), "above": f"{OUTLYING:g} medians"},
             "load": disturbance.contract(seen, cores),
-            "flags": [*_flags(run, settings), *disturbance.flags(seen, settings.limits, cores)],
+            "flags": [*_flags(run, settings, outliers), *disturbance.flags(seen, settings.limits, cores)],
             "started": started,
         }
         return Measured(
@@ -485,11 +488,13 @@ def _summarize(blocks_ns: Sequence[NDArray[Any]], seed: int) -> tuple[dict[str, 
     return figures, medians
 
 
-def _flags(run: _Run, settings: Settings) -> list[str]:
+def _flags(run: _Run, settings: Settings, outliers: float) -> list[str]:
     """What a reader should know and what does not make the row invalid by itself."""
     flags = []
     if not run.warm_up.settled:
         flags.append("the warm-up did not settle")
+    if outliers > MANY_OUTLIERS:
+        flags.append(f"{100 * outliers:.1f} % of the runs took more than {OUTLYING:g} times the median")
     if len(run.blocks) < settings.blocks:
         flags.append(f"{len(run.blocks)} of {settings.blocks} blocks within {settings.longest_s:g} s")
     if run.seconds < max(settings.min_seconds, HEADLINE_SECONDS) and run.runs < HEADLINE_RUNS:

@@ -139,7 +139,7 @@ def describe(target: Target) -> Description:
 
 
 def precision_of(path: Path) -> Precision:
-    """What an ONNX file is typed as: int8 or int8_fp16 if it quantises anything, else its narrowest float initializers.
+    """What an ONNX file is typed as: int8 or int8_fp16 if it quantises anything, else its narrowest float weights, initializers and constants.
 
     Raises:
         MissingDependency: onnx is not installed.
@@ -148,7 +148,8 @@ def precision_of(path: Path) -> Precision:
     graph = _load_onnx(path).graph
     from onnx import TensorProto  # installed, or the file would not have been read
 
-    kinds = {tensor.data_type for tensor in graph.initializer}
+    constants = [attribute.t for node in graph.node if node.op_type == "Constant" for attribute in node.attribute if attribute.name == "value"]
+    kinds = {tensor.data_type for tensor in (*graph.initializer, *constants)}
     if any(node.op_type.startswith(("QuantizeLinear", "DequantizeLinear", "QLinear")) for node in graph.node):
         return "int8_fp16" if TensorProto.FLOAT16 in kinds else "int8"
     if TensorProto.FLOAT16 in kinds:

@@ -84,6 +84,7 @@ def create(
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3  # errors
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     for key, value in (config or {}).items():
@@ -205,6 +206,7 @@ class _Loaded:
     def __init__(self, session: Any, feeds: Sequence[Feed], outputs: Mapping[str, Array]) -> None:
         make = load_vendor().OrtValue.ortvalue_from_numpy
         self._run = session.run_with_iobinding
+        self._threads = session.get_session_options().intra_op_num_threads  # type: int
         self._results = {name: make(np.empty_like(array)) for name, array in outputs.items()}
         self._feeds = [{name: make(np.ascontiguousarray(array)) for name, array in feed.items()} for feed in feeds]
         self._bindings = []
@@ -224,6 +226,10 @@ class _Loaded:
 
     def device_ms(self) -> Optional[float]:
         return None
+
+    def execution(self) -> Dict[str, str]:
+        """As `session.Explained`; see `create`."""
+        return {"waiting_threads": "spin"} if self._threads > 1 else {}
 
 
 def _runs(events: Sequence[Mapping[str, Any]]) -> List[List[LayerTime]]:

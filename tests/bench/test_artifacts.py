@@ -141,6 +141,12 @@ def test_precision_is_read_from_the_graph(tmp_path):
     half.graph.node[0].op_type = "QLinearConv"
     onnx.save(half, tmp_path / "e.onnx")
     assert precision_of(tmp_path / "e.onnx") == "int8_fp16"
+    constants = onnx.load(tmp_path / "b.onnx")
+    for weight in constants.graph.initializer:
+        constants.graph.node.insert(0, onnx.helper.make_node("Constant", [], [weight.name], value=weight))
+    del constants.graph.initializer[:]
+    onnx.save(constants, tmp_path / "f.onnx")
+    assert precision_of(tmp_path / "f.onnx") == "fp16"
     (tmp_path / "d.onnx").write_bytes(b"not a model")
     with pytest.raises(ArtifactMismatch, match="not an ONNX model"):
         precision_of(tmp_path / "d.onnx")

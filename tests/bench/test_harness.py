@@ -174,6 +174,14 @@ def test_a_median_is_told_of_few_runs_and_more_time_is_taken_where_more_is_asked
     assert [Settings(min_seconds=s).longest_s for s in (3, 120)] == [60, 240]
 
 
+def test_outliers_are_counted_and_flagged(model):
+    settings = Settings(min_seconds=0.2, limits=LENIENT)
+    contract = measure([subject("a", model, "StutteringSession")], IMAGES, settings, SilentProgress())["a"].contract
+    assert contract["outliers"]["above"] == "2 medians"
+    assert 5 < contract["outliers"]["percent"] < 40
+    assert any("of the runs took more than 2 times the median" in flag for flag in contract["flags"])
+
+
 def test_a_slow_subject_stops_in_time_and_says_so(model):
     settings = Settings(min_seconds=0.2, max_seconds=0.05, limits=LENIENT)
     found = measure([subject("a", model)], IMAGES, settings, SilentProgress())["a"]

@@ -116,6 +116,12 @@ def test_streams_run_one_session_at_once(path):
         np.testing.assert_allclose(session.infer({"image": images(2)})["logits"], run(residual(), images(2)), atol=1e-4)
 
 
+@pytest.mark.parametrize(("threads", "told"), [(1, {}), (2, {"waiting_threads": "spin"})])
+def test_how_threads_wait_is_told(path, threads, told):
+    with open_session(path, SessionOptions(threads=threads)) as session:
+        assert session.load([{"image": images(1, 0)}]).execution() == told
+
+
 def test_importing_onnx_runtime_reports_nothing(tmp_path):
     """Its import alone writes an identity into the cache folder and reports to its maker, unless that is turned off."""
     code = "from deployopt.runtime.onnxruntime_session import load_vendor; load_vendor().get_available_providers()"

@@ -116,6 +116,18 @@ class GraphSession(OnnxRuntimeSession):
         return _Capturing(self, feeds)
 
 
+class StutteringSession(OnnxRuntimeSession):
+    """Every eighth run takes 3 ms more."""
+
+    runs = 0
+
+    def execute(self, feed):
+        self.runs += 1
+        if self.runs % 8 == 0:
+            time.sleep(0.003)
+        return super().execute(feed)
+
+
 class NanSession(OnnxRuntimeSession):
     def execute(self, feed):
         return [output * np.nan for output in super().execute(feed)]
