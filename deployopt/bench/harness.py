@@ -494,7 +494,7 @@ def _flags(run: _Run, settings: Settings, outliers: float) -> list[str]:
     if not run.warm_up.settled:
         flags.append("the warm-up did not settle")
     if outliers > MANY_OUTLIERS:
-        flags.append(f"{100 * outliers:.1f} % of the runs took more than {OUTLYING:g} times the median")
+        flags.append(f"more than {100 * MANY_OUTLIERS:g} % of the runs took over {OUTLYING:g} medians")
     if len(run.blocks) < settings.blocks:
         flags.append(f"{len(run.blocks)} of {settings.blocks} blocks within {settings.longest_s:g} s")
     if run.seconds < max(settings.min_seconds, HEADLINE_SECONDS) and run.runs < HEADLINE_RUNS:

@@ -243,10 +243,11 @@ def contract_lines(rows: Sequence[JsonRow], environment: Mapping[str, Any] | Non
     if profiled := [row["profile"] for row in rows if row.get("profile")]:
         how = SEPARATOR.join(dict.fromkeys(part for profile in profiled for part in str(profile["how"]).split(", ")))
         lines.append(f"layers: {_span(profile['runs'] for profile in profiled)} runs {how}")
-    flags = list(dict.fromkeys(str(f) for c in contracts for f in c.get("flags") or [] if not str(f).startswith(SAID_BY_FIGURES)))
+    flags = Counter(str(f) for c in contracts for f in c.get("flags") or [] if not str(f).startswith(SAID_BY_FIGURES))
     if flags:
+        said = [f"{flag} ({units.plural(n, 'row')})" for flag, n in flags.items()][:FLAGS_SHOWN]
         more = f" and {len(flags) - FLAGS_SHOWN} more" if len(flags) > FLAGS_SHOWN else ""
-        lines.append(f"flags: {', '.join(flags[:FLAGS_SHOWN])}{more}")
+        lines.append(f"flags: {', '.join(said)}{more}")
     return lines
 
 
