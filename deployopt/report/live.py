@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from collections import Counter
@@ -265,8 +266,11 @@ class LiveProgress:
         return None if None in known else sum(left for left in known if left is not None)
 
     def step_started(self, step_id: str, title: str) -> None:
-        """A step begins to run; one that was not planned is added to the list."""
+        """A step begins to run; one that was not planned is added to the list. What was never run before is taken to last as long as its stage's others."""
         step = self._steps.setdefault(step_id, _Step(step_id, title))
+        alike = [s.seconds for s in self._steps.values() if s.stage == step.stage and s.state in {"done", "built"}]
+        if step.expected is None and alike:
+            step.expected = statistics.median(alike)
         step.title, step.state, step.started = title, "running", time.monotonic()
         if not self._live and not self._quiet:
             self._timer = threading.Timer(STARTED_AFTER_S, _plain, (self._console, f"{title}: started"))

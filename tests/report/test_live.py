@@ -109,7 +109,7 @@ def test_steps_of_a_stage_share_a_line_and_an_exception_restores_the_terminal() 
                 bar.advance(4, note="batch 4")
                 lines = drawn(progress, 24)
                 assert [line.split("  ")[0] for line in lines] == ["✓ init", "✓ export 3/3", "▸ build 8/24", ""]
-                assert "[v8], 8.0 s, 1 unavailable" in lines[2]
+                assert "[v8], 8.0 s, about 1 s left, 1 unavailable" in lines[2]
                 assert "calibrating" in lines[3]
                 raise RuntimeError("stage broke")
 
@@ -156,3 +156,16 @@ def test_the_time_left_is_told_of_the_running_step_and_of_the_run_while_all_is_k
         lines = drawn(progress, 24)
         assert lines[1].endswith("v0, about 10 s left")
         assert len(lines) == 3
+
+
+def test_what_was_never_run_is_taken_to_last_as_long_as_its_stages_others() -> None:
+    console = Console(file=io.StringIO(), width=100, height=24, force_terminal=True)
+    with LiveProgress(console, STAGES) as progress:
+        for (step_id, title), seconds in zip(STAGES[1:3], (20.0, 40.0), strict=True):
+            progress.step_started(step_id, title)
+            progress.step_finished(step_id, seconds, cached=False, status="ok")
+        progress.step_started(*STAGES[3])
+        assert drawn(progress, 24)[1].endswith("about 30 s left")
+        progress.step_finished(STAGES[3][0], 30.0, cached=False, status="ok")
+        progress.step_started(*STAGES[4])
+        assert "left" not in drawn(progress, 24)[2]  # the first of its stage
