@@ -16,6 +16,7 @@ from deployopt.data import Dataset
 from deployopt.errors import TrainingDiverged, UsageError
 from deployopt.nn import augment, distributed, evaluate, losses
 from deployopt.nn.schedule import TrainingConfig
+from deployopt.nn.weight_gradient import SmallMapGradients
 from deployopt.runtime.preprocessing import to_feed
 from deployopt.runtime.progress import Bar, Progress, SilentProgress
 from deployopt.tasks import Task
@@ -170,7 +171,8 @@ class _Trainer:
 
     def _update(self, feed: Tensor, targets: Tensor) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        outputs = self.replica(feed)
+        with SmallMapGradients():
+            outputs = self.replica(feed)
         loss = self.loss(outputs, targets)
         if self.teacher is not None:
             with torch.no_grad():

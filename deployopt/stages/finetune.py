@@ -8,7 +8,7 @@ from deployopt.nn.schedule import TrainingConfig
 from deployopt.stages import Expansion, Planning, StageConfig, StageContext, StepOutput, StepResult
 from deployopt.stages._training import DISTRIBUTIONS, finish, load_parent, next_point, train
 
-version = 1
+version = 2
 not_after: frozenset[str] = frozenset({"qat", "ptq", "export", "build", "benchmark"})
 after: frozenset[str] = frozenset()
 cacheable = True
