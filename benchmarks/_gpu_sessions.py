@@ -17,8 +17,9 @@ from deployopt.runtime.progress import Progress
 from deployopt.runtime.sampler import time_block, warm_up
 from deployopt.runtime.session import Session, SessionOptions, TensorSpec
 from deployopt.runtime.statistics import bootstrap_ratio
-from deployopt.runtime.tensorrt import load_engine, load_vendor, make_logger
+from deployopt.runtime.tensorrt import load_engine
 from deployopt.runtime.tensorrt_session import open_session
+from deployopt.runtime.tensorrt_vendor import load_vendor, make_logger
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -96,7 +97,7 @@ class BareLoop:
         self._device = [Device(self._cuda, size) for size in self._sizes]
         self._host[0].view(feed.shape, feed.dtype)[...] = feed
         for name, buffer in zip((source, result), self._device, strict=True):
-            self._context.set_tensor_address(name, buffer.address.value)
+            self._context.set_tensor_address(name, buffer.pointer)
         self._stream = self._cuda.make("cudaStreamCreateWithFlags", _NON_BLOCKING)
         self._events = [self._cuda.make("cudaEventCreate") for _ in range(2)]
 

@@ -29,7 +29,8 @@ from deployopt.runtime.cuda import find_gpu
 from deployopt.runtime.manifest import path_of as manifest_of
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
-from deployopt.runtime.tensorrt import BuildOptions, compute_capabilities, load_vendor
+from deployopt.runtime.tensorrt import BuildOptions, compute_capabilities
+from deployopt.runtime.tensorrt_vendor import load_vendor
 from deployopt.runtime.tensorrt_versions import is_rtx, is_weakly_typed, release
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -15,8 +14,10 @@ from deployopt.errors import BackendUnavailable
 from deployopt.runtime.cuda import find_gpus, names_of
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
-from deployopt.runtime.tensorrt import BuildOptions, load_vendor
+from deployopt.runtime.tensorrt import BuildOptions
+from deployopt.runtime.tensorrt_api import Vendor
 from deployopt.runtime.tensorrt_session import open_session
+from deployopt.runtime.tensorrt_vendor import load_vendor
 from deployopt.runtime.tensorrt_versions import is_weakly_typed, not_offered
 from deployopt.store import cache_home
 
@@ -60,7 +61,7 @@ def _without_driver(found: Availability) -> Availability:
     return found
 
 
-def _offered(trt: Any) -> Availability:
+def _offered(trt: Vendor) -> Availability:
     offered: dict[str, str | None] = {precision: not_offered(trt, precision) for precision in (*FLOAT_PRECISIONS, *INT8_PRECISIONS)}
     try:
         gpus = find_gpus()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
@@ -15,8 +15,10 @@ from deployopt.errors import BackendUnavailable, BuildFailed
 from deployopt.runtime.cuda import Gpu, device_index, find_gpu, find_gpus, names_of
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
-from deployopt.runtime.tensorrt import BuildOptions, compute_capabilities, load_vendor
+from deployopt.runtime.tensorrt import BuildOptions, compute_capabilities
+from deployopt.runtime.tensorrt_api import Vendor
 from deployopt.runtime.tensorrt_session import open_session
+from deployopt.runtime.tensorrt_vendor import load_vendor
 
 distributions = ("tensorrt-rtx-cu13", "tensorrt-rtx")
 build_depends_on_machine = False
@@ -46,7 +48,7 @@ def probe() -> Availability:
     return _shared.probe(partial(load_vendor, _VENDOR), _offered)
 
 
-def _offered(trt: Any) -> Availability:
+def _offered(trt: Vendor) -> Availability:
     try:
         gpus = find_gpus()
     except BackendUnavailable as exc:
@@ -56,7 +58,7 @@ def _offered(trt: Any) -> Availability:
     return Availability(reason is None, True, trt.__version__, names_of(gpus), reason, _PRECISIONS, remedy)
 
 
-def _unserved(trt: Any, gpus: Sequence[Gpu]) -> str | None:
+def _unserved(trt: Vendor, gpus: Sequence[Gpu]) -> str | None:
     """Why TensorRT-RTX runs on none of these GPUs, if so."""
     known = compute_capabilities(trt)
     if any(gpu.compute_capability in known for gpu in gpus):

@@ -232,12 +232,22 @@ class Pinned:
         self._cuda.call("cudaFreeHost", self.address)
 
 
+def number_of(handle: ctypes.c_void_p) -> int:
+    """A stream or address as a number; ctypes tells zero, which is the default stream, as None."""
+    return handle.value or 0
+
+
 class Device:
     """Memory on the GPU."""
 
     def __init__(self, cuda: Cuda, size_bytes: int) -> None:
         self._cuda = cuda
         self.address = cuda.make("cudaMalloc", max(1, size_bytes))
+
+    @property
+    def pointer(self) -> int:
+        """The address as a number."""
+        return number_of(self.address)
 
     def close(self) -> None:
         self._cuda.call("cudaFree", self.address)

@@ -5,12 +5,11 @@ Precision is typed in the ONNX (casts, Q/DQ); networks are strongly typed and no
 """
 
 import errno
-import importlib
 import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 from deployopt.errors import ArtifactMismatch, BackendUnavailable, BuildFailed
 from deployopt.runtime import manifest
@@ -21,35 +20,23 @@ from deployopt.runtime.hashing import sha256_bytes
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import Progress, SilentProgress
 from deployopt.runtime.session import TensorSpec
+from deployopt.runtime.tensorrt_api import Vendor
 from deployopt.runtime.tensorrt_layers import Execution, Layer, Network, execution, layers_of_inspector, layers_of_log, network_of
+from deployopt.runtime.tensorrt_parser import EXPORT_AGAIN, LEAVE_OUT, parse
 from deployopt.runtime.tensorrt_timing import TimingCache, path_of
+from deployopt.runtime.tensorrt_vendor import clean, load_vendor, make_logger, make_monitor
 from deployopt.runtime.tensorrt_versions import is_rtx, product
 
+if TYPE_CHECKING:
+    import tensorrt as api
+
+    from deployopt.runtime.tensorrt_api import Logger
+
+T = TypeVar("T")
 Shape = Tuple[int, ...]
 Ranges = Dict[str, Dict[str, Shape]]  # input → {"min", "opt", "max"}: shape
 
-_DRIVER_NOISE = "CUDA driver version is insufficient"  # follows every error on a machine without a driver, whatever the error
-_JETSON = Path("/etc/nv_tegra_release")  # there on every Jetson
-_JETPACK = "sudo apt install nvidia-jetpack, and a virtual environment made with --system-site-packages: on a Jetson TensorRT comes with JetPack"
-_REMEDY_EXPORT = "export the model again: deployopt run RECIPE --fresh --until export"
-_REMEDY_ELSE = "take this backend out of the recipe's build stage, or change the model there"
 _REMEDY_MISS = "build once without error_on_timing_cache_miss, which fills the cache"
-_EXPLANATIONS = (  # (in the code or description, what is wrong, what to do)
-    ("MODEL_DESERIALIZE_FAILED", "the file is not a complete ONNX model", _REMEDY_EXPORT),
-    (
-        "Plugin not found",
-        "no such operator, and no plugin of that name",
-        "replace the operator in the model with standard ONNX ones, or take this backend out of the build stage",
-    ),
-    (
-        "UNSUPPORTED_NODE",
-        "the operator is not supported",
-        "replace the operator in the model with supported ones, or take this backend out of the build stage",
-    ),
-    ("input has type Int32 but must have type", "an INT32 tensor cannot be dequantised here", "leave biases in floating point, without Q/DQ"),
-    ("Non-zero zero point", "the zero point is not 0", "quantise symmetrically: INT8 with zero point 0"),
-    ("must have same input types", "its inputs differ in type", "cast them to one type; a strongly typed network converts nothing by itself"),
-)
 
 
 class BuildOptions(NamedTuple):
@@ -109,174 +96,40 @@ class Build(NamedTuple):
     timing_cache: Optional[str]
 
 
-def usable(trt: Any) -> bool:
-    """Whether this is the library. Packages of type stubs import too, as an empty namespace package."""
-    return hasattr(trt, "Builder") and hasattr(trt, "__version__")
-
-
-def load_vendor(name: str) -> Any:
-    """Import "tensorrt" or "tensorrt_rtx".
-
-    Raises:
-        BackendUnavailable: it is not installed, cannot be loaded, or is a version that this deployopt does not serve.
-    """
-    install = _JETPACK if name == "tensorrt" and _JETSON.exists() else f"pip install 'deployopt[{name.replace('_', '-')}]'"
-    try:
-        trt = importlib.import_module(name)
-    except ModuleNotFoundError as exc:
-        if exc.name != name:
-            raise BackendUnavailable(f"package {name} lacks the module {exc.name}", install) from exc
-        raise BackendUnavailable(f"package {name} is not installed", install) from exc
-    except Exception as exc:  # whatever a vendor's loader raises is the reason to report
-        raise BackendUnavailable(f"package {name} cannot be loaded ({type(exc).__name__}: {exc})", install) from exc
-    if not usable(trt):
-        raise BackendUnavailable(f"package {name} is not installed (only its type stubs are)", install)
-    if not versions.is_served(trt):
-        raise BackendUnavailable(
-            f"{product(trt)} is not served: it has no named tensors", f"install TensorRT {'.'.join(map(str, versions.OLDEST))} or later (JetPack 5.1 or later)"
-        )
-    return trt
-
-
-def compute_capabilities(trt: Any) -> List[str]:
+def compute_capabilities(trt: Vendor) -> List[str]:
     """GPU classes this TensorRT-RTX builds for, as "8.6", ascending."""
-    numbers = sorted(int(name[2:]) for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
+    numbers = sorted(int(name[2:]) for name in versions.compute_capability(trt) if name.startswith("SM"))
     return [f"{n // 10}.{n % 10}" for n in numbers]
 
 
-def make_logger(trt: Any, verbose: bool = False) -> Any:
-    """A logger that keeps (severity, text) in `messages`. Keep a reference for as long as any vendor object lives."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.messages: List[Tuple[str, str]] = []
-
-        def log(self, severity: Any, msg: str) -> None:  # called from native threads: it must not raise
-            if verbose or severity.name != "VERBOSE":
-                self.messages.append((severity.name, msg))
-
-        def errors(self) -> List[str]:
-            texts = [text for severity, text in self.messages if severity.endswith("ERROR")]
-            return [text for text in texts if _DRIVER_NOISE not in text] or texts
-
-    return Logger()
-
-
-def make_profiler(trt: Any) -> Any:
-    """A profiler that keeps (layer's name, milliseconds) of every layer that ran since `take` was called."""
-
-    class Profiler(trt.IProfiler):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IProfiler.__init__(self)
-            self._times: List[Tuple[str, float]] = []
-
-        def report_layer_time(self, layer_name: str, ms: float) -> None:  # called from native code: it must not raise
-            self._times.append((layer_name, ms))
-
-        def take(self) -> List[Tuple[str, float]]:
-            times, self._times = self._times, []
-            return times
-
-    return Profiler()
-
-
-def make_monitor(trt: Any, advance: Callable[[float, str], None]) -> Any:
-    """A progress monitor that calls `advance(fraction of the build done since the last call, phase)`.
-
-    An exception in `advance` (Ctrl-C) may not cross native frames: it is kept in `raised`, and the build is stopped.
-    """
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.raised: Optional[BaseException] = None
-            self._phases: Dict[str, List[Any]] = {}  # name → [parent, steps done, steps]
-            self.told = 0.0
-
-        def phase_start(self, phase_name: str, parent_phase: Optional[str], num_steps: int) -> None:
-            self._phases[phase_name] = [parent_phase, 0, max(1, num_steps)]
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            try:
-                self._phases[phase_name][1] = step + 1
-                done = min(1.0, max(self._done(name) for name, (parent, _, _) in self._phases.items() if parent is None))
-                advance(max(0.0, done - self.told), phase_name)
-                self.told = max(self.told, done)
-            except BaseException as exc:  # re-raised by the caller of the build
-                self.raised = exc
-            return self.raised is None
-
-        def phase_finish(self, phase_name: str) -> None:
-            self._phases.pop(phase_name, None)
-
-        def _done(self, name: str) -> float:
-            _, done, steps = self._phases[name]
-            inside = max((self._done(child) for child, (parent, _, _) in self._phases.items() if parent == name), default=0.0)
-            return float(min(steps, done + inside) / steps)
-
-    return Monitor()
-
-
-def _started(trt: Any, kind: str, logger: Any) -> Any:
+def _started(trt: Vendor, kind: Callable[["Logger"], T], logger: "Logger") -> T:
     """`trt.Builder(logger)` or `trt.Runtime(logger)`. Raises BackendUnavailable where the library cannot start, as with a driver too old for it."""
     try:
-        return getattr(trt, kind)(logger)
+        return kind(logger)
     except TypeError as exc:  # pybind11: "factory function returned nullptr"
-        said = _clean(" ".join(text for severity, text in logger.messages if severity in ("WARNING", "ERROR", "INTERNAL_ERROR")))
+        said = clean(" ".join(text for severity, text in logger.messages if severity in ("WARNING", "ERROR", "INTERNAL_ERROR")))
         raise BackendUnavailable(
             f"{product(trt)} cannot start: {said or exc}", "update the NVIDIA driver, or install a TensorRT for the CUDA version that it serves (`nvidia-smi`)"
         ) from exc
 
 
-def _parse(trt: Any, builder: Any, logger: Any, onnx: bytes) -> Tuple[Any, Any]:
-    """(network, parser); the parser owns the weights, so it must outlive the build."""
-    network = builder.create_network(versions.network_flags(trt))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(onnx):
-        raise _refusal(trt, parser, logger)
-    if not network.num_outputs:  # empty bytes parse "successfully"
-        raise BuildFailed("the ONNX holds no graph (it has no outputs)", "export the model again: deployopt run RECIPE --fresh --until export")
-    return network, parser
-
-
-def _refusal(trt: Any, parser: Any, logger: Any) -> BuildFailed:
-    """The parser's errors, in the words of whoever made the graph."""
-    errors = [parser.get_error(i) for i in range(parser.num_errors)]
-    if not errors:
-        return BuildFailed(f"{product(trt)} cannot read the ONNX: {_clean(' '.join(logger.errors()))}", _REMEDY_ELSE)
-    lines, remedies = [], []
-    for error in errors:
-        name, operator = versions.node_of(error)
-        what, remedy = explain(error.code().name, _clean(error.desc()), operator)
-        lines.append(f"node '{name}' ({operator}): {what}" if operator else what)
-        remedies.append(remedy)
-    return BuildFailed(f"{product(trt)} cannot build this ONNX:\n  " + "\n  ".join(lines), remedies[0])
-
-
-def explain(code: str, description: str, operator: str) -> Tuple[str, str]:
-    """(what is wrong, what to do) for an error of the ONNX parser."""
-    for sign, what, remedy in _EXPLANATIONS:
-        if sign in description or sign == code:
-            return (what if operator else f"{what} ({description})", remedy)
-    return f"{description} [{code}]", _REMEDY_ELSE
-
-
-def _clean(text: str) -> str:
-    """A vendor's message without the lines on the missing driver that follow it on a machine without a GPU."""
-    return " ".join(line.strip() for line in text.splitlines() if _DRIVER_NOISE not in line)
-
-
-def _specs(tensors: Sequence[Any]) -> Tuple[TensorSpec, ...]:
+def _specs(tensors: Sequence["api.ITensor"]) -> Tuple[TensorSpec, ...]:
     return tuple(TensorSpec(t.name, _named_axes(t), _dtype(t.dtype)) for t in tensors)
 
 
-def _named_axes(tensor: Any) -> Tuple[Any, ...]:
+def _named_axes(tensor: "api.ITensor") -> Tuple[Union[int, str], ...]:
     """A dynamic axis by its ONNX name; an output's first dynamic axis, which TensorRT leaves nameless, is "batch"."""
-    return tuple(size if size >= 0 else tensor.get_dimension_name(axis) or ("batch" if axis == 0 else f"axis{axis}") for axis, size in enumerate(tensor.shape))
+    return tuple(
+        size if size >= 0 else tensor.get_dimension_name(axis) or ("batch" if axis == 0 else f"axis{axis}") for axis, size in enumerate(sizes(tensor.shape))
+    )
 
 
-def _dtype(dtype: Any) -> str:
+def sizes(dims: "api.Dims") -> Shape:
+    """Of each axis, -1 where it is dynamic."""
+    return tuple(dims[axis] for axis in range(len(dims)))
+
+
+def _dtype(dtype: "api.DataType") -> str:
     """NumPy's name of a vendor's DataType."""
     name = str(dtype.name)
     return {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}.get(name, name.lower())
@@ -298,7 +151,7 @@ def ranges_of(inputs: Sequence[TensorSpec], batch_sizes: Sequence[int]) -> Range
         if not spec.shape or isinstance(spec.shape[0], int):
             static = spec.shape[0] if spec.shape else None
             if set(batch_sizes) != {static}:
-                raise BuildFailed(f"input '{spec.name}' {list(spec.shape)} is static; batch sizes {sorted(set(batch_sizes))} were asked for", _REMEDY_EXPORT)
+                raise BuildFailed(f"input '{spec.name}' {list(spec.shape)} is static; batch sizes {sorted(set(batch_sizes))} were asked for", EXPORT_AGAIN)
             continue
         rest = tuple(int(axis) for axis in spec.shape[1:])
         ranges[spec.name] = {"min": (1, *rest), "opt": (largest, *rest), "max": (largest, *rest)}
@@ -306,7 +159,7 @@ def ranges_of(inputs: Sequence[TensorSpec], batch_sizes: Sequence[int]) -> Range
 
 
 def build_engine(
-    trt: Any,
+    trt: Vendor,
     onnx: bytes,
     options: BuildOptions,
     progress: Optional[Progress] = None,
@@ -326,13 +179,13 @@ def build_engine(
     """
     progress = progress or SilentProgress()
     logger = make_logger(trt, verbose=is_rtx(trt))
-    builder = _started(trt, "Builder", logger)
-    network, parser = _parse(trt, builder, logger, onnx)
+    builder = _started(trt, trt.Builder, logger)
+    network, parser = parse(trt, builder, logger, onnx)
     inputs = _specs([network.get_input(i) for i in range(network.num_inputs)])
     outputs = _specs([network.get_output(i) for i in range(network.num_outputs)])
     ranges = ranges_of(inputs, options.batch_sizes)
     config = _configure(trt, builder, logger, options, precision)
-    _add_profile(builder, config, logger, ranges)
+    _add_profile(trt, builder, config, logger, ranges)
     timing = TimingCache(config, path_of(Path(options.timing_cache), trt, gpu)) if options.timing_cache and gpu else None
     start = time.monotonic()
     with ExitStack() as stack:
@@ -347,9 +200,9 @@ def build_engine(
     if monitor is not None and monitor.raised is not None:
         raise monitor.raised
     if plan is None:
-        said = _clean(" ".join(logger.errors()))
+        said = clean(" ".join(logger.errors()))
         missed = options.error_on_timing_cache_miss and "timing cache" in said.lower()
-        raise BuildFailed(f"{product(trt)} built no engine: {said or 'it gave no reason'}", _REMEDY_MISS if missed else _REMEDY_ELSE)
+        raise BuildFailed(f"{product(trt)} built no engine: {said or 'it gave no reason'}", _REMEDY_MISS if missed else LEAVE_OUT)
     if timing is not None:
         _keep(timing, options, progress)
     data = bytes(memoryview(plan))
@@ -371,7 +224,7 @@ def _keep(timing: TimingCache, options: BuildOptions, progress: Progress) -> Non
         progress.log(f"the timing cache was not stored: {exc}")
 
 
-def _configure(trt: Any, builder: Any, logger: Any, options: BuildOptions, precision: str) -> Any:
+def _configure(trt: Vendor, builder: "api.Builder", logger: "Logger", options: BuildOptions, precision: str) -> "api.IBuilderConfig":
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     (config.set_flag if options.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
@@ -384,22 +237,27 @@ def _configure(trt: Any, builder: Any, logger: Any, options: BuildOptions, preci
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
     if options.optimization_level is not None and not versions.set_optimization_level(config, options.optimization_level):
         raise BuildFailed(f"{product(trt)} has no optimisation levels", "remove optimization_level from the options of tensorrt in the recipe's build stage")
-    if options.compute_capabilities:
-        known = compute_capabilities(trt)
-        unknown = [c for c in options.compute_capabilities if c not in known]
-        if unknown:
-            raise BuildFailed(
-                f"{product(trt)} does not build for compute capability {', '.join(unknown)} (it builds for {', '.join(known)})",
-                "set compute_capabilities of tensorrt_rtx in the recipe's build stage",
-            )
-        config.num_compute_capabilities = len(options.compute_capabilities)
-        for index, capability in enumerate(options.compute_capabilities):
-            if not config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{capability.replace('.', '')}"], index):
-                raise BuildFailed(f"{product(trt)} refused compute capability {capability}: {_clean(' '.join(logger.errors()))}")
+    _set_targets(trt, config, logger, options.compute_capabilities)
     return config
 
 
-def _set_tactic_sources(trt: Any, config: Any, names: Sequence[str]) -> None:
+def _set_targets(trt: Vendor, config: "api.IBuilderConfig", logger: "Logger", capabilities: Sequence[str]) -> None:
+    """The GPU classes to build for ahead of time; none leaves this machine's."""
+    if not capabilities:
+        return
+    known = compute_capabilities(trt)
+    unknown = [c for c in capabilities if c not in known]
+    if unknown:
+        raise BuildFailed(
+            f"{product(trt)} does not build for compute capability {', '.join(unknown)} (it builds for {', '.join(known)})",
+            "set compute_capabilities of tensorrt_rtx in the recipe's build stage",
+        )
+    refused = versions.set_compute_capabilities(trt, config, capabilities)
+    if refused is not None:
+        raise BuildFailed(f"{product(trt)} refused compute capability {refused}: {clean(' '.join(logger.errors()))}")
+
+
+def _set_tactic_sources(trt: Vendor, config: "api.IBuilderConfig", names: Sequence[str]) -> None:
     known = trt.TacticSource.__members__
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -407,31 +265,31 @@ def _set_tactic_sources(trt: Any, config: Any, names: Sequence[str]) -> None:
     config.set_tactic_sources(sum(1 << int(known[name]) for name in set(names)))
 
 
-def _add_profile(builder: Any, config: Any, logger: Any, ranges: Ranges) -> None:
+def _add_profile(trt: Vendor, builder: "api.Builder", config: "api.IBuilderConfig", logger: "Logger", ranges: Ranges) -> None:
     if not ranges:
         return
     profile = builder.create_optimization_profile()
     for name, bounds in ranges.items():
-        profile.set_shape(name, bounds["min"], bounds["opt"], bounds["max"])
+        profile.set_shape(name, *(trt.Dims(list(bounds[bound])) for bound in ("min", "opt", "max")))
     if config.add_optimization_profile(profile) < 0:
-        raise BuildFailed(f"the optimisation profile {ranges} was refused: {_clean(' '.join(logger.errors()))}", "set batch_sizes in the recipe")
+        raise BuildFailed(f"the optimisation profile {ranges} was refused: {clean(' '.join(logger.errors()))}", "set batch_sizes in the recipe")
 
 
-def load_engine(trt: Any, plan: bytes, logger: Any) -> Tuple[Any, Any]:
+def load_engine(trt: Vendor, plan: bytes, logger: "Logger") -> Tuple["api.ICudaEngine", "api.Runtime"]:
     """Deserialise: (engine, runtime). The runtime and the logger must outlive the engine.
 
     Raises:
         BackendUnavailable: the vendor's library cannot start here.
         ArtifactMismatch: it refuses these bytes, which their manifest vouched for.
     """
-    runtime = _started(trt, "Runtime", logger)
+    runtime = _started(trt, trt.Runtime, logger)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise ArtifactMismatch(f"{product(trt)} cannot load the engine: {_clean(' '.join(logger.errors()))}", f"{manifest.REBUILD} (on this machine)")
+        raise ArtifactMismatch(f"{product(trt)} cannot load the engine: {clean(' '.join(logger.errors()))}", f"{manifest.REBUILD} (on this machine)")
     return engine, runtime
 
 
-def inspect(trt: Any, engine: Any, context: Any) -> List[Layer]:
+def inspect(trt: Vendor, engine: "api.ICudaEngine", context: "api.IExecutionContext") -> List[Layer]:
     """Layers as the engine inspector shows them. The context's input shapes must be set: with the batch left open it shows no types.
 
     Raises:
@@ -442,7 +300,7 @@ def inspect(trt: Any, engine: Any, context: Any) -> List[Layer]:
     return layers_of_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
-def _verify(trt: Any, network: Network, logger: Any, plan: bytes, ranges: Ranges) -> Tuple[Optional[Execution], Optional[str]]:
+def _verify(trt: Vendor, network: Network, logger: "Logger", plan: bytes, ranges: Ranges) -> Tuple[Optional[Execution], Optional[str]]:
     """What runs in which precision, or why that cannot be told. RTX lists its layers while building; TensorRT shows them in the engine."""
     try:
         if is_rtx(trt):
@@ -492,26 +350,24 @@ def build_file(
     data = source.read_bytes()
     built = build_engine(trt, data, build_options, progress, f"{product(trt)} builds {target.name}", precision, gpu)
     _save(target, built.plan)
-    manifest.write(
-        target,
-        manifest.Manifest(
-            sha256_bytes(built.plan),
-            len(built.plan),
-            vendor,
-            trt.__version__,
-            runtime_version(),
-            manifest.this_platform(),
-            build_options.compute_capabilities or ((gpu.compute_capability,) if gpu else ()),
-            gpu,
-            precision,
-            (built.ranges,),
-            built.inputs,
-            built.outputs,
-            sha256_bytes(data),
-            build_options.recorded(),
-            Preprocessing.from_json(preprocessing) if preprocessing else None,
-        ),
+    described = manifest.Manifest(
+        sha256_bytes(built.plan),
+        len(built.plan),
+        vendor,
+        trt.__version__,
+        runtime_version(),
+        manifest.this_platform(),
+        build_options.compute_capabilities or ((gpu.compute_capability,) if gpu else ()),
+        gpu,
+        precision,
+        (built.ranges,),
+        built.inputs,
+        built.outputs,
+        sha256_bytes(data),
+        build_options.recorded(),
+        Preprocessing.from_json(preprocessing) if preprocessing else None,
     )
+    manifest.write(target, described)
     return {
         "inputs": built.inputs,
         "outputs": built.outputs,
@@ -523,7 +379,7 @@ def build_file(
     }
 
 
-def _gpu(trt: Any, device: str) -> Optional[Gpu]:
+def _gpu(trt: Vendor, device: str) -> Optional[Gpu]:
     """The GPU built for; None where TensorRT-RTX builds ahead of time, on a machine without one."""
     try:
         return find_gpu(device_index(device))

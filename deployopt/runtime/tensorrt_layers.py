@@ -3,7 +3,12 @@
 import json
 import re
 from collections import Counter
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, cast
+
+from deployopt.runtime.tensorrt_api import Vendor
+
+if TYPE_CHECKING:
+    import tensorrt as api
 
 _TYPES = (  # of TensorRT's format strings, the first that occurs: "Row major Int8 format", "Datatype: Half", "BFloat16"
     ("int8", ("int8",)),
@@ -106,7 +111,7 @@ def nodes_of(metadata: str) -> Tuple[str, ...]:
     return tuple(re.findall(r"\[ONNX Layer: ([^\]]*)\]", metadata))
 
 
-def network_of(trt: Any, network: Any) -> Network:
+def network_of(trt: Vendor, network: "api.INetworkDefinition") -> Network:
     """The convolutions, matrix products and Adds of a parsed network (`INetworkDefinition`)."""
     kinds = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "FULLY_CONNECTED")  # the last: 8.x only
     wanted = {getattr(trt.LayerType, kind) for kind in kinds if hasattr(trt.LayerType, kind)}
@@ -118,12 +123,12 @@ def network_of(trt: Any, network: Any) -> Network:
         if layer.type != trt.LayerType.ELEMENTWISE or node in products:  # a Gemm's bias is an Add of that Gemm's node
             continue
         layer.__class__ = trt.IElementWiseLayer  # get_layer returns the base class; this is the vendor's way to the derived one
-        if layer.op == trt.ElementWiseOperation.SUM:
+        if cast("api.IElementWiseLayer", layer).op == trt.ElementWiseOperation.SUM:
             adds.append(node)
     return Network(tuple(products), tuple(adds))
 
 
-def _node_of(layer: Any) -> str:
+def _node_of(layer: "api.ILayer") -> str:
     """The ONNX node that a layer of a parsed network stands for: by its metadata, in 8.5, which has none, by its name."""
     return str((nodes_of(getattr(layer, "metadata", "")) or (layer.name,))[0])
 

@@ -2,19 +2,24 @@
 
 import ctypes
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 from deployopt.errors import ArtifactMismatch, BackendUnavailable, UsageError
 from deployopt.runtime import manifest as manifests
-from deployopt.runtime.cuda import Cuda, Device, Graph, Pinned, device_index, find_gpu
+from deployopt.runtime.cuda import Cuda, Device, Graph, Pinned, device_index, find_gpu, number_of
 from deployopt.runtime.manifest import REBUILD, Manifest
 from deployopt.runtime.profile import WARM_UP_RUNS, typical
 from deployopt.runtime.session import Array, Feed, LayerTime, Loaded, SessionOptions, TensorSpec
-from deployopt.runtime.tensorrt import inspect, load_engine, load_vendor, make_logger, make_profiler
+from deployopt.runtime.tensorrt import inspect, load_engine, sizes
+from deployopt.runtime.tensorrt_api import Vendor
 from deployopt.runtime.tensorrt_layers import Layer
+from deployopt.runtime.tensorrt_vendor import load_vendor, make_logger, make_profiler
 from deployopt.runtime.tensorrt_versions import is_rtx
+
+if TYPE_CHECKING:
+    import tensorrt as api
 
 _TO_DEVICE, _TO_HOST, _NON_BLOCKING = 1, 2, 1  # cudaMemcpyKind, cudaStreamNonBlocking
 Shape = Tuple[int, ...]
@@ -63,7 +68,7 @@ class TensorRTSession:
         ArtifactMismatch: the vendor's library refuses the engine.
     """
 
-    def __init__(self, trt: Any, plan: bytes, manifest: Manifest, provider: str, device: int = 0, cuda_graph: bool = False) -> None:
+    def __init__(self, trt: Vendor, plan: bytes, manifest: Manifest, provider: str, device: int = 0, cuda_graph: bool = False) -> None:
         self.inputs: Sequence[TensorSpec] = manifest.inputs
         self.outputs: Sequence[TensorSpec] = manifest.outputs
         self.provider = provider
@@ -77,15 +82,16 @@ class TensorRTSession:
         self._context = self._new_context()
         self._stream = self._cuda.make("cudaStreamCreateWithFlags", _NON_BLOCKING)
         self._start, self._stop = self._cuda.make("cudaEventCreate"), self._cuda.make("cudaEventCreate")
-        self._limits = {s.name: [tuple(shape) for shape in self._engine.get_tensor_profile_shape(s.name, 0)] for s in self.inputs}
+        self._limits = {s.name: [sizes(dims) for dims in self._engine.get_tensor_profile_shape(s.name, 0)] for s in self.inputs}
         self._dtypes = {s.name: np.dtype(s.dtype) for s in (*self.inputs, *self.outputs)}
         self._shapes: Dict[str, Shape] = {}
         self._set_shapes({name: limits[2] for name, limits in self._limits.items()})
         self._device = {name: Device(self._cuda, self._size(name)) for name in self._shapes}
         self._host = {name: Pinned(self._cuda, self._size(name)) for name in self._shapes}
         for name, buffer in self._device.items():
-            self._context.set_tensor_address(name, buffer.address.value)
+            self._context.set_tensor_address(name, buffer.pointer)
         self._bound: List[_Loaded] = []
+        self._closed = False
 
     def infer(self, feed: Feed) -> Dict[str, Array]:
         """Outputs by name, as copies that the caller owns.
@@ -124,7 +130,7 @@ class TensorRTSession:
         try:
             self._context.profiler = profiler
             for name, buffer in self._device.items():
-                self._context.set_tensor_address(name, buffer.address.value)
+                self._context.set_tensor_address(name, buffer.pointer)
             self._set_shapes(self._checked(feeds[0]))
             layers = {layer.name: layer for layer in self._layers()}
             found = []
@@ -143,9 +149,10 @@ class TensorRTSession:
         for mirror in self._host.values():
             mirror.close()
         self._device, self._host, self._bound = {}, {}, []
-        if self._context is not None:
+        if not self._closed:
+            self._closed = True
             self._drop_graph()
-            self._context = self._engine = self._runtime = None  # in this order, before their stream
+            del self._context, self._engine, self._runtime  # in this order, before their stream
             for event in (self._start, self._stop):
                 self._cuda.call("cudaEventDestroy", event)
             self._cuda.call("cudaStreamDestroy", self._stream)
@@ -156,7 +163,7 @@ class TensorRTSession:
     def __exit__(self, *exc: Any) -> None:
         self.close()
 
-    def _new_context(self) -> Any:
+    def _new_context(self) -> "api.IExecutionContext":
         context = self._engine.create_execution_context()
         if context is None:
             raise ArtifactMismatch(f"no execution context for the engine: {'; '.join(self._logger.errors())}", REBUILD)
@@ -186,7 +193,7 @@ class TensorRTSession:
         for name, shape in wanted.items():
             if not self._context.set_input_shape(name, shape):
                 raise UsageError(f"input '{name}': shape {shape} was refused: {'; '.join(self._logger.errors())}")
-        self._shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in self._dtypes}
+        self._shapes = {name: sizes(self._context.get_tensor_shape(name)) for name in self._dtypes}
 
     def _size(self, name: str) -> int:
         return int(np.prod(self._shapes[name], dtype=np.int64)) * self._dtypes[name].itemsize
@@ -209,7 +216,7 @@ class TensorRTSession:
             raise ArtifactMismatch(f"the engine refused to run: {'; '.join(self._logger.errors())}", REBUILD)
 
     def _enqueue(self) -> bool:
-        return bool(self._context.execute_async_v3(self._stream.value))
+        return bool(self._context.execute_async_v3(number_of(self._stream)))
 
     def _capture(self) -> None:
         """Make a graph of the execution at the shapes that are set, if one is wanted and there is none; if that fails, none is wanted any more."""

@@ -4,14 +4,18 @@ chooses the same ones. TensorRT-RTX times nothing while it builds, and has none.
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from deployopt.runtime.cuda import Gpu
 from deployopt.runtime.files import atomic_write
+from deployopt.runtime.tensorrt_api import Vendor
 from deployopt.runtime.tensorrt_versions import product
 
+if TYPE_CHECKING:
+    import tensorrt as api
 
-def path_of(folder: Path, trt: Any, gpu: Gpu) -> Path:
+
+def path_of(folder: Path, trt: Vendor, gpu: Gpu) -> Path:
     """Where the cache of this TensorRT version and GPU lies, e.g. "tensorrt-10.13.0-nvidia-h100-80gb-hbm3-9.0.timing"."""
     words = f"{product(trt)} {gpu.name} {gpu.compute_capability}".lower()
     return folder / f"{re.sub(r'[^a-z0-9.]+', '-', words)}.timing"
@@ -27,7 +31,7 @@ class TimingCache:
         path: of the file; it need not exist.
     """
 
-    def __init__(self, config: Any, path: Path) -> None:
+    def __init__(self, config: "api.IBuilderConfig", path: Path) -> None:
         self.path = path
         self._config = config
         self._cache = config.create_timing_cache(self._stored())
@@ -62,5 +66,5 @@ class TimingCache:
         return self.path.read_bytes() if self.path.is_file() else b""
 
 
-def _size(cache: Any) -> int:
+def _size(cache: "api.ITimingCache") -> int:
     return len(memoryview(cache.serialize()))

@@ -3,7 +3,12 @@
 8.x is weakly typed: builder flags allow the precisions that the graph marks. Later ones compute in the types of the graph.
 """
 
-from typing import Any, Dict, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence, Tuple
+
+from deployopt.runtime.tensorrt_api import Vendor
+
+if TYPE_CHECKING:
+    import tensorrt as api
 
 OLDEST = (8, 5)  # has named tensors and `execute_async_v3`
 _WEAK_UNTIL = (10, 0)
@@ -11,38 +16,38 @@ _FLAGS: Dict[str, Tuple[str, ...]] = {"fp32": (), "fp16": ("FP16",), "int8": ("I
 _LEVEL = 3  # the builder's own optimisation level
 
 
-def is_rtx(trt: Any) -> bool:
+def is_rtx(trt: Vendor) -> bool:
     return bool(trt.__name__ == "tensorrt_rtx")
 
 
-def product(trt: Any) -> str:
+def product(trt: Vendor) -> str:
     """Name and version for messages."""
     return f"{'TensorRT-RTX' if is_rtx(trt) else 'TensorRT'} {trt.__version__}"
 
 
-def release(trt: Any) -> Tuple[int, int]:
+def release(trt: Vendor) -> Tuple[int, int]:
     """Major and minor version."""
     major, minor = trt.__version__.split(".")[:2]
     return int(major), int(minor)
 
 
-def is_served(trt: Any) -> bool:
+def is_served(trt: Vendor) -> bool:
     return is_rtx(trt) or release(trt) >= OLDEST
 
 
-def is_weakly_typed(trt: Any) -> bool:
+def is_weakly_typed(trt: Vendor) -> bool:
     """Whether precision needs builder flags, and an ONNX dialect of its own (`graph/tensorrt.py: to_tensorrt8`)."""
     return not is_rtx(trt) and release(trt) < _WEAK_UNTIL
 
 
-def not_offered(trt: Any, precision: str) -> Optional[str]:
+def not_offered(trt: Vendor, precision: str) -> Optional[str]:
     """Why this version does not compute in a precision, None if it does."""
     if not is_weakly_typed(trt) or precision in _FLAGS:
         return None
     return f"{product(trt)} has no {precision.upper()} (it has: {', '.join(_FLAGS)})"
 
 
-def network_flags(trt: Any) -> int:
+def network_flags(trt: Vendor) -> int:
     """For `create_network`. 11 knows nothing but strong typing, 8.x must be told that the batch is an axis."""
     modes = trt.NetworkDefinitionCreationFlag
     if is_weakly_typed(trt):
@@ -50,31 +55,45 @@ def network_flags(trt: Any) -> int:
     return 1 << int(modes.STRONGLY_TYPED) if hasattr(modes, "STRONGLY_TYPED") else 0
 
 
-def allow(trt: Any, config: Any, precision: str) -> None:
+def allow(trt: Vendor, config: "api.IBuilderConfig", precision: str) -> None:
     """Let a weakly typed builder use a precision."""
     if is_weakly_typed(trt):
         for flag in _FLAGS[precision]:
             config.set_flag(getattr(trt.BuilderFlag, flag))
 
 
-def set_optimization_level(config: Any, level: int) -> bool:
+def set_optimization_level(config: "api.IBuilderConfig", level: int) -> bool:
     """Whether this version has the level; 8.5 has its own only."""
     if hasattr(config, "builder_optimization_level"):
         config.builder_optimization_level = level
     return level == _LEVEL or hasattr(config, "builder_optimization_level")
 
 
-def refuse_cache_misses(trt: Any, config: Any) -> None:
+def refuse_cache_misses(trt: Vendor, config: "api.IBuilderConfig") -> None:
     """Have a build end where it would have to time a kernel; before 10, which lacks the flag, only the cache tells it afterwards."""
     if hasattr(trt.BuilderFlag, "ERROR_ON_TIMING_CACHE_MISS"):
         config.set_flag(trt.BuilderFlag.ERROR_ON_TIMING_CACHE_MISS)
 
 
-def has_monitor(trt: Any) -> bool:
+def has_monitor(trt: Vendor) -> bool:
     """Whether a build can tell its progress (from 10 on)."""
     return hasattr(trt, "IProgressMonitor")
 
 
-def node_of(error: Any) -> Tuple[str, str]:
+def node_of(error: "api.ParserError") -> Tuple[str, str]:
     """(name, operator) of the node that a parser error is about; 8.x tells them in the description alone, and both are empty."""
     return (error.node_name(), error.node_operator()) if hasattr(error, "node_name") else ("", "")
+
+
+def compute_capability(trt: Vendor) -> Dict[str, Any]:
+    """GPU classes by name, as "SM86"; only TensorRT-RTX has them."""
+    members: Dict[str, Any] = trt.ComputeCapability.__members__  # type: ignore[attr-defined]
+    return members
+
+
+def set_compute_capabilities(trt: Vendor, config: "api.IBuilderConfig", capabilities: Sequence[str]) -> Optional[str]:
+    """Have TensorRT-RTX build for these GPU classes ("8.6"); the one that it refuses, if it does."""
+    rtx: Any = config
+    rtx.num_compute_capabilities = len(capabilities)
+    members = compute_capability(trt)
+    return next((c for i, c in enumerate(capabilities) if not rtx.set_compute_capability(members[f"SM{c.replace('.', '')}"], i)), None)

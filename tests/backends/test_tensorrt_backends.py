@@ -24,7 +24,8 @@ from deployopt.runtime.hashing import sha256_file
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions, TensorSpec
-from deployopt.runtime.tensorrt import compute_capabilities, load_vendor
+from deployopt.runtime.tensorrt import compute_capabilities
+from deployopt.runtime.tensorrt_vendor import load_vendor
 
 FLOAT_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 CHANNELS, CLASSES, SIZE = 16, 5, 8

@@ -67,6 +67,6 @@ def load_no_engine(*, progress):
     """In a child, for the vendor's runtime was once seen to hang as it started on a machine without a driver."""
     import tensorrt_rtx
 
-    from deployopt.runtime import tensorrt
+    from deployopt.runtime import tensorrt, tensorrt_vendor
 
-    tensorrt.load_engine(tensorrt_rtx, b"junk" * 100, tensorrt.make_logger(tensorrt_rtx))
+    tensorrt.load_engine(tensorrt_rtx, b"junk" * 100, tensorrt_vendor.make_logger(tensorrt_rtx))

@@ -13,13 +13,13 @@ from onnx import TensorProto, helper, numpy_helper
 from deployopt.errors import ArtifactMismatch, BackendUnavailable, BuildFailed, DeviceUnavailable
 from deployopt.runtime import cuda
 from deployopt.runtime import tensorrt as rt
+from deployopt.runtime import tensorrt_vendor as vendor
 from deployopt.runtime.child import run_in_child
 from deployopt.runtime.cuda import Cuda, device_index, find_gpu, runtime_version
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import TensorSpec
 
 FAULTY = Path(__file__).parent / "faulty"
-MODULES = ("tensorrt", "tensorrt_layers", "tensorrt_session", "tensorrt_timing", "tensorrt_versions")
 AMPERE = rt.BuildOptions((1, 4), ("8.6",))
 
 
@@ -52,17 +52,17 @@ def convolution():
 def test_stubs_alone_are_not_the_library(monkeypatch):
     stubs = ModuleType("tensorrt")
     monkeypatch.setitem(sys.modules, "tensorrt", stubs)
-    assert not rt.usable(stubs)
+    assert not vendor.usable(stubs)
     with pytest.raises(BackendUnavailable, match="only its type stubs") as caught:
-        rt.load_vendor("tensorrt")
+        vendor.load_vendor("tensorrt")
     assert caught.value.remedy == "pip install 'deployopt[tensorrt]'"
 
 
 def test_on_a_jetson_tensorrt_comes_with_jetpack(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
-    monkeypatch.setattr(rt, "_JETSON", tmp_path)  # it exists
+    monkeypatch.setattr(vendor, "_JETSON", tmp_path)  # it exists
     with pytest.raises(BackendUnavailable) as caught:
-        rt.load_vendor("tensorrt")
+        vendor.load_vendor("tensorrt")
     assert caught.value.remedy.startswith("sudo apt install nvidia-jetpack")
 
 
@@ -79,7 +79,7 @@ def test_a_tensorrt_without_named_tensors_is_refused(monkeypatch):
     old.Builder, old.__version__ = object, "8.4.3.1"
     monkeypatch.setitem(sys.modules, "tensorrt", old)
     with pytest.raises(BackendUnavailable, match=r"TensorRT 8\.4\.3\.1 is not served") as caught:
-        rt.load_vendor("tensorrt")
+        vendor.load_vendor("tensorrt")
     assert caught.value.remedy.startswith("install TensorRT 8.5 or later")
 
 
@@ -88,25 +88,9 @@ def test_a_missing_or_broken_vendor_says_why(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     with pytest.raises(BackendUnavailable, match=r"cannot be loaded \(OSError: libnvinfer"):
-        rt.load_vendor("tensorrt")
+        vendor.load_vendor("tensorrt")
     with pytest.raises(BackendUnavailable, match="package tensorrt_absent is not installed"):
-        rt.load_vendor("tensorrt_absent")
-
-
-def test_vendor_calls_exist_in_tensorrt_10_stubs():
-    """Every attribute used on vendor objects is in the typed API of TensorRT 10, but those that only RTX has and those that are ours."""
-    stubs = [Path(p) / "tensorrt_bindings" / "tensorrt.pyi" for p in sys.path if (Path(p) / "tensorrt_bindings" / "tensorrt.pyi").exists()]
-    if not stubs:
-        pytest.skip("tensorrt-stubs is not installed")
-    known = set(re.findall(r"^\s*(?:def|class)? ?(\w+)\b(?=[(:]| *=)", stubs[0].read_text(), flags=re.MULTILINE))
-    sources = [(Path(rt.__file__).parent / f"{name}.py").read_text() for name in MODULES]
-    code = re.sub(r"^(?:from|import) .*$", "", "".join(sources), flags=re.MULTILINE)
-    used = set(re.findall(r"\b_?(?:trt|builder|network|parser|config|profile|runtime|engine|context|inspector|profiler|cache|error|modes)\.(\w+)", code))
-    rtx_only = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability"}
-    ours = {"name", "adds", "products", "take"}
-    python = {"__name__", "__version__"}
-    assert used - rtx_only - ours - python - known == set()
-    assert {"OnnxParser", "build_serialized_network", "deserialize_cuda_engine", "STRONGLY_TYPED"} <= used
+        vendor.load_vendor("tensorrt_absent")
 
 
 def test_profile_spans_the_batch_sizes():
@@ -335,7 +319,7 @@ def test_the_gpu_is_described_and_cuda_starts():
 
 
 def test_the_profiler_keeps_what_is_reported_until_it_is_taken(trt):
-    profiler = rt.make_profiler(trt)
+    profiler = vendor.make_profiler(trt)
     assert isinstance(profiler, trt.IProfiler)
     profiler.report_layer_time("conv", 0.5)
     profiler.report_layer_time("head", 0.1)

@@ -9,6 +9,7 @@ from deployopt.runtime import tensorrt as rt
 from deployopt.runtime.cuda import Gpu
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.tensorrt_timing import TimingCache, path_of
+from deployopt.runtime.tensorrt_vendor import make_logger
 
 HOPPER = Gpu("NVIDIA H100 80GB HBM3", "9.0", "13.0")
 
@@ -101,7 +102,7 @@ def test_options_are_recorded_without_this_machines_folders(tmp_path):
 @pytest.mark.parametrize("stored", [None, b"", b"junk" * 100])
 def test_the_vendors_library_starts_anew_where_it_cannot_read_the_file(tmp_path, stored):
     trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'deployopt[tensorrt-rtx]'")
-    logger = rt.make_logger(trt)
+    logger = make_logger(trt)
     builder = trt.Builder(logger)
     path = tmp_path / "a.timing"
     if stored is not None:

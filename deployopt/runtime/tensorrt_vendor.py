@@ -1,0 +1,131 @@
+"""The vendor's module: finding it, and the objects of ours that it calls back (logger, profiler, progress monitor)."""
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, cast
+
+from deployopt.errors import BackendUnavailable
+from deployopt.runtime import tensorrt_versions as versions
+from deployopt.runtime.tensorrt_api import Vendor
+from deployopt.runtime.tensorrt_versions import product
+
+if TYPE_CHECKING:
+    from deployopt.runtime.tensorrt_api import Logger, Monitor, Profiler
+
+DRIVER_NOISE = "CUDA driver version is insufficient"  # follows every error on a machine without a driver, whatever the error
+_JETSON = Path("/etc/nv_tegra_release")  # there on every Jetson
+_JETPACK = "sudo apt install nvidia-jetpack, and a virtual environment made with --system-site-packages: on a Jetson TensorRT comes with JetPack"
+
+
+def usable(trt: Any) -> bool:
+    """Whether this is the library. Packages of type stubs import too, as an empty namespace package."""
+    return hasattr(trt, "Builder") and hasattr(trt, "__version__")
+
+
+def load_vendor(name: str) -> Vendor:
+    """Import "tensorrt" or "tensorrt_rtx".
+
+    Raises:
+        BackendUnavailable: it is not installed, cannot be loaded, or is a version that this deployopt does not serve.
+    """
+    install = _JETPACK if name == "tensorrt" and _JETSON.exists() else f"pip install 'deployopt[{name.replace('_', '-')}]'"
+    try:
+        trt = importlib.import_module(name)
+    except ModuleNotFoundError as exc:
+        if exc.name != name:
+            raise BackendUnavailable(f"package {name} lacks the module {exc.name}", install) from exc
+        raise BackendUnavailable(f"package {name} is not installed", install) from exc
+    except Exception as exc:  # whatever a vendor's loader raises is the reason to report
+        raise BackendUnavailable(f"package {name} cannot be loaded ({type(exc).__name__}: {exc})", install) from exc
+    if not usable(trt):
+        raise BackendUnavailable(f"package {name} is not installed (only its type stubs are)", install)
+    if not versions.is_served(trt):
+        raise BackendUnavailable(
+            f"{product(trt)} is not served: it has no named tensors", f"install TensorRT {'.'.join(map(str, versions.OLDEST))} or later (JetPack 5.1 or later)"
+        )
+    return cast("Vendor", trt)
+
+
+def make_logger(trt: Vendor, verbose: bool = False) -> "Logger":
+    """A logger that keeps (severity, text) in `messages`. Keep a reference for as long as any vendor object lives."""
+
+    base: Any = trt.ILogger
+
+    class KeepingLogger(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.messages: List[Tuple[str, str]] = []
+
+        def log(self, severity: Any, msg: str) -> None:  # called from native threads: it must not raise
+            if verbose or severity.name != "VERBOSE":
+                self.messages.append((severity.name, msg))
+
+        def errors(self) -> List[str]:
+            texts = [text for severity, text in self.messages if severity.endswith("ERROR")]
+            return [text for text in texts if DRIVER_NOISE not in text] or texts
+
+    return KeepingLogger()
+
+
+def make_profiler(trt: Vendor) -> "Profiler":
+    """A profiler that keeps (layer's name, milliseconds) of every layer that ran since `take` was called."""
+
+    base: Any = trt.IProfiler
+
+    class KeepingProfiler(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self._times: List[Tuple[str, float]] = []
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:  # called from native code: it must not raise
+            self._times.append((layer_name, ms))
+
+        def take(self) -> List[Tuple[str, float]]:
+            times, self._times = self._times, []
+            return times
+
+    return KeepingProfiler()
+
+
+def make_monitor(trt: Vendor, advance: Callable[[float, str], None]) -> "Monitor":
+    """A progress monitor that calls `advance(fraction of the build done since the last call, phase)`.
+
+    An exception in `advance` (Ctrl-C) may not cross native frames: it is kept in `raised`, and the build is stopped.
+    """
+
+    base: Any = trt.IProgressMonitor
+
+    class TellingMonitor(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.raised: Optional[BaseException] = None
+            self._phases: Dict[str, List[Any]] = {}  # name → [parent, steps done, steps]
+            self.told = 0.0
+
+        def phase_start(self, phase_name: str, parent_phase: Optional[str], num_steps: int) -> None:
+            self._phases[phase_name] = [parent_phase, 0, max(1, num_steps)]
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            try:
+                self._phases[phase_name][1] = step + 1
+                done = min(1.0, max(self._done(name) for name, (parent, _, _) in self._phases.items() if parent is None))
+                advance(max(0.0, done - self.told), phase_name)
+                self.told = max(self.told, done)
+            except BaseException as exc:  # re-raised by the caller of the build
+                self.raised = exc
+            return self.raised is None
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._phases.pop(phase_name, None)
+
+        def _done(self, name: str) -> float:
+            _, done, steps = self._phases[name]
+            inside = max((self._done(child) for child, (parent, _, _) in self._phases.items() if parent == name), default=0.0)
+            return float(min(steps, done + inside) / steps)
+
+    return TellingMonitor()
+
+
+def clean(text: str) -> str:
+    """A vendor's message on one line, without what it adds on a missing driver on a machine without a GPU."""
+    return " ".join(line.strip() for line in text.splitlines() if DRIVER_NOISE not in line)
