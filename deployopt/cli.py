@@ -448,16 +448,16 @@ def compare(
         _limit("--max-accuracy-drop", max_accuracy_drop, "pp", 1.0),
         allow_missing,
     )
-    again = {"--lifetimes": lifetimes, "--precision": precision, "--seconds": seconds, "--threads": threads, "--data": data}
-    if not rerun and (idle := [name for name, given in again.items() if given is not None]):
-        raise UsageError(f"{', '.join(idle)} would do nothing: stored reports are compared as they are", "add --rerun to measure again")
     _finite("--seconds", seconds)
     narrow = None if precision is None else _quantity("--precision", precision, "%", 0.01)
+    how = {"lifetimes": lifetimes, "precision": narrow, "seconds": seconds, "threads": threads}
+    chosen = {name: value for name, value in how.items() if value is not None}
+    if not rerun and (idle := [f"--{name}" for name in (*chosen, *(["data"] if data is not None else []))]):
+        raise UsageError(f"{', '.join(idle)} would do nothing: stored reports are compared as they are", "add --rerun to measure again")
     before, after, measured = reports.load(base), reports.load(new), None
     if rerun:
-        told = {"lifetimes": lifetimes, "precision": narrow, "seconds": seconds, "threads": threads}
         with LiveProgress(_console(stderr=True), [], quiet=quiet) as live:
-            measured = _measured_again(before, after, {name: value for name, value in told.items() if value is not None}, row or (), data, live)
+            measured = _measured_again(before, after, chosen, row or (), data, live)
     folders = [path if path.is_dir() else path.parent for path in (base, new)]
     shown = None if data is None else f"test images of {data}"
     result = compare_reports(before, after, folders[0], folders[1], gates, only=row or (), reran=measured, images=shown).to_json()
@@ -465,12 +465,10 @@ def compare(
         _print_json(result)
     else:
         rendered.render_terminal(result, _console())
-    if markdown is not None:
-        with _writing(markdown, "--markdown"):
-            atomic_write(markdown, rendered.render_markdown(result))
-    if junit is not None:
-        with _writing(junit, "--junit"):
-            atomic_write(junit, rendered.render_junit(result))
+    for option, path, render in (("--markdown", markdown, rendered.render_markdown), ("--junit", junit, rendered.render_junit)):
+        if path is not None:
+            with _writing(path, option):
+                atomic_write(path, render(result))
     if history is not None:
         with _writing(history, "--history"):
             trend.append(history, trend.entry(after, result))
@@ -478,12 +476,12 @@ def compare(
         raise typer.Exit(1)
 
 
-def _measured_again(before: Report, after: Report, told: dict[str, Any], rows: Sequence[str], data: str | None, live: LiveProgress) -> dict[str, Any]:
-    """What `compare --rerun` judges by. `told`: of `rerun.Plan`, what is not to be as it is by default."""
+def _measured_again(before: Report, after: Report, chosen: dict[str, Any], rows: Sequence[str], data: str | None, live: LiveProgress) -> dict[str, Any]:
+    """What `compare --rerun` judges by. `chosen`: of `rerun.Plan`, what is not to be as it is by default."""
     from deployopt import pipeline
     from deployopt.bench.rerun import Plan, rerun
 
-    return dict(rerun(before, after, Plan(**told), live, rows, None if data is None else pipeline.timing_images(data, live)))
+    return dict(rerun(before, after, Plan(**chosen), live, rows, None if data is None else pipeline.timing_images(data, live)))
 
 
 @app.command()
