@@ -33,7 +33,8 @@ class Gates:
 
     Attributes:
         max_latency_regression, max_throughput_regression, max_memory_regression, max_size_regression: shares, 0.05 for 5 %. The first three are
-            missed only where the whole 95 % interval lies beyond; sizes are exact. The latency of an offline row is that under load and is not gated.
+            missed only where the whole 95 % interval lies beyond; memory on a GPU and sizes are exact. The latency of an offline row is that under load
+            and is not gated.
         max_accuracy_drop: percentage points, or the metric's unit if it is no fraction.
         allow_missing: a row that the base measured and the new run did not is then no miss of whatever gate was asked for.
     """
@@ -52,7 +53,7 @@ class Gates:
 
 class Reran(NamedTuple):
     """A row of both runs measured again, interleaved, over several process lifetimes. Ratios are new / base. `noise`: what disturbed it, if anything;
-    `device`: of latencies by the device clock, where both have one."""
+    `device`: of latencies by the device clock, `device_memory`: of GPU memory, where both have one."""
 
     base_p50_ms: float
     new_p50_ms: float
@@ -62,6 +63,7 @@ class Reran(NamedTuple):
     lifetimes: int
     noise: str = ""
     device: Ratio | None = None
+    device_memory: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class RowComparison:
         noise_floor: share by which the same artifact differs from itself between process lifetimes, from the stored A/A repeats; None if there are none.
         noise_floor_same_rounds: the same of two processes in the same interleaved rounds.
         device_ratio: as `ratio`, of the device clock, which leaves copies out; None where the runtime has none. Not judged.
-        throughput_ratio, memory_ratio, size_ratio: new / base of images a second, of peak memory and of the artifact's bytes.
+        throughput_ratio, memory_ratio, size_ratio: new / base of images a second, of the process's peak memory and of the artifact's bytes.
+        device_memory_ratio: new / base of the process's memory on its GPU; None where either ran on none. The memory gate holds it too.
         accuracy_change_pp: new − base, percentage points for a fraction, else in the metric's unit.
         regressions: the gates this row misses.
     """
@@ -101,6 +104,7 @@ class RowComparison:
     throughput_ratio_ci95: Bounds | None = None
     memory_ratio: float | None = None
     memory_ratio_ci95: Bounds | None = None
+    device_memory_ratio: float | None = None
     size_ratio: float | None = None
     accuracy_change_pp: float | None = None
     regressions: tuple[Regression, ...] = ()
@@ -290,6 +294,8 @@ def _stored_figures(base: JsonRow, new: JsonRow, runs: tuple[_Run, _Run]) -> dic
         plain = new["peak_memory_bytes"] / base["peak_memory_bytes"]
         memory = _reached(Ratio(plain, plain, plain), _noise((base, new), "peak_memory_bytes", floor_between_lifetimes))
         facts |= {"memory_ratio": plain, "memory_ratio_ci95": (memory.low, memory.high)}
+    if base.get("device_memory_bytes") and new.get("device_memory_bytes"):
+        facts["device_memory_ratio"] = new["device_memory_bytes"] / base["device_memory_bytes"]
     return facts
 
 
@@ -305,6 +311,7 @@ def _reran_figures(found: Reran) -> dict[str, Any]:
         "throughput_ratio": throughput.value,
         "throughput_ratio_ci95": (throughput.low, throughput.high),
     }
+    facts["device_memory_ratio"] = found.device_memory
     if found.device is not None:
         facts |= {"device_ratio": found.device.value, "device_ratio_ci95": (found.device.low, found.device.high)}
     return facts if memory is None else facts | {"memory_ratio": memory.value, "memory_ratio_ci95": (memory.low, memory.high)}
@@ -370,6 +377,8 @@ def _gated(row: RowComparison, task: Mapping[str, Any], gates: Gates) -> tuple[R
     limit = gates.max_memory_regression
     if limit is not None and row.memory_ratio_ci95 and row.memory_ratio_ci95[0] > 1 + limit:
         found.append(("memory", f"{units.factor(row.memory_ratio)} the peak memory, more than {_percent(limit)} above the base"))
+    if limit is not None and row.device_memory_ratio and row.device_memory_ratio > 1 + limit:
+        found.append(("memory", f"{units.factor(row.device_memory_ratio)} the memory on the GPU, more than {_percent(limit)} above the base"))
     limit = gates.max_size_regression
     if limit is not None and row.size_ratio and row.size_ratio > 1 + limit:
         found.append(("size", f"{units.factor(row.size_ratio)} the size, more than {_percent(limit)} above the base"))
@@ -377,7 +386,7 @@ def _gated(row: RowComparison, task: Mapping[str, Any], gates: Gates) -> tuple[R
     limit = gates.max_accuracy_drop
     if limit is not None and worse is not None and worse > limit + 1e-9:  # so much may differ in the last bit
         found.append(("accuracy", f"{units.metric_name(task['primary'])} {units.change(row.accuracy_change_pp, task)}, more than {limit:g} worse"))
-    return replace(row, regressions=tuple(kind for kind, _ in found)), [f"{row.key}: {sentence}" for _, sentence in found]
+    return replace(row, regressions=tuple(dict.fromkeys(kind for kind, _ in found))), [f"{row.key}: {sentence}" for _, sentence in found]
 
 
 def _percent(share: float) -> str:

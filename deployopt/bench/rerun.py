@@ -159,6 +159,7 @@ def half_width(ratio: Ratio) -> float:
 def summarize(pairs: Sequence[Pair]) -> Reran:
     """One ratio a lifetime, each the median over its rounds, and over them Student's interval."""
     peaks = [new.peak_memory_bytes / base.peak_memory_bytes for base, new in pairs if base.peak_memory_bytes and new.peak_memory_bytes]
+    on_gpu = [new.device_memory_bytes / base.device_memory_bytes for base, new in pairs if base.device_memory_bytes and new.device_memory_bytes]
     return Reran(
         base_p50_ms=float(np.median([base.host["p50"] for base, _ in pairs])),
         new_p50_ms=float(np.median([new.host["p50"] for _, new in pairs])),
@@ -168,6 +169,7 @@ def summarize(pairs: Sequence[Pair]) -> Reran:
         lifetimes=len(pairs),
         noise=_noise(pairs),
         device=_device(pairs),
+        device_memory=float(np.median(on_gpu)) if on_gpu else None,
     )
 
 

@@ -259,6 +259,7 @@ class _Service:
     def __init__(self) -> None:
         self._session: Optional[Session] = None
         self._loaded: List[Loaded] = []  # one a stream
+        self._peak_since_load = False
 
     def open(self, arrays: Arrays, opener: str, path: str, options: Mapping[str, Any]) -> Answer:
         module, _, function = opener.partition(":")
@@ -274,7 +275,7 @@ class _Service:
     def load(self, arrays: Arrays) -> Answer:
         session = self._opened()
         self._loaded = []  # lets go of the last batch size's buffers before new ones are made
-        host.reset_peak_memory()
+        self._peak_since_load = host.reset_peak_memory()
         feeds = [self._feed(images) for images in arrays["images"]]
         self._loaded = [session.load(feeds) for _ in range(session.streams)]
         return {"first_inference_ms": sampler.time_once(self._loaded[0])}, {}
@@ -299,7 +300,8 @@ class _Service:
         return {}, self._opened().infer(self._feed(arrays["images"]))
 
     def memory(self, arrays: Arrays) -> Answer:
-        return Memory(host.peak_memory_bytes(), host.device_memory_bytes())._asdict(), {}
+        peak = host.peak_memory_bytes() if self._peak_since_load else None  # else it may be that of opening the session, or of a larger batch before
+        return Memory(peak, host.device_memory_bytes())._asdict(), {}
 
     def execution(self, arrays: Arrays) -> Answer:
         loaded = self._bound()[0]

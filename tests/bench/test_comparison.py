@@ -299,6 +299,16 @@ def test_stored_repeats_widen_the_interval_to_what_lifetimes_differ_by(tmp_path:
     assert "±7" in renderers.noise_sentence(calibrated.to_json())
 
 
+def test_the_memory_gate_holds_that_on_the_gpu_too(tmp_path: Path) -> None:
+    base, new = Run(tmp_path / "base", {"qat": 1.0}, 1), Run(tmp_path / "new", {"qat": 1.0}, 2)
+    base.report["rows"][0] |= {"peak_memory_bytes": 100, "device_memory_bytes": 1000}
+    new.report["rows"][0] |= {"peak_memory_bytes": 100, "device_memory_bytes": 1090}
+    assert compare(base.report, new.report, base.folder, new.folder, Gates(max_memory_regression=0.1)).met
+    found = compare(base.report, new.report, base.folder, new.folder, Gates(max_memory_regression=0.08))
+    assert only(found).regressions == ("memory",)
+    assert "1.09x the memory on the GPU, more than 8 % above the base" in found.misses[0]
+
+
 def test_memory_has_a_noise_floor_of_its_own(tmp_path: Path) -> None:
     base, new = Run(tmp_path / "base", {"qat": 1.0}, 1), Run(tmp_path / "new", {"qat": 1.0}, 2)
     base.report["rows"][0] |= {"peak_memory_bytes": 100, "noise": {"p50_ms": [1.0, 1.0, 1.0], "peak_memory_bytes": [100, 104, 97], "same_rounds": [1.0]}}
