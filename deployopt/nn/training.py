@@ -67,7 +67,7 @@ def fit(
     loss: losses.Loss | None = None,
     teacher: nn.Module | None = None,
     distillation: losses.Distillation | None = None,
-    on_epoch: Callable[[int], None] | None = None,
+    before_step: Callable[[float], None] | None = None,
     after_backward: Callable[[], None] | None = None,
     set_mode: Callable[[nn.Module, bool], None] = set_training_mode,
 ) -> History:
@@ -80,7 +80,7 @@ def fit(
         module: float32 [N, C, H, W] in 0–1 → [N, K].
         loss: of (outputs, targets); None is the task's.
         teacher: a float network whose outputs are distilled as `distillation` says.
-        on_epoch: called with the epoch (from 1) before it begins.
+        before_step: called before each optimizer step with the share of the schedule's steps that is done, from 0.
         after_backward: called in each step when the gradients are there, before they are clipped and used; it may change them.
 
     Raises:
@@ -88,15 +88,13 @@ def fit(
         TrainingDiverged: the loss became NaN or infinite.
     """
     loss = loss or losses.by_name(task.loss, schedule.label_smoothing)
-    trainer = _Trainer(module, dataset, task, schedule, device, loss, teacher, distillation, set_mode, after_backward)
+    trainer = _Trainer(module, dataset, task, schedule, device, loss, teacher, distillation, set_mode, before_step, after_backward)
     random = np.random.Generator(np.random.PCG64([seed, *phase.encode()]))
     best = _Best(task.higher_is_better)
     history = History()
     with torch.random.fork_rng(devices=[]), (progress or SilentProgress()).track(phase, schedule.epochs * trainer.steps) as bar:
         torch.manual_seed(seed + distributed.rank())  # for modules that draw themselves, as dropout
         for epoch in range(1, schedule.epochs + 1):
-            if on_epoch is not None:
-                on_epoch(epoch)
             train_loss, lr = trainer.epoch(epoch, random, bar)
             validation_loss, scores = trainer.validate(bar)
             primary = scores[task.primary]
@@ -128,10 +126,11 @@ class _Trainer:
         teacher: nn.Module | None,
         distillation: losses.Distillation | None,
         set_mode: Callable[[nn.Module, bool], None],
+        before_step: Callable[[float], None] | None,
         after_backward: Callable[[], None] | None,
     ) -> None:
         self.module, self.dataset, self.task, self.schedule, self.device = module, dataset, task, schedule, device
-        self.loss, self.set_mode, self.after_backward = loss, set_mode, after_backward
+        self.loss, self.set_mode, self.before_step, self.after_backward = loss, set_mode, before_step, after_backward
         self.layout = memory_layout(module, device)
         module.to(device).to(memory_format=self.layout)
         self.teacher = None if teacher is None else teacher.to(device).eval()
@@ -149,6 +148,8 @@ class _Trainer:
         self.set_mode(self.module, True)
         total, lr = 0.0, 0.0
         for feed, targets in self._batches(random):
+            if self.before_step is not None:
+                self.before_step(self.step / (self.steps * self.schedule.epochs))
             lr = learning_rate(self.schedule, self.step, self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr

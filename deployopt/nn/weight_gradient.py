@@ -8,6 +8,7 @@ and writes megabytes for each of them. One product over the positions of all ima
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 MOST_POSITIONS = 16  # of the output, an image
+MOST_NUMBERS = 1 << 26  # in the product's left side, a copy of what the kernel sees at each position: 256 MB
 
 _CONVOLUTIONS = (F.conv2d, torch.ops.aten.conv2d.default)  # as modules and as exported graphs call it
 
@@ -40,42 +42,54 @@ def _over_small_map(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    """conv2d, where the product is the faster way to its weight gradient."""
+    """conv2d, where the product is the faster way to its weight gradient and fits."""
     if groups != 1 or isinstance(padding, str) or _pair(dilation) != [1, 1] or input.ndim != 4:
         return None
-    if weight.device.type != "cpu" or not weight.requires_grad:
+    if not weight.requires_grad or weight.device.type != "cpu" or not input.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
         return None
     stride, padding = _pair(stride), _pair(padding)
     height, width = ((n + 2 * p - k) // s + 1 for n, p, k, s in zip(input.shape[2:], padding, weight.shape[2:], stride, strict=True))
-    if height * width > MOST_POSITIONS:
+    seen = input.shape[0] * height * width * weight[0].numel()
+    if height * width > MOST_POSITIONS or seen > MOST_NUMBERS:
         return None
     output: Tensor = _SmallMap.apply(input, weight, bias, stride, padding)
     return output
 
 
 def _pair(value: Any) -> list[int]:
-    return [value] * 2 if isinstance(value, int) else list(value) * (2 // len(value))
+    try:
+        return [operator.index(value)] * 2
+    except TypeError:
+        return list(value) * (2 // len(value))
 
 
 class _SmallMap(torch.autograd.Function):
-    """torch.conv2d of one group without dilation; its input's and its bias's gradients are PyTorch's own."""
+    """torch.conv2d of one group without dilation, to be differentiated once; its input's gradient is PyTorch's own."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]) -> Tensor:
         ctx.save_for_backward(images, weight)
-        ctx.stride, ctx.padding, ctx.bias_sizes = stride, padding, None if bias is None else list(bias.shape)
+        ctx.stride, ctx.padding = stride, padding
         return torch.conv2d(images, weight, bias, stride, padding)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         images, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        others = [wanted[0], False, wanted[2] and ctx.bias_sizes is not None]
-        ofinput, _, ofbias = torch.ops.aten.convolution_backward(
-            gradient, images, weight, ctx.bias_sizes, ctx.stride, ctx.padding, [1, 1], False, [0, 0], 1, others
+        of_images, of_weight, of_bias = ctx.needs_input_grad[:3]
+        return (
+            _of_images(gradient, images, weight, ctx.stride, ctx.padding) if of_images else None,
+            _of_weight(gradient, images, weight, ctx.stride, ctx.padding) if of_weight else None,
+            gradient.sum((0, 2, 3)) if of_bias else None,  # asked of oneDNN, it would compute the weights' too
+            None,
+            None,
         )
-        return ofinput, _of_weight(gradient, images, weight, ctx.stride, ctx.padding) if wanted[1] else None, ofbias, None, None
+
+
+def _of_images(gradient: Tensor, images: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+    mask = [True, False, False]
+    found: Tensor = torch.ops.aten.convolution_backward(gradient, images, weight, None, stride, padding, [1, 1], False, [0, 0], 1, mask)[0]
+    return found
 
 
 def _of_weight(gradient: Tensor, images: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:

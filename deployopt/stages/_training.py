@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pydantic import Field
+
+from deployopt.config import ForLoss
 from deployopt.errors import StageFailed
 from deployopt.nn.schedule import Augment, TrainingConfig
-from deployopt.stages import Planning, Point, StageContext, StepOutput, StepResult
+from deployopt.stages import Planning, Point, StageConfig, StageContext, StepOutput, StepResult
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,9 +20,18 @@ if TYPE_CHECKING:
     from deployopt.nn.models import Network
     from deployopt.nn.training import History
 
-__all__ = ["Augment", "TrainingConfig", "finish", "load_parent", "next_point", "train"]
+__all__ = ["Augment", "Distill", "TrainingConfig", "finish", "load_parent", "next_point", "taught_by", "train"]
 
 DISTRIBUTIONS = ("torch", "torchvision", "numpy", "pillow")
+
+
+class Distill(StageConfig):
+    """Learn from the outputs of the network that the stage was given as well (Hinton et al., https://arxiv.org/abs/1503.02531)."""
+
+    temperature: Annotated[float, ForLoss("cross_entropy")] = Field(default=4.0, gt=0)
+    """Softens both distributions; of cross entropy only."""
+    weight: float = Field(default=0.5, gt=0, le=1)
+    """Loss = (1 − weight) · task loss + weight · distance to its outputs."""
 
 
 def next_point(planning: Planning, family: Literal["float", "int8"]) -> Point:
@@ -57,6 +69,13 @@ def train(context: StageContext, module: nn.Module, schedule: TrainingConfig, ph
         phase=phase or context.name,
         **more,
     )
+
+
+def taught_by(teacher: nn.Module, distill: Distill | None) -> dict[str, Any]:
+    """Arguments of `train` for distillation; none where it is not asked for."""
+    from deployopt.nn.losses import Distillation
+
+    return {} if distill is None else {"teacher": teacher, "distillation": Distillation(distill.weight, distill.temperature)}
 
 
 def outputs(context: StageContext, module: nn.Module, split: Literal["validation", "test"]) -> NDArray[np.float32]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,7 +15,7 @@ from deployopt.nn.schedule import TrainingConfig
 from deployopt.stages import Expansion, Planning, StageConfig, StageContext, StepOutput, StepResult
 from deployopt.stages._latency import CONFIRMING_LIFETIMES, Search, Timing, fastest
 from deployopt.stages._timing import TimedOn, key_parts
-from deployopt.stages._training import DISTRIBUTIONS, finish, load_parent, next_point, train
+from deployopt.stages._training import DISTRIBUTIONS, Distill, finish, load_parent, next_point, taught_by, train
 
 if TYPE_CHECKING:
     from deployopt.nn.models import Network
@@ -85,6 +85,8 @@ class Recovery(TrainingConfig):
     """Peak learning rate."""
     warmup_epochs: float = Field(default=0.5, ge=0)
     """Learning rate rises linearly from zero over these epochs."""
+    distill: Distill | None = None
+    """Distillation from the network before it was cut; null trains on the targets alone."""
 
 
 class Sparse(TrainingConfig):
@@ -233,6 +235,7 @@ class _Pruning:
         self._whole: dict[Metric, int] = {}
         self._alignment: int | None = None if config.round_to == "auto" else config.round_to
         self._latency: dict[str, Any] | None = None
+        self._uncut = copy.deepcopy(network)
         self.curves: list[dict[str, Any]] = []
         self.validation: dict[str, float | int] = {}
         target = config.target.latency
@@ -377,9 +380,10 @@ class _Pruning:
         config = self._config
         schedule = config.finetune if iteration == config.iterations or config.between == "finetune" else config.between
         if schedule is not None:
-            self._train(schedule, self._context.name if config.iterations == 1 else f"{self._context.name} {iteration}/{config.iterations}")
+            phase = self._context.name if config.iterations == 1 else f"{self._context.name} {iteration}/{config.iterations}"
+            self._train(schedule, phase, **taught_by(self._uncut, schedule.distill))
 
-    def _train(self, schedule: TrainingConfig, phase: str, after_backward: Callable[[], None] | None = None) -> None:
-        history = train(self._context, self._network, schedule, phase, after_backward=after_backward)
+    def _train(self, schedule: TrainingConfig, phase: str, **more: Any) -> None:
+        history = train(self._context, self._network, schedule, phase, **more)
         self.curves += history.records
         self.validation = history.validation

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from deployopt.config import ForLoss
-from deployopt.stages import Expansion, StageConfig, StageContext, StepOutput, StepResult
+from deployopt.stages import Expansion, StageContext, StepOutput, StepResult
 from deployopt.stages._mixed_precision import check, decide
 from deployopt.stages._quantize import DISTRIBUTIONS, Observer, Quantization, calibrated, expand, parent_outputs
-from deployopt.stages._training import TrainingConfig, finish, load_parent, outputs, train
+from deployopt.stages._training import Distill, TrainingConfig, finish, load_parent, outputs, taught_by, train
 
 if TYPE_CHECKING:
     from deployopt.nn.prepared import Prepared
 
 __all__ = ["Config", "Distill", "after", "cacheable", "distributions", "expand", "from_scratch", "not_after", "run", "timed", "trains", "version"]
 
-version = 4
+version = 5
 not_after = frozenset({"qat", "ptq", "export", "build", "benchmark"})
 after: frozenset[str] = frozenset()
 cacheable = True
@@ -27,15 +25,6 @@ timed = False
 trains = True
 from_scratch = False
 distributions = DISTRIBUTIONS
-
-
-class Distill(StageConfig):
-    """Learn from the float parent's outputs as well (Hinton et al., https://arxiv.org/abs/1503.02531)."""
-
-    temperature: Annotated[float, ForLoss("cross_entropy")] = Field(default=4.0, gt=0)
-    """Softens both distributions; of cross entropy only."""
-    weight: float = Field(default=0.5, gt=0, le=1)
-    """Loss = (1 − weight) · task loss + weight · distance to the parent's outputs."""
 
 
 class Config(TrainingConfig, Quantization):
@@ -48,12 +37,12 @@ class Config(TrainingConfig, Quantization):
     warmup_epochs: float = Field(default=0.0, ge=0)
     """Learning rate rises linearly from zero over these epochs."""
     keep: Literal["best", "last"] = "last"
-    """Which epoch's weights to keep: the best on validation, or the last, in which BatchNorm and scales no longer move."""
+    """Which epoch's weights to keep: the best on validation, or the last, at whose end BatchNorm and scales no longer moved."""
     observer: Observer = Field(default="moving_average", description=Quantization.model_fields["observer"].description)
     freeze_batchnorm_after: float = Field(default=0.5, ge=0, le=1)
-    """Share of the epochs, rounded up, after which BatchNorm trains with its running statistics, as the folded model will compute."""
+    """Share of the training after which BatchNorm uses its running statistics, as the folded model will compute. 1 never freezes."""
     freeze_observers_after: float = Field(default=0.75, ge=0, le=1)
-    """Share of the epochs, rounded up, after which activations' ranges stay. 0 keeps those of the calibration, 1 never freezes."""
+    """Share of the training after which activations' ranges stay. 0 keeps those of the calibration, 1 never freezes."""
     learn_scales: bool = False
     """Learn the scales of weights and activations with the weights (LSQ, https://arxiv.org/abs/1902.08153), from the observers' on: at the stage's
     learning rate, without weight decay. Observers and freeze_observers_after then concern only ranges that are recorded and quantise nothing."""
@@ -62,7 +51,6 @@ class Config(TrainingConfig, Quantization):
 
 
 def run(context: StageContext, config: Config, expansion: Expansion, inputs: Sequence[StepOutput]) -> StepResult:
-    from deployopt.nn.losses import Distillation
     from deployopt.nn.quantizer import fake_quantized
 
     check(context, config)
@@ -74,9 +62,8 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
         context,
         prepared,
         config,
-        teacher=network if config.distill else None,
-        distillation=Distillation(config.distill.weight, config.distill.temperature) if config.distill else None,
-        on_epoch=lambda epoch: _freeze(prepared, config, epoch),
+        before_step=lambda done: _freeze(prepared, config, done),
+        **taught_by(network, config.distill),
     )
     prepared.write_back(network)
     facts: dict[str, Any] = {"validation": history.validation, "curves": history.records, "kept_epoch": history.epoch}
@@ -87,8 +74,8 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     return finish(context, network, expansion.inputs[0].variant, "int8", scored=quantized, **facts)
 
 
-def _freeze(prepared: Prepared, config: Config, epoch: int) -> None:
-    if epoch > math.ceil(config.freeze_batchnorm_after * config.epochs):
+def _freeze(prepared: Prepared, config: Config, done: float) -> None:
+    if done >= config.freeze_batchnorm_after and not prepared.batchnorm_frozen:
         prepared.freeze_batchnorm()
-    if epoch > math.ceil(config.freeze_observers_after * config.epochs):
+    if done >= config.freeze_observers_after and not prepared.observers_frozen:
         prepared.freeze_observers()

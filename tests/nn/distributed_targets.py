@@ -66,13 +66,13 @@ def quantized() -> dict[str, Tensor]:
     prepared = Prepared(network, Scheme("min_max"))
     prepared.calibrate(evaluate.calibration_batches(data.train, 32, seed=0))
 
-    def freeze(epoch: int) -> None:
-        if epoch == 2:
+    def freeze(done: float) -> None:
+        if done >= 0.5:
             prepared.freeze_batchnorm()
             prepared.freeze_observers()
 
     schedule = TrainingConfig.model_validate({**SCHEDULE, "epochs": 2})
-    training.fit(prepared, data, classification, schedule, teacher=network, on_epoch=freeze)
+    training.fit(prepared, data, classification, schedule, teacher=network, before_step=freeze)
     prepared.write_back(network)
     return {**prepared.state_dict(), **{f"network.{name}": value for name, value in network.state_dict().items()}}
 
@@ -102,11 +102,11 @@ def one_fails(*, rank: int, processes: int, folder: str, how: str, progress: Pro
     (Path(folder) / f"{rank}.pid").write_text(str(os.getpid()))
     with distributed.joined(rank, processes, Path(folder) / "rendezvous", "cpu"):
 
-        def on_epoch(epoch: int) -> None:
-            if epoch == 2 and rank == 1:
+        def before_step(done: float) -> None:
+            if done > 0 and rank == 1:
                 if how == "dies":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise LookupError("nothing there")
 
-        training.fit(Plain(), noise(), classification, TrainingConfig.model_validate({**SCHEDULE, "epochs": 10_000}), on_epoch=on_epoch)
+        training.fit(Plain(), noise(), classification, TrainingConfig.model_validate({**SCHEDULE, "epochs": 10_000}), before_step=before_step)
         time.sleep(60)

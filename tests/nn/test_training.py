@@ -92,23 +92,23 @@ class Fading(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3)) * self.scale * self.sign * 10
 
-    def on_epoch(self, epoch: int) -> None:
-        self.sign.fill_(1.0 if epoch < 3 else -1.0)
+    def turn(self, done: float, epochs: int) -> None:
+        self.sign.fill_(1.0 if done < 2 / epochs else -1.0)
 
 
 def test_the_best_epochs_weights_are_kept_or_the_last(colours: Dataset) -> None:
     best, last = Fading(), Fading()
-    kept = training.fit(best, colours, classification, schedule(epochs=5, lr=1e-6), on_epoch=best.on_epoch)
+    kept = training.fit(best, colours, classification, schedule(epochs=5, lr=1e-6), before_step=lambda done: best.turn(done, 5))
     assert kept.epoch <= 2
     assert (kept.validation["top1"], float(best.sign)) == (1.0, 1.0)
-    end = training.fit(last, colours, classification, schedule(epochs=5, lr=1e-6, keep="last"), on_epoch=last.on_epoch)
+    end = training.fit(last, colours, classification, schedule(epochs=5, lr=1e-6, keep="last"), before_step=lambda done: last.turn(done, 5))
     assert (end.epoch, float(last.sign)) == (5, -1.0)
     assert end.validation["top1"] < 0.5
 
 
 def test_patience_ends_a_training_that_no_longer_improves(colours: Dataset) -> None:
     net = Fading()
-    history = training.fit(net, colours, classification, schedule(epochs=10, lr=1e-6, patience=2), on_epoch=net.on_epoch)
+    history = training.fit(net, colours, classification, schedule(epochs=10, lr=1e-6, patience=2), before_step=lambda done: net.turn(done, 10))
     assert len(history.records) == history.epoch + 2
     assert float(net.sign) == 1.0
 
