@@ -182,3 +182,31 @@ def test_images_lie_channels_last_unless_that_corrupts_memory() -> None:
     assert training.memory_layout(narrow, "cpu") is torch.contiguous_format
     assert training.memory_layout(narrow, "cuda:0") is torch.channels_last
     assert training.memory_layout(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, stride=2)), "cpu") is torch.channels_last
+
+
+class Watching(nn.Module):
+    """Remembers what computes the gradient of its convolution, over maps of `size`²."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.pool, self.conv, self.seen = nn.AdaptiveAvgPool2d(size), nn.Conv2d(3, 3, 3, padding=1), ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.conv(self.pool(x))
+        self.seen = output.grad_fn.name() if output.grad_fn is not None else self.seen
+        return output.mean((2, 3))
+
+
+@pytest.mark.parametrize(("size", "ours"), [(4, True), (5, False)])
+def test_weight_gradients_over_small_maps_are_products(colours: Dataset, size: int, ours: bool) -> None:
+    net = Watching(size)
+    training.fit(net, colours, classification, schedule(epochs=1, warmup_epochs=0.0))
+    assert (net.seen == "_SmallMapBackward") is ours
+
+
+def test_each_step_is_told_what_share_is_done(colours: Dataset) -> None:
+    shares: list[float] = []
+    training.fit(Fading(), colours, classification, schedule(epochs=2), before_step=shares.append)
+    steps = len(shares)
+    assert shares == [step / steps for step in range(steps)]
+    assert steps >= 4

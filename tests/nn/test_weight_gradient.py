@@ -2,12 +2,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+import torch.nn.functional as F  # noqa: N812
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from deployopt.nn import weight_gradient
 from deployopt.nn.weight_gradient import MOST_POSITIONS, SmallMapGradients
 
 OURS = "_SmallMapBackward"
@@ -49,6 +52,7 @@ def assert_same(convolution: nn.Conv2d, images: Tensor) -> str:
 def test_same_gradients_as_pytorch(
     height: int, width: int, kernel: Any, stride: Any, padding: Any, channels: tuple[int, int], bias: bool, layout: torch.memory_format
 ) -> None:
+    assume(layout is torch.contiguous_format or kernel != (1, 1) or channels[0] >= 8)  # where PyTorch's own gradient corrupts memory: `memory_layout`
     torch.manual_seed(0)
     height, width = max(height, kernel[0] - 2 * padding[0]), max(width, kernel[1] - 2 * padding[1])
     convolution = nn.Conv2d(*channels, kernel, stride, padding, bias=bias).to(memory_format=layout)
@@ -76,6 +80,52 @@ def test_frozen_weights_get_no_gradient() -> None:
     assert convolution.weight.grad is None
     assert convolution.bias is not None
     assert convolution.bias.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("images", "call", "ours"),
+    [
+        pytest.param(torch.randn(2, 4, 3, 3), {"padding": 1}, True, id="keywords"),
+        pytest.param(torch.randn(2, 4, 3, 3), {"padding": np.int64(1), "stride": np.int64(2)}, True, id="integers of NumPy"),
+        pytest.param(torch.randn(4, 3, 3), {"padding": 1}, False, id="one image without a batch axis"),
+        pytest.param(torch.randn(2, 4, 3, 3).double(), {}, False, id="other types"),
+    ],
+)
+def test_calls_as_pytorch_takes_them(images: Tensor, call: dict[str, Any], ours: bool) -> None:
+    weight = torch.randn(5, 4, 3, 3, dtype=images.dtype, requires_grad=True)
+    plain = {name: int(value) for name, value in call.items()}
+    (wanted,) = torch.autograd.grad(F.conv2d(images, weight, **plain).square().sum(), weight)
+    with SmallMapGradients():
+        output = F.conv2d(images, weight, **call)
+    assert output.grad_fn is not None
+    assert (output.grad_fn.name() == OURS) is ours
+    torch.testing.assert_close(torch.autograd.grad(output.square().sum(), weight)[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_leaves_autocast_to_pytorch() -> None:
+    convolution = nn.Conv2d(4, 4, 3, padding=1)
+    with SmallMapGradients(), torch.autocast("cpu", torch.bfloat16):
+        output = convolution(torch.randn(2, 4, 3, 3))
+    assert output.dtype == torch.bfloat16
+    output.float().sum().backward()
+    assert convolution.weight.grad is not None
+
+
+def test_large_products_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    convolution, images = nn.Conv2d(4, 4, 3, padding=1), torch.randn(2, 4, 3, 3)
+    monkeypatch.setattr(weight_gradient, "MOST_NUMBERS", 2 * 9 * 36)
+    assert assert_same(convolution, images) == OURS
+    monkeypatch.setattr(weight_gradient, "MOST_NUMBERS", 2 * 9 * 36 - 1)
+    assert assert_same(convolution, images) != OURS
+
+
+def test_a_first_layer_of_which_no_gradient_of_images_is_asked() -> None:
+    convolution, images = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
+    with SmallMapGradients():
+        convolution(images).square().sum().backward()
+    found = [p.grad for p in convolution.parameters()]
+    wanted = torch.autograd.grad(convolution(images).square().sum(), list(convolution.parameters()))
+    torch.testing.assert_close(found, list(wanted), rtol=1e-4, atol=1e-4)
 
 
 def test_sees_the_convolutions_of_an_exported_graph() -> None:

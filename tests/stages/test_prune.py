@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from deployopt import plugins
 from deployopt.artifact import Availability
+from deployopt.data import Dataset
 from deployopt.errors import BackendUnavailable, PruningImpossible
-from deployopt.nn import checkpoint, pruning
+from deployopt.nn import checkpoint, evaluate, losses, pruning
 from deployopt.report.pruning import against_parent, is_faster
 from deployopt.runtime.progress import SilentProgress
 from deployopt.stages import Planning, Point, StepOutput, _latency, init, prune, qat
@@ -270,6 +272,19 @@ def test_sensitivity_sets_the_shares_and_is_recorded(run_stages, start: list[Ste
     found = step.record["pruning"]["sensitivity"]
     assert (found["n"], found["ratios"], len(found["groups"])) == (20, [0.5], 6)
     assert step.record["pruning"]["reached"]["macs"] <= 0.5
+
+
+def test_recovery_learns_from_the_uncut_network(run_stages, start: list[StepOutput], small_digits: Dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    training = {"epochs": 3, "warmup_epochs": 0.0, "batch_size": 32}
+
+    def outputs(step: StepOutput) -> Tensor:
+        return torch.from_numpy(evaluate.outputs(checkpoint.load(step.folder), small_digits.validation))
+
+    def distance(**more: Any) -> float:
+        step = run_stages(tmp_path / str(len(more)), [(prune, config(finetune={**training, **more}))], start)[-1]
+        return losses.Distillation(temperature=1.0).distance("cross_entropy", outputs(step), outputs(start[-1])).item()
+
+    assert distance(distill={"weight": 1.0, "temperature": 1.0}) < 0.5 * distance()
 
 
 def test_sparse_training_and_steps_without_recovery_come_before_the_last_recovery(run_stages, start: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -12,7 +12,8 @@ from deployopt.errors import ExportFailed
 from deployopt.nn import checkpoint
 from deployopt.nn.capture import example_input
 from deployopt.nn.export import deployed, to_onnx
-from deployopt.nn.models import Network
+from deployopt.nn.models import Network, build
+from deployopt.nn.prepared import Prepared, Scheme
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.stages import StepOutput, export, finetune, init, prune, ptq, qat
 
@@ -41,6 +42,27 @@ def test_qat_keeps_the_accuracy_and_records_its_epochs(pruned: list[StepOutput],
     assert quantized["kept_epoch"] == 2
     assert quantized["macs"] == parent["macs"]
     assert [e["op"] for e in checkpoint.load(trained_int8[-1].folder).lineage] == ["prune", "quantize"]
+
+
+def test_batchnorm_freezes_at_its_share_of_the_training_also_inside_an_epoch(run_stages, pruned: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    def running_mean(share: float) -> Tensor:
+        options = {"epochs": 1, "calibration_images": 64, "freeze_batchnorm_after": share, **TRAIN}
+        step = run_stages(tmp_path / str(share), [(qat, qat.Config.model_validate(options))], pruned)[-1]
+        return checkpoint.load(step.folder).get_buffer("body.bn1.running_mean")
+
+    at_once, half_way, never = (running_mean(share) for share in (0.0, 0.5, 1.0))
+    assert torch.equal(at_once, checkpoint.load(pruned[-1].folder).get_buffer("body.bn1.running_mean"))
+    assert not torch.equal(half_way, at_once)
+    assert not torch.equal(half_way, never)
+
+
+def test_ranges_and_batchnorm_freeze_each_once() -> None:
+    prepared = Prepared(build({"arch": "resnet8", "outputs": 3}, Preprocessing(8)).eval(), Scheme("min_max"))
+    config, seen = qat.Config(epochs=3, freeze_batchnorm_after=0.5, freeze_observers_after=0.75), []
+    for step in range(20):
+        qat._freeze(prepared, config, step / 20)
+        seen.append((prepared.batchnorm_frozen, prepared.observers_frozen))
+    assert seen == [(step >= 10, step >= 15) for step in range(20)]
 
 
 def test_qat_twice_writes_the_same_bytes(run_stages, pruned: list[StepOutput], trained_int8: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
