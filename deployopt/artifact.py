@@ -179,7 +179,7 @@ class Row:
     accuracy: dict[str, Any] | None = None  # {"primary": "top1", "top1", "n", "agreement", "max_abs_diff", …}
     verified: dict[str, Any] | None = None  # {"quantized_layers", "quantizable_layers", "executed"}
     fusion: dict[str, int] | None = None  # of an engine: {"adds", "fused_adds", "int8_to_float", "reformats"}, see `runtime.tensorrt_layers.Execution`
-    parity: dict[str, Any] | None = None  # an engine's outputs against ONNX Runtime's: {"checked", "n", "agreement", "max_abs_diff" and their limits}
+    parity: dict[str, Any] | None = None  # an engine's outputs against ONNX Runtime's: {"checked", "widened", "n", "agreement", "max_abs_diff", their limits}
     latency_ms: dict[str, Any] | None = None  # {"host": {"n", "p50", …}, "device": … | None}
     samples: str | None = None  # file of raw block medians, relative to the run folder
     noise: dict[str, Any] | None = None  # A/A repeats: {"p50_ms", "peak_memory_bytes": one a process lifetime, "same_rounds": ratios of two in the same rounds}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from deployopt.errors import StageFailed
 from deployopt.tasks import Task
 
 Infer = Callable[[NDArray[np.uint8]], NDArray[Any]]
+AGREEMENT = 0.995  # share of images on which an artifact should answer as its own torch network does: what both compute differs by rounding only
+AGREEMENT_IMAGES = 200  # of fewer, a single other answer is below that
 
 
 def outputs_of(infer: Infer, image_set: ImageSet, batch: int = 32) -> NDArray[np.float32]:
@@ -66,3 +69,20 @@ def score(
     for prefix, reference in (references or {}).items():
         result.update({f"{prefix}{name}": value for name, value in task.agree(outputs, reference).items()})
     return result, outputs
+
+
+def disagreement(accuracy: Mapping[str, Any], task: Task, network: str) -> str | None:
+    """What a reader should know of an artifact that answers otherwise than its own torch network on too many images.
+
+    Args:
+        accuracy: as `score` returns it, compared with that network as "torch_".
+        network: names it: "torch network", "quantised torch network".
+
+    Returns:
+        None where `AGREEMENT` is met, where the images are fewer than `AGREEMENT_IMAGES`, or where outputs are no answers, as in regression.
+    """
+    share = accuracy.get("torch_agreement")
+    if share is None or task.loss != "cross_entropy" or accuracy["n"] < AGREEMENT_IMAGES or share >= AGREEMENT:
+        return None
+    shown = math.floor(1000 * share + 1e-6) / 10  # down: 99.49 % is not 99.5 %
+    return f"{shown:.1f} % of its answers are those of the {network}; wanted {100 * AGREEMENT:g} %"

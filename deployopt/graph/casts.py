@@ -1,18 +1,24 @@
-"""Float precision typed in the graph: FP16 or BF16 inside, FP32 inputs and outputs. One such ONNX serves every strongly typed runtime."""
+"""Float precision typed in the graph: FP16 or BF16 inside, FP32 inputs and outputs. One such ONNX serves every strongly typed runtime.
+
+And back to FP32, for runtimes that lack kernels of those types.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import AttributeProto, ModelProto, TensorProto, checker, helper, numpy_helper, version_converter
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper, version_converter
 
 from deployopt.errors import ExportFailed
 from deployopt.graph import OPSET
-from deployopt.graph.editing import Graph, clone, opset_of, with_shapes
+from deployopt.graph.editing import Graph, attribute, clone, opset_of, with_shapes
 
 _TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+_NARROW = frozenset(_TYPES.values())
+_FLOATS = _NARROW | {TensorProto.FLOAT}
 _Q_OPSET = 19  # QuantizeLinear takes FP16 and BF16 scales from here on
 _BF16_OPSET = 22  # Conv, MaxPool and GlobalAveragePool take BF16 from here on; nothing else about them changed
 
@@ -35,19 +41,56 @@ def cast(model: ModelProto, precision: Literal["fp16", "bf16"]) -> ModelProto:
     model = version_converter.convert_version(model, _BF16_OPSET) if precision == "bf16" and opset < _BF16_OPSET else clone(model)
     graph = Graph(model.graph)
     scales = {n.input[1] for n in graph.nodes("QuantizeLinear", "DequantizeLinear")}
-    for tensor in model.graph.initializer:
-        _cast_tensor(tensor, target, precision, is_scale=tensor.name in scales)
-    for node in model.graph.node:
-        for attr in node.attribute:
-            if attr.type == AttributeProto.TENSOR:
-                _cast_tensor(attr.t, target, precision, is_scale=node.output[0] in scales)
-            elif node.op_type == "Cast" and attr.name == "to" and attr.i == TensorProto.FLOAT:
-                attr.i = target
+    for name, tensor in _constants(model.graph):
+        _cast_tensor(tensor, target, precision, is_scale=name in scales)
+    for node in graph.nodes("Cast"):
+        if attribute(node, "to", 0) == TensorProto.FLOAT:
+            _cast_to(node, target)
     _cast_edges(graph, target)
     graph.finish()
     model = with_shapes(model)
     checker.check_model(model, full_check=True)
     return model
+
+
+def widen(model: ModelProto) -> ModelProto:
+    """The model computing in FP32 what it has in FP16 or BF16, its inputs and outputs included.
+
+    Constants keep their values, since every FP16 and BF16 number is an FP32 one; results are no longer rounded to those types. Q/DQ stay.
+
+    Raises:
+        ExportFailed: the model's types or shapes contradict each other.
+    """
+    model = with_shapes(model)
+    graph = model.graph
+    stored, values = dict(_constants(graph)), (*graph.input, *graph.value_info, *graph.output)
+    floats = {name for name, tensor in stored.items() if tensor.data_type in _FLOATS}
+    floats |= {value.name for value in values if value.type.tensor_type.elem_type in _FLOATS}
+    for tensor in stored.values():
+        if tensor.data_type in _NARROW:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    for value in values:
+        if value.type.tensor_type.elem_type in _NARROW:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in Graph(graph).nodes("Cast"):
+        if attribute(node, "to", 0) not in _FLOATS:
+            continue
+        if node.input[0] in floats:  # now from FP32 to FP32
+            node.op_type = "Identity"
+            del node.attribute[:]
+        else:
+            _cast_to(node, TensorProto.FLOAT)
+    return with_shapes(model)
+
+
+def _constants(graph: GraphProto) -> Iterator[tuple[str, TensorProto]]:
+    """What initializers and Constant nodes hold, by tensor."""
+    yield from ((tensor.name, tensor) for tensor in graph.initializer)
+    yield from ((node.output[0], held.t) for node in graph.node for held in node.attribute if held.type == AttributeProto.TENSOR)
+
+
+def _cast_to(node: NodeProto, kind: int) -> None:
+    next(held for held in node.attribute if held.name == "to").i = kind
 
 
 def _cast_tensor(tensor: TensorProto, target: int, precision: str, *, is_scale: bool) -> None:

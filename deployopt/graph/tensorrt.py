@@ -13,6 +13,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, checker, numpy_
 from onnx.version_converter import ConvertError
 
 from deployopt.errors import ExportFailed
+from deployopt.graph.casts import widen
 from deployopt.graph.editing import Graph, attribute, opset_of, with_shapes
 
 QDQ = ("QuantizeLinear", "DequantizeLinear")
@@ -64,13 +65,14 @@ def to_tensorrt8(model: ModelProto) -> ModelProto:
     Raises:
         ExportFailed: something in it has no such form (names the node or tensor).
     """
+    quantized = any(node.op_type in QDQ for node in model.graph.node)
+    model = widen(model) if quantized else model
     try:
         model = version_converter.convert_version(model, min(OPSET_8, opset_of(model)))
     except (ConvertError, RuntimeError) as exc:
         raise ExportFailed(f"the graph has no form in opset {OPSET_8}, the newest that TensorRT 8.x reads: {exc}", _REMEDY) from exc
     graph = Graph(model.graph)
-    if graph.nodes(*QDQ):
-        _widen(graph)
+    if quantized:
         _requantize_weights(graph)
     graph.finish()
     model.ir_version = IR_8
@@ -78,17 +80,6 @@ def to_tensorrt8(model: ModelProto) -> ModelProto:
     checker.check_model(model, full_check=True)
     check_tensorrt8(model)
     return model
-
-
-def _widen(graph: Graph) -> None:
-    """FP16 → FP32 throughout; exact, as every FP16 number is an FP32 one."""
-    for tensor in graph.proto.initializer:
-        if tensor.data_type == TensorProto.FLOAT16:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
-    for node in graph.nodes("Cast"):
-        if attribute(node, "to", 0) in (TensorProto.FLOAT, TensorProto.FLOAT16):  # now from FP32 to FP32
-            node.op_type = "Identity"
-            del node.attribute[:]
 
 
 def _requantize_weights(graph: Graph) -> None:

@@ -28,7 +28,7 @@ INPUT, OUTPUT, BATCH = "input", "output", "batch"
 
 
 def deployed(network: Network) -> nn.Module:
-    """The graph that is exported, and that an artifact's outputs are compared with: BatchNorm folded, Q/DQ where it was quantised.
+    """The graph that is exported: BatchNorm folded, Q/DQ where it was quantised.
 
     On the CPU, float32 [N, C, H, W] in 0–1 → float32 [N, K].
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from deployopt.artifact import FLOAT_PRECISIONS, TORCH, TORCH_COMPILE, Artifact, Row
+from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, TORCH, TORCH_COMPILE, Artifact, Row
 from deployopt.errors import OptionRefused
 from deployopt.runtime.session import SessionOptions
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject
     from deployopt.bench.scenarios import Scenario
+    from deployopt.tasks import Task
 
-version = 2
+version = 3
 not_after: frozenset[str] = frozenset()
 after: frozenset[str] = frozenset({"build"})
 cacheable = False
@@ -71,7 +72,8 @@ class Config(StageConfig):
     """Launch engines of the backend tensorrt as one CUDA graph each, which saves the host's time between kernels; where one cannot be captured, kernels are
     launched one by one. Each row's contract says which."""
     accuracy: bool = True
-    """Score every artifact on the test split."""
+    """Score every artifact on the test split. In classification, one that answers otherwise than its own torch network on more than 0.5 % of at least 200
+    images has a note that says so."""
     profile: bool = True
     """Time each layer of every artifact once: at the smallest batch size, in a session of its own after the timed rounds, on runtimes that can."""
     torch_compile: bool = False
@@ -384,14 +386,21 @@ def _rows(
                 if not scenario.sweep:
                     row = with_profile(row, own.profiles.get((candidate.key, batch)))
                     row.noise = own.noise.get((candidate.key, batch)) if row.status == "ok" else None
-                accuracy = own.accuracies.get(candidate.key)
-                if accuracy is not None and "error" in accuracy:
-                    row.status, row.reason = "failed", accuracy["error"]
-                else:
-                    row.accuracy = accuracy
-                rows.append(row)
+                rows.append(_with_accuracy(row, own.accuracies.get(candidate.key), context.task))
     by_sweep = {scenario.sweep: found for scenario, found in results.items()}
     return [_with_speedups(row, rows, candidates[0].row.variant, by_sweep[row.sweep][row.batch]) for row in rows]
+
+
+def _with_accuracy(row: Row, accuracy: dict[str, Any] | None, task: Task) -> Row:
+    """The row with its artifact's accuracy, and a note where it answers otherwise than its torch network; failed if it could not be scored."""
+    from deployopt.bench.accuracy import disagreement
+
+    if accuracy is None:
+        return row
+    if "error" in accuracy:
+        return replace(row, status="failed", reason=accuracy["error"])
+    note = disagreement(accuracy, task, "quantised torch network" if row.precision in INT8_PRECISIONS else "torch network")
+    return replace(row, accuracy=accuracy, notes=[*row.notes, *([note] if note else [])])
 
 
 def _measured_row(context: StageContext, row: Row, result: Measured | Failure | None, samples: Path) -> Row:

@@ -24,9 +24,9 @@ from deployopt.errors import BuildFailed, DeployoptError, UsageError
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import SessionOptions
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
-from deployopt.stages._parity import PARITY_IMAGES, UNCHECKED, compare, limit_of, onnx_outputs
+from deployopt.stages._parity import PARITY_IMAGES, WIDENED, compare, limit_of, onnx_outputs
 
-version = 6
+version = 7
 not_after: frozenset[str] = frozenset()
 after = frozenset({"export"})
 cacheable = True
@@ -181,13 +181,12 @@ def _parity(context: StageContext, name: str, artifact: Artifact, canonical: Pat
     """An engine's outputs, on this machine, held to those of ONNX Runtime, which runs the exported ONNX as it is written.
 
     Returns:
-        {"checked", "n", "agreement", "max_abs_diff" and their limits} or {"checked": False, "reason"}; and the mismatch, None if rounding explains it.
+        {"checked", "reference", "widened" (how that ran a type which ONNX Runtime lacks, None if it lacks none), "n", "agreement", "max_abs_diff" and their
+        limits}; and the mismatch, None if rounding explains it.
 
     Raises:
         DeployoptError: the engine cannot be opened or run.
     """
-    if request.precision in UNCHECKED:
-        return {"checked": False, "reason": UNCHECKED[request.precision]}, None
     from deployopt.backends._shared import load
     from deployopt.bench.accuracy import outputs_of
     from deployopt.bench.targets import opener
@@ -200,11 +199,12 @@ def _parity(context: StageContext, name: str, artifact: Artifact, canonical: Pat
     with context.progress.track(f"compare {name} with ONNX Runtime", None), Worker(opener(name), artifact.path, session, request.timeout_s) as worker:
         output = worker.start().outputs[0].name
         outputs = outputs_of(lambda pixels: worker.infer(pixels)[output], images, max(request.batch_sizes))
-    reference = onnx_outputs(canonical, images, request.threads)[: len(images)]
-    rounding = "fp16" if options.get("tf32") and request.precision == "fp32" else request.precision  # TF32 has FP16's mantissa
-    figures, fault = compare(outputs, reference, limit_of(cast(Precision, rounding), len(macs.by_node(load(canonical)))), context.task)
+    precision = cast(Precision, request.precision)
+    reference = onnx_outputs(canonical, precision, images, request.threads)[: len(images)]
+    rounding: Precision = "fp16" if options.get("tf32") and precision == "fp32" else precision  # TF32 has FP16's mantissa
+    figures, fault = compare(outputs, reference, limit_of(rounding, len(macs.by_node(load(canonical)))), context.task)
     mismatch = f"its outputs on {len(images)} validation images are not those of ONNX Runtime: {fault}" if fault else None
-    return {"checked": True, "reference": "onnxruntime", "n": len(images), **figures}, mismatch
+    return {"checked": True, "reference": "onnxruntime", "widened": WIDENED.get(precision), "n": len(images), **figures}, mismatch
 
 
 def _notes(artifact: Artifact, precision: str, shortfall: str | None, mismatch: str | None) -> list[str]:

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 import tiny_onnx
 
-from deployopt.bench.accuracy import outputs_of, score
+from deployopt.bench.accuracy import disagreement, outputs_of, score
 from deployopt.bench.harness import Group, Settings, Subject
 from deployopt.errors import StageFailed
 from deployopt.runtime.preprocessing import to_feed
 from deployopt.runtime.progress import SilentProgress
-from deployopt.tasks import classification
+from deployopt.tasks import classification, regression
 
 
 class Split:
@@ -58,3 +58,17 @@ def test_outputs_that_are_not_finite_fail(tmp_path):
 
     with pytest.raises(StageFailed, match="5 of 5 images are NaN"):
         score(infer, Split(5), classification)
+
+
+@pytest.mark.parametrize(
+    ("agreement", "n", "shown"),
+    [(0.981, 200, "98.1 %"), (9949 / 10_000, 10_000, "99.4 %"), (0.995, 200, None), (0.98, 199, None), (1.0, 10_000, None)],
+)
+def test_other_answers_than_the_torch_networks_are_told_where_images_are_many(agreement, n, shown):
+    note = disagreement({"torch_agreement": agreement, "n": n}, classification, "torch network")
+    assert note == (shown and f"{shown} of its answers are those of the torch network; wanted 99.5 %")
+
+
+def test_agreement_is_not_told_where_there_is_none():
+    assert disagreement({"n": 1000, "agreement": 0.5}, classification, "torch network") is None
+    assert disagreement({"n": 1000, "torch_agreement": 0.5}, regression, "torch network") is None

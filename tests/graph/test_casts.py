@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from residual_onnx import images, quantized, residual, run
 
 from deployopt.errors import ExportFailed
 from deployopt.graph.canonical import canonicalize
-from deployopt.graph.casts import cast
+from deployopt.graph.casts import cast, widen
 from deployopt.graph.checks import check
 
 
@@ -53,3 +53,38 @@ def test_int8_of_an_old_opset_is_refused():
     model.opset_import[0].version = 17
     with pytest.raises(ExportFailed, match="needs opset 19"):
         cast(model, "fp16")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("int8", [False, True])
+def test_what_is_widened_computes_in_fp32_with_the_values_of_its_constants(precision, int8):
+    model = cast(canonicalize(quantized()[0] if int8 else residual()), precision)
+    before = model.SerializeToString(deterministic=True)
+    wide = widen(model)
+    check(wide)
+    assert model.SerializeToString(deterministic=True) == before
+    kinds = {v.type.tensor_type.elem_type for v in (*wide.graph.input, *wide.graph.value_info, *wide.graph.output)}
+    assert kinds | {t.data_type for t in wide.graph.initializer} == {TensorProto.FLOAT, TensorProto.INT64} | ({TensorProto.INT8} if int8 else set())
+    for narrow, kept in zip(model.graph.initializer, wide.graph.initializer, strict=True):
+        np.testing.assert_array_equal(numpy_helper.to_array(kept), numpy_helper.to_array(narrow).astype(numpy_helper.to_array(kept).dtype))
+
+
+def test_a_widened_bf16_graph_is_near_the_float_graph_and_not_the_same():
+    """ONNX Runtime runs it on CPUs, where it has no BF16 convolution."""
+    model = canonicalize(residual())
+    wanted, found = run(model, images(8)), run(widen(cast(model, "bf16")), images(8))
+    assert 0 < np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()
+
+
+def test_integers_that_become_floats_become_fp32():
+    nodes = [
+        helper.make_node("Constant", [], ["half"], value=numpy_helper.from_array(np.array([0.5], np.float16))),
+        helper.make_node("Cast", ["count"], ["counted"], to=TensorProto.FLOAT16),
+        helper.make_node("Mul", ["counted", "half"], ["halves"]),
+    ]
+    given, made = helper.make_tensor_value_info("count", TensorProto.INT64, ["n"]), helper.make_tensor_value_info("halves", TensorProto.FLOAT16, ["n"])
+    wide = widen(helper.make_model(helper.make_graph(nodes, "halves", [given], [made]), opset_imports=[helper.make_opsetid("", 21)], ir_version=10))
+    check(wide)
+    found = run(wide, np.array([1, 3], np.int64))
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, [0.5, 1.5])

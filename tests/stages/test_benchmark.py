@@ -11,6 +11,7 @@ from deployopt.artifact import Artifact
 from deployopt.bench import targets
 from deployopt.bench.targets import opener
 from deployopt.errors import OptionRefused
+from deployopt.report import summary
 from deployopt.runtime.progress import SilentProgress
 from deployopt.stages import Expansion, Planning, Point, StageContext, StepOutput, benchmark
 from deployopt.tasks import classification
@@ -158,6 +159,24 @@ def test_rows_are_complete(record, context):
     samples = json.loads((context.run_folder / int8["samples"]).read_text())
     assert len(samples["host_block_medians"]) == int8["contract"]["blocks"]
     assert str(context.run_folder) not in json.dumps(record)
+
+
+def test_a_row_says_that_it_answers_otherwise_than_its_torch_network(context):
+    context = replace(context, dataset=lambda: SimpleNamespace(test=Split(200), classes=tuple("0123456789")))
+    fp32, int8 = built("dense", "fp32", "03"), built("qat", "int8", "04")
+    outputs = [
+        output(context, DENSE, {}, layers=1),
+        output(context, QAT, {}, layers=1),
+        output(context, fp32, {"status": "ok"}, layers=1),
+        output(context, int8, {"status": "ok", "notes": ["a note"]}, layers=1, seed=1),
+    ]
+    record = benchmark.run(context, config(batch_sizes=(1, 2), profile=False), Expansion(inputs=(DENSE, QAT, fp32, int8)), outputs).record
+    told = {(r["variant"], r["backend"], r["batch"]): r["notes"] for r in record["rows"]}
+    share = record["rows"][-1]["accuracy"]["torch_agreement"]
+    assert share < 0.99
+    note = f"{100 * share:.1f} % of its answers are those of the quantised torch network; wanted 99.5 %"
+    assert {key: notes for key, notes in told.items() if notes} == {("qat", "onnxruntime", batch): ["a note", note] for batch in (1, 2)}
+    assert summary.notes(record["rows"])[-1] == ("qat onnxruntime int8", note)
 
 
 def test_accuracy_can_be_left_out(context):

@@ -15,6 +15,7 @@ from deployopt.bench import targets
 from deployopt.data import ArraySet
 from deployopt.errors import BuildFailed
 from deployopt.graph.canonical import canonicalize
+from deployopt.graph.casts import cast
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import SilentProgress
 from deployopt.stages import Planning, Point, StepOutput, build
@@ -240,6 +241,22 @@ def test_an_engine_is_held_to_onnx_runtime_on_real_images(tmp_path, fake):
     assert (result.record["status"], result.record["notes"]) == ("ok", [])
     assert (parity["checked"], parity["n"], parity["agreement"]) == (True, 24, 1.0)
     assert parity["max_abs_diff"] <= parity["max_abs_diff_limit"]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_bf16_engine_is_held_to_its_onnx_widened_to_fp32(tmp_path, fake, damaged):
+    fake.engine = wrong_engine() if damaged else residual().SerializeToString()
+    config = build.Config(backends=["fake"])
+    (step,) = build.expand(config, planning("bf16"))
+    result, _, _ = ran(tmp_path, config, step, cast(canonicalize(residual()), "bf16"))
+    parity = result.record["parity"]
+    assert (result.record["status"], parity["checked"], parity["n"]) == ("ok", True, 24)
+    assert "widened to FP32" in parity["widened"]
+    assert parity["max_abs_diff"] > 0
+    assert (parity["max_abs_diff"] > parity["max_abs_diff_limit"]) == damaged
+    assert [note.partition(": largest")[0] for note in result.record["notes"]] == [
+        "its outputs on 24 validation images are not those of ONNX Runtime"
+    ] * damaged
 
 
 @pytest.mark.parametrize(("policy", "status"), [("warn", "ok"), ("fail", "failed")])
