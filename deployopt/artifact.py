@@ -114,7 +114,7 @@ class Verified:
     Attributes:
         quantized_layers: convolutions and matrix products executed in INT8.
         quantizable_layers: all convolutions and matrix products.
-        executed: layers by executed precision, e.g. {"int8": 20, "fp32": 1}.
+        executed: those by executed precision, e.g. {"int8": 20, "fp32": 1}.
     """
 
     quantized_layers: int
@@ -178,7 +178,7 @@ class Row:
     artifact: dict[str, Any] | None = None  # {"path", "sha256", "bytes"}
     accuracy: dict[str, Any] | None = None  # {"primary": "top1", "top1", "n", "agreement", "max_abs_diff", …}
     verified: dict[str, Any] | None = None  # {"quantized_layers", "quantizable_layers", "executed"}
-    fusion: dict[str, int] | None = None  # of an engine: {"adds", "fused_adds", "int8_to_float", "reformats"}, see `runtime.tensorrt_layers.Execution`
+    fusion: dict[str, Any] | None = None  # of an engine: {"adds", "fused_adds", "int8_to_float", "reformats", "layers"}; see `tensorrt_layers.Execution`
     parity: dict[str, Any] | None = None  # an engine's outputs against ONNX Runtime's: {"checked", "widened", "n", "agreement", "max_abs_diff", their limits}
     latency_ms: dict[str, Any] | None = None  # {"host": {"n", "p50", …}, "device": … | None}
     samples: str | None = None  # file of raw block medians, relative to the run folder

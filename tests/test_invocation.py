@@ -14,9 +14,9 @@ import pytest
 from distributions import install
 
 from deployopt import load_recipe, pipeline
-from deployopt.errors import DeviceUnavailable, RecipeError, UsageError
+from deployopt.errors import BackendUnavailable, DeviceUnavailable, RecipeError, UsageError
 from deployopt.nn import checkpoint
-from deployopt.runtime import host
+from deployopt.runtime import cuda
 
 RECIPE = """\
 name: tiny
@@ -131,11 +131,31 @@ def test_none_outlives_the_others(recipe: Path, tmp_path: Path, who: str) -> Non
 def test_more_processes_than_threads_or_gpus_are_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"--nproc 3 needs a CPU thread for each process, found 2"):
         pipeline.plan(load_recipe(recipe), device="cpu", threads=2, processes=3)
-    monkeypatch.setattr(host, "gpus", lambda: [{"name": "first"}, {"name": "second"}])
+    monkeypatch.setattr(cuda, "find_gpus", lambda: [cuda.Gpu("first", "8.6", "13.0"), cuda.Gpu("second", "8.9", "13.0")])
     assert pipeline.plan(load_recipe(recipe), threads=2, processes=2).device == "cuda:0"
     for device, free in (("cuda", 2), ("auto", 2), ("cuda:1", 1)):
         with pytest.raises(DeviceUnavailable, match=f"(?s)one a process; found {free} .*--nproc {free}, or --device cpu"):
             pipeline.plan(load_recipe(recipe), device=device, threads=3, processes=3)
+
+
+def test_of_two_gpus_builds_are_keyed_by_the_one_that_is_built_for(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "find_gpus", lambda: [cuda.Gpu("first", "8.6", "13.0"), cuda.Gpu("second", "8.9", "13.0")])
+    recipe.write_text(RECIPE + "  - export: {precisions: [fp32, int8]}\n  - build: {backends: [onnxruntime]}\n")
+    first, second, default = (pipeline.plan(load_recipe(recipe), device=device).steps for device in ("cuda:0", "cuda:1", "cuda"))
+    pairs = [(s, other) for s, other in zip(first, second, strict=True) if s.key is not None]
+    assert {s.stage_name for s, other in pairs if s.parts.get("machine") != other.parts.get("machine")} == {"build"}
+    assert all(s.key != other.key for s, other in pairs if s.stage_name == "build")
+    assert [s.key for s in first] == [s.key for s in default]
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_says_why(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> list[cuda.Gpu]:
+        raise BackendUnavailable("no NVIDIA driver (libcuda.so.1 not found)")
+
+    monkeypatch.setattr(cuda, "find_gpus", none)
+    assert pipeline.choose_device("auto") == "cpu"
+    with pytest.raises(DeviceUnavailable, match=r"wanted cuda:0, found 0 NVIDIA GPUs with a working driver: no NVIDIA driver \(libcuda"):
+        pipeline.choose_device("cuda:0")
 
 
 def test_only_steps_that_train_are_keyed_by_the_processes(recipe: Path) -> None:

@@ -68,8 +68,9 @@ class Backend(Protocol):
     def build(self, prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:
         """Build into the folder `out`, verify what the runtime made of it, return the artifact.
 
-        `metadata["verified"]` is `asdict(Verified)` or None where this machine cannot tell, with `metadata["verified_reason"]`;
-        `metadata["notes"]`, if there is one, lists what a reader of its row should know.
+        `metadata["verified"]` is `asdict(Verified)` or None where this machine cannot tell, with `metadata["verified_reason"]`; then
+        `metadata["verifiable"]` is True if of other artifacts it could, so that not to be told is a fault of this one. `metadata["notes"]`, if there is
+        one, lists what a reader of its row should know; `metadata["misfit"]` says why an engine is not for this machine's device, though the backend runs.
 
         Raises:
             BuildFailed: with the node, what is wrong and what to do.

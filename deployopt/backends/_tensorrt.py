@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -14,17 +14,21 @@ from deployopt.artifact import Artifact, Verified
 from deployopt.backends import BuildRequest
 from deployopt.backends._shared import load
 from deployopt.config import Strict
-from deployopt.errors import BuildFailed
+from deployopt.errors import ArtifactMismatch, BackendUnavailable, BuildFailed
 from deployopt.runtime import manifest
 from deployopt.runtime.child import run_in_child
-from deployopt.runtime.files import atomic_write
+from deployopt.runtime.cuda import device_index, find_gpu
+from deployopt.runtime.files import atomic_write, built_onto
 from deployopt.runtime.preprocessing import PREPROCESSING_KEY
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import TensorSpec
 from deployopt.runtime.tensorrt import BuildOptions
 from deployopt.runtime.tensorrt_layers import Execution
 
-FUSION = ("adds", "fused_adds", "int8_to_float", "reformats")  # of `Execution`: what reports tell beside the verified layers
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+FUSION = ("adds", "fused_adds", "int8_to_float", "reformats", "layers")  # of `Execution`: what reports tell beside the verified layers
 TF32 = "TF32 was allowed: what is FP32 in the graph may be computed with 10 bits of mantissa"
 
 
@@ -59,12 +63,15 @@ def prepare(canonical: Path, out: Path, *, weakly_typed: bool = False) -> Path:
 
     Raises:
         ExportFailed: no ONNX graph; or names the first node that quantises asymmetrically, to UINT8, or a bias; or what 8.x cannot read.
+        BuildFailed: the disk is full.
     """
     from deployopt.graph.tensorrt import check_quantization, to_tensorrt8
 
     model = load(canonical)
     check_quantization(model.graph)
-    atomic_write(out, to_tensorrt8(model).SerializeToString(deterministic=True) if weakly_typed else canonical.read_bytes())
+    data = to_tensorrt8(model).SerializeToString(deterministic=True) if weakly_typed else canonical.read_bytes()
+    with built_onto(out, len(data)):
+        atomic_write(out, data)
     return out
 
 
@@ -74,7 +81,7 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, 
     Raises:
         BuildFailed, BackendUnavailable.
     """
-    engine = out / f"{prepared.stem}.engine"
+    engine, model = out / f"{prepared.stem}.engine", load(prepared)
     try:
         facts = run_in_child(
             "deployopt.runtime.tensorrt:build_file",
@@ -85,7 +92,8 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, 
                 "precision": request.precision,
                 "device": request.device,
                 "options": options.to_json(),
-                "preprocessing": _preprocessing(prepared),
+                "preprocessing": _preprocessing(model),
+                "nodes": [[node.name or node.output[0], node.op_type] for node in model.graph.node],
             },
             progress,
             f"building {engine.name} with {vendor}",
@@ -99,13 +107,25 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress, 
     if options.tf32:
         notes = [TF32, *notes]
     told = {"build_seconds": facts["seconds"], "timing_cache": facts["timing_cache"], "options": facts["options"]}
+    told |= {"misfit": _misfit(engine, request.device)}
     metadata = {"precision": request.precision, **told, "notes": notes, **verified}
     return Artifact.of("engine", engine, inputs=_specs(facts["inputs"]), outputs=_specs(facts["outputs"]), metadata=metadata)
 
 
-def _preprocessing(prepared: Path) -> dict[str, Any] | None:
+def _misfit(engine: Path, device: str) -> str | None:
+    """Why an engine is not for this machine's GPU but for others; None if it is, or if there is no GPU, which `probe` says."""
+    try:
+        manifest.check_gpu(engine, manifest.read(engine), find_gpu(device_index(device)))
+    except ArtifactMismatch as exc:
+        return exc.message
+    except BackendUnavailable:
+        return None
+    return None
+
+
+def _preprocessing(model: ModelProto) -> dict[str, Any] | None:
     """What the exporter wrote into the ONNX of its input images, if it did."""
-    properties = {p.key: p.value for p in load(prepared).metadata_props}
+    properties = {p.key: p.value for p in model.metadata_props}
     return json.loads(properties[PREPROCESSING_KEY]) if PREPROCESSING_KEY in properties else None
 
 
@@ -116,7 +136,7 @@ def _specs(rows: list[list[Any]]) -> tuple[TensorSpec, ...]:
 def _verified(facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The artifact's facts on what the engine executes, and what a reader should know of it."""
     if facts["execution"] is None:
-        return {"verified": None, "verified_reason": facts["reason"]}, []
+        return {"verified": None, "verified_reason": facts["reason"], "verifiable": True}, []
     ran = Execution(**facts["execution"])
     found = {
         "verified": asdict(Verified(ran.quantized_layers, ran.quantizable_layers, ran.executed)),

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deployopt import __version__, plugins, store
 from deployopt.artifact import WEIGHTS, digest
 from deployopt.bench.environment import versions
 from deployopt.data import DataSource
-from deployopt.errors import DeviceUnavailable, LackingEnvironment, RecipeError, UsageError
+from deployopt.errors import BackendUnavailable, DeviceUnavailable, LackingEnvironment, RecipeError, UsageError
 from deployopt.nn import ARCHITECTURES, missing_weights
 from deployopt.pipeline.binding import bind_recipe
 from deployopt.pipeline.expansion import Asked, Entry, expand
@@ -20,6 +20,9 @@ from deployopt.runtime import host
 from deployopt.runtime.hashing import sha256_file, sha256_json
 from deployopt.stages import Expansion, Stage, StageConfig
 from deployopt.tasks import Task
+
+if TYPE_CHECKING:
+    from deployopt.runtime.cuda import Gpu
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def plan(
     asked, faults = expand(entries, here=True)
     if faults:
         raise RecipeError([recipe.document.problem(fault.at, fault.message, key=fault.key) for fault in faults])
-    steps = _steps(asked, common, processes)
+    steps = _steps(asked, common, processes, _machine(chosen_device))
     return Plan(
         recipe=recipe,
         task=bound.task,
@@ -180,7 +183,7 @@ def choose_device(asked: str, processes: int = 1) -> str:
     Raises:
         UsageError: no such kind of device. DeviceUnavailable: no such GPU, or fewer than processes.
     """
-    gpus = host.gpus()
+    gpus, reason = ([], None) if asked == "cpu" else _gpus()
     if asked == "auto":
         asked = "cuda" if gpus else "cpu"
     if asked == "cpu":
@@ -190,7 +193,8 @@ def choose_device(asked: str, processes: int = 1) -> str:
         raise UsageError(f"unknown device '{asked}' (available: auto, cpu, cuda, cuda:N)")
     free = len(gpus) - int(index or 0)
     if free < 1:
-        raise DeviceUnavailable(f"wanted {asked}, found {len(gpus)} NVIDIA GPUs with a working driver", "--device cpu, or `deployopt doctor`")
+        found = f"found {len(gpus)} NVIDIA GPUs with a working driver" + (f": {reason}" if reason else "")
+        raise DeviceUnavailable(f"wanted {asked}, {found}", "--device cpu, or `deployopt doctor`")
     if free < processes:
         wanted = f"--nproc {processes} needs {processes} NVIDIA GPUs from cuda:{index or 0} on, one a process"
         raise DeviceUnavailable(f"{wanted}; found {free} with a working driver", f"--nproc {free}, or --device cpu")
@@ -208,7 +212,24 @@ def _model_parts(recipe: Recipe) -> dict[str, Any]:
     return parts
 
 
-def _steps(asked: Sequence[Asked], common: Mapping[str, Any], processes: int) -> list[Step]:
+def _machine(device: str) -> dict[str, Any]:
+    """What a choice made by timing depends on: `host.timing_facts`, and of several GPUs the one that is built for and timed on."""
+    index = int(device.partition(":")[2] or 0)  # of "cpu" the first: backends that compute on a GPU take that one
+    gpus, _ = _gpus()
+    return {**host.timing_facts(), "gpu": gpus[index]._asdict() if gpus else None}
+
+
+def _gpus() -> tuple[list[Gpu], str | None]:
+    """GPUs by CUDA's index, which heeds CUDA_VISIBLE_DEVICES as NVML's does not; or none, and why."""
+    from deployopt.runtime.cuda import find_gpus  # loads NumPy
+
+    try:
+        return find_gpus(), None
+    except BackendUnavailable as exc:
+        return [], exc.message
+
+
+def _steps(asked: Sequence[Asked], common: Mapping[str, Any], processes: int, machine: Mapping[str, Any]) -> list[Step]:
     keys: dict[str, str | None] = {}
     steps: list[Step] = []
     for step in asked:
@@ -226,7 +247,7 @@ def _steps(asked: Sequence[Asked], common: Mapping[str, Any], processes: int) ->
             "inputs": [keys[i] for i in inputs],
             "libraries": versions(entry.stage.distributions),
             **common,
-            **({"machine": host.timing_facts()} if entry.stage.timed else {}),
+            **({"machine": machine} if entry.stage.timed else {}),
             **({"processes": processes} if entry.stage.trains else {}),
         }
         keys[step.id] = sha256_json(parts)

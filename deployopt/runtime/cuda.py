@@ -14,12 +14,16 @@ from deployopt.runtime import host
 INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver: this libcudart is newer than the driver
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 _THREAD_LOCAL = 1  # cudaStreamCaptureMode: what other threads do meanwhile does not spoil a capture
+SPIN, _SCHEDULE_MASK = 1, 7  # cudaDeviceScheduleSpin, cudaDeviceScheduleMask
+_SCHEDULES = {0: "auto", SPIN: "spin", 2: "yield", 4: "block"}  # cudaDeviceSchedule…
 _POINTER, _OUT = ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
 
 FUNCTIONS: Dict[str, List[Any]] = {  # of the CUDA runtime, with their arguments; all are there from 11.4 on, those for graphs not before
     "cudaGetErrorString": [ctypes.c_int],
     "cudaGetLastError": [],
     "cudaSetDevice": [ctypes.c_int],
+    "cudaSetDeviceFlags": [ctypes.c_uint],
+    "cudaGetDeviceFlags": [ctypes.POINTER(ctypes.c_uint)],
     "cudaMalloc": [_OUT, ctypes.c_size_t],
     "cudaFree": [_POINTER],
     "cudaHostAlloc": [_OUT, ctypes.c_size_t, ctypes.c_uint],
@@ -168,7 +172,15 @@ def runtime_version() -> Optional[str]:
 
 
 class Cuda:
-    """The CUDA runtime: 11, 12 or 13, whichever is installed and served by the driver."""
+    """The CUDA runtime: 11, 12 or 13, whichever is installed and served by the driver.
+
+    Attributes:
+        waiting_threads: how a thread waits for the device: "spin", which is asked for, as by trtexec's --useSpinWait, because it adds the least to a latency;
+            or what is in force instead ("auto", "yield", "block") and why.
+
+    Args:
+        device: index of the GPU that this thread uses from now on.
+    """
 
     def __init__(self, device: int = 0) -> None:
         problems = []
@@ -192,6 +204,23 @@ class Cuda:
             if hasattr(self._library, function):
                 getattr(self._library, function).argtypes = arguments
         self.call("cudaSetDevice", device)
+        self.waiting_threads = self._spin()
+
+    def _spin(self) -> str:
+        """Have threads spin while they wait, and read back how they do.
+
+        From 12 on the flags of a device that is in use already are overwritten; 11 refuses that (cudaErrorSetOnActiveProcess).
+        """
+        try:
+            self.call("cudaSetDeviceFlags", SPIN)
+        except BackendUnavailable as exc:
+            refusal = f": {exc.message}"
+        else:
+            refusal = ""
+        flags = ctypes.c_uint()
+        self.call("cudaGetDeviceFlags", ctypes.byref(flags))
+        chosen = flags.value & _SCHEDULE_MASK
+        return _SCHEDULES[SPIN] if chosen == SPIN else f"{_SCHEDULES.get(chosen, chosen)} (spin was refused{refusal})"
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function of the CUDA runtime.

@@ -1,11 +1,16 @@
 """Atomic writes: a reader sees the old file or the whole new one, also after a power cut."""
 
+import errno
 import json
 import os
 import re
+import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Iterator, Union
+
+from deployopt.errors import BuildFailed
 
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as `tempfile.mkstemp` names what `atomic_write` asks for
 
@@ -51,6 +56,24 @@ def _write(path: Path, raw: bytes) -> None:
             os.unlink(temporary)
         raise
     fsync_directory(path.parent)
+
+
+@contextmanager
+def built_onto(path: Path, size_bytes: int) -> Iterator[None]:
+    """While a file of a build is written.
+
+    Raises:
+        BuildFailed: the disk, or this user's share of it, is full; says what was wanted and what is free.
+    """
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise BuildFailed(
+            f"no disk space for {path.name}: wanted {size_bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free", "free some: deployopt cache prune"
+        ) from exc
 
 
 def atomic_write_json(path: Path, value: Any) -> None:

@@ -4,8 +4,7 @@ Precision is typed in the ONNX (casts, Q/DQ); networks are strongly typed and no
 (`runtime/tensorrt_versions.py`). TF32 is off unless asked for: FP32 means FP32.
 """
 
-import errno
-import shutil
+import re
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NamedTuple
 from deployopt.errors import ArtifactMismatch, BackendUnavailable, BuildFailed
 from deployopt.runtime import manifest
 from deployopt.runtime import tensorrt_versions as versions
-from deployopt.runtime.cuda import Gpu, device_index, find_gpu, runtime_version
-from deployopt.runtime.files import atomic_write
+from deployopt.runtime.cuda import Cuda, Gpu, device_index, find_gpu, runtime_version
+from deployopt.runtime.files import atomic_write, built_onto
 from deployopt.runtime.hashing import sha256_bytes
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import Progress, SilentProgress
@@ -36,6 +35,8 @@ T = TypeVar("T")
 Shape = Tuple[int, ...]
 Ranges = Dict[str, Dict[str, Shape]]  # input → {"min", "opt", "max"}: shape
 
+# https://github.com/NVIDIA/TensorRT/issues/263 and /1913, https://github.com/laugh12321/TensorRT-YOLO/issues/118: from 6, 7 and 10
+_NO_PLUGIN = re.compile(r"PluginCreator\w* not found in Plugin Registry|(?:could not|cannot) find plugin:? *(?P<name>[^\s,]*)", re.IGNORECASE)
 _REMEDY_MISS = "build once without error_on_timing_cache_miss, which fills the cache"
 
 
@@ -166,12 +167,14 @@ def build_engine(
     description: str = "building",
     precision: str = "fp32",
     gpu: Optional[Gpu] = None,
+    nodes: Sequence[Tuple[str, str]] = (),
 ) -> Build:
     """Build an engine in this process. On a machine without a GPU only TensorRT-RTX can, ahead of time.
 
     Args:
         precision: as typed in the ONNX; a weakly typed builder must be allowed it.
-        gpu: of this machine, which it is built for; None builds ahead of time.
+        gpu: of this machine, which it is built for and which this thread uses; None builds ahead of time.
+        nodes: (name, operator) of the graph's nodes, in its order; 8.x needs them to name the one that it refuses.
 
     Raises:
         BuildFailed: the parser or the builder refused; says the node, what is wrong and what to do.
@@ -180,7 +183,7 @@ def build_engine(
     progress = progress or SilentProgress()
     logger = make_logger(trt, verbose=is_rtx(trt))
     builder = _started(trt, trt.Builder, logger)
-    network, parser = parse(trt, builder, logger, onnx)
+    network, parser = parse(trt, builder, logger, onnx, nodes)
     inputs = _specs([network.get_input(i) for i in range(network.num_inputs)])
     outputs = _specs([network.get_output(i) for i in range(network.num_outputs)])
     ranges = ranges_of(inputs, options.batch_sizes)
@@ -285,8 +288,31 @@ def load_engine(trt: Vendor, plan: bytes, logger: "Logger") -> Tuple["api.ICudaE
     runtime = _started(trt, trt.Runtime, logger)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise ArtifactMismatch(f"{product(trt)} cannot load the engine: {clean(' '.join(logger.errors()))}", f"{manifest.REBUILD} (on this machine)")
+        raise _refused(trt, clean(" ".join(logger.errors())))
     return engine, runtime
+
+
+def _refused(trt: Vendor, said: str) -> ArtifactMismatch:
+    """Why an engine cannot be loaded, and what helps."""
+    found = list(_NO_PLUGIN.finditer(said))
+    if not found:
+        return ArtifactMismatch(f"{product(trt)} cannot load the engine: {said}", f"{manifest.REBUILD} (on this machine)")
+    names = ", ".join(f"'{match['name']}'" for match in found if match["name"]) or "that it does not name"
+    return ArtifactMismatch(
+        f"{product(trt)} cannot load the engine: it wants the plugin {names}, which is not loaded here ({said})",
+        "replace the plugin's operator in the model with standard ONNX ones and build again: deployopt loads no plugins",
+    )
+
+
+def new_context(engine: "api.ICudaEngine", logger: "Logger") -> "api.IExecutionContext":
+    """An execution context. Raises ArtifactMismatch where there is none, as on a GPU whose memory is taken."""
+    context = engine.create_execution_context()
+    if context is None:
+        raise ArtifactMismatch(
+            f"no execution context for the engine: {clean(' '.join(logger.errors())) or 'no reason was given'}",
+            f"free memory of the GPU (see `nvidia-smi`), or build again: {manifest.REBUILD}",
+        )
+    return context
 
 
 def inspect(trt: Vendor, engine: "api.ICudaEngine", context: "api.IExecutionContext") -> List[Layer]:
@@ -306,14 +332,15 @@ def _verify(trt: Vendor, network: Network, logger: "Logger", plan: bytes, ranges
         if is_rtx(trt):
             return execution(network, layers_of_log(logger.messages)), None
         engine, runtime = load_engine(trt, plan, logger)
-        context = engine.create_execution_context()
+        context = new_context(engine, logger)
         for name, bounds in ranges.items():
             context.set_input_shape(name, bounds["opt"])
         layers = inspect(trt, engine, context)
         del context, engine, runtime  # in this order
         return execution(network, layers), None
     except (ValueError, ArtifactMismatch) as exc:
-        return None, f"the layers of the engine could not be read: {exc}"
+        said = exc.message if isinstance(exc, ArtifactMismatch) else exc
+        return None, f"the layers of the engine could not be read: {said}"
 
 
 def build_file(
@@ -326,6 +353,7 @@ def build_file(
     options: Dict[str, Any],
     preprocessing: Optional[Dict[str, Any]],
     progress: Progress,
+    nodes: Sequence[Sequence[str]] = (),
 ) -> Dict[str, Any]:
     """Build an engine file and its manifest. Arguments and result are JSON values.
 
@@ -336,6 +364,7 @@ def build_file(
         device: "cpu" or "cuda:N": the GPU it is built for, where there is one.
         options: `BuildOptions.to_json`.
         preprocessing: `Preprocessing` as JSON, if known; recorded.
+        nodes: [name, operator] of the source's nodes, in its order; 8.x needs them to name the one that it refuses.
 
     Returns:
         {"inputs", "outputs": [[name, shape, dtype]], "seconds", "options": as recorded, "timing_cache", "execution": {…} | null, "reason"}.
@@ -346,10 +375,12 @@ def build_file(
     trt = load_vendor(vendor)
     gpu = _gpu(trt, device)
     build_options = BuildOptions.from_json(options)
+    if gpu is not None and not build_options.compute_capabilities:
+        Cuda(device_index(device))  # the builder builds for the GPU that its thread uses
     source, target = Path(onnx), Path(engine)
     data = source.read_bytes()
-    built = build_engine(trt, data, build_options, progress, f"{product(trt)} builds {target.name}", precision, gpu)
-    _save(target, built.plan)
+    named = [(name, operator) for name, operator in nodes]
+    built = build_engine(trt, data, build_options, progress, f"{product(trt)} builds {target.name}", precision, gpu, named)
     described = manifest.Manifest(
         sha256_bytes(built.plan),
         len(built.plan),
@@ -367,7 +398,7 @@ def build_file(
         build_options.recorded(),
         Preprocessing.from_json(preprocessing) if preprocessing else None,
     )
-    manifest.write(target, described)
+    _save(target, built.plan, described)
     return {
         "inputs": built.inputs,
         "outputs": built.outputs,
@@ -389,13 +420,12 @@ def _gpu(trt: Vendor, device: str) -> Optional[Gpu]:
         raise
 
 
-def _save(target: Path, plan: bytes) -> None:
-    try:
-        atomic_write(target, plan)
-    except OSError as exc:
-        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+def _save(target: Path, plan: bytes, described: manifest.Manifest) -> None:
+    """Write the engine and its manifest, or neither. Raises BuildFailed where the disk is full."""
+    with built_onto(target, len(plan)):
+        try:
+            atomic_write(target, plan)
+            manifest.write(target, described)
+        except OSError:
+            target.unlink(missing_ok=True)
             raise
-        free = shutil.disk_usage(target.parent).free
-        raise BuildFailed(
-            f"no disk space for {target.name}: wanted {len(plan) / 1e6:.1f} MB, {free / 1e6:.1f} MB are free", "free some: deployopt cache prune"
-        ) from exc

@@ -17,6 +17,7 @@ _TYPES = (  # of TensorRT's format strings, the first that occurs: "Row major In
     ("fp16", ("half", "fp16")),
     ("fp32", ("float", "fp32")),
 )
+_JOINTS = re.compile(r" \+ | \|\| ")  # of names of fused layers: one after the other, and side by side as one ("conv1 + relu1 || conv2 + relu2")
 _KNOWN = {(precision,) for precision, _ in _TYPES}
 _PRODUCT_KINDS = ("convolution", "correlation", "gemm", "matrixmultiply", "matmul")  # RTX calls a convolution "correlation"
 
@@ -89,6 +90,7 @@ class Execution(NamedTuple):
         int8_to_float: INT8 ones that write a float which a kernel of its own quantises again, so that the quantisation is not fused.
         adds, fused_adds: Adds of two activations, and those fused into a convolution or matrix product.
         reformats: layers that only change a tensor's layout or type.
+        layers: all layers of the engine by `Layer.precision`, e.g. {"int8": 24, "fp32": 3, "?": 1}.
     """
 
     quantized_layers: int
@@ -98,12 +100,13 @@ class Execution(NamedTuple):
     adds: int
     fused_adds: int
     reformats: int
+    layers: Dict[str, int]
 
 
 def precision_of(text: str) -> str:
     """The precision in one of TensorRT's type or format names; the text itself where it names none that we know."""
     lower = text.lower()
-    return next((precision for precision, words in _TYPES if any(word in lower for word in words)), text)
+    return next((precision for precision, words in _TYPES if any(re.search(f"(?<!u){word}", lower) for word in words)), text)  # UINT8 is none of them
 
 
 def nodes_of(metadata: str) -> Tuple[str, ...]:
@@ -159,8 +162,11 @@ def _tensors_of_log(text: str) -> Tuple[Tensor, ...]:
 
 
 def layers_of_inspector(text: str) -> List[Layer]:
-    """Layers of `IEngineInspector.get_engine_information(JSON)` of an engine built with DETAILED profiling verbosity."""
-    return [_layer_of_json(entry) for entry in json.loads(text).get("Layers", []) if isinstance(entry, dict)]
+    """Layers of `IEngineInspector.get_engine_information(JSON)` of an engine built with DETAILED profiling verbosity.
+
+    8.6 writes control characters into strings as they are (https://github.com/NVIDIA/TensorRT/issues/2779).
+    """
+    return [_layer_of_json(entry) for entry in json.loads(text, strict=False).get("Layers", []) if isinstance(entry, dict)]
 
 
 def _layer_of_json(entry: Mapping[str, Any]) -> Layer:
@@ -168,7 +174,7 @@ def _layer_of_json(entry: Mapping[str, Any]) -> Layer:
         return tuple(Tensor(str(t.get("Name", "?")), tuple(map(str, t.get("Dimensions", ()))), _precision_of_json(t)) for t in entry.get(key, ()))
 
     name, kind = str(entry.get("Name", "?")), str(entry.get("ParameterType") or entry.get("LayerType") or "?")
-    nodes = nodes_of(str(entry.get("Metadata", ""))) or tuple(name.split(" + "))  # without metadata, fused names are joined so
+    nodes = nodes_of(str(entry.get("Metadata", ""))) or tuple(_JOINTS.split(name))  # 8.5 has no metadata
     return Layer(name, kind, tensors("Inputs"), tensors("Outputs"), nodes)
 
 
@@ -198,6 +204,7 @@ def execution(network: Network, layers: Sequence[Layer]) -> Execution:
         len(network.adds),
         sum(node in fused for node in network.adds),
         sum(layer.is_reformat for layer in layers),
+        dict(Counter(layer.precision for layer in layers)),
     )
 
 

@@ -1,6 +1,6 @@
 """Reading an ONNX with the vendor's parser, whose errors are told in the words of whoever made the graph."""
 
-from typing import TYPE_CHECKING, Tuple
+from typing import TYPE_CHECKING, Sequence, Tuple
 
 from deployopt.errors import BuildFailed
 from deployopt.runtime import tensorrt_versions as versions
@@ -33,8 +33,13 @@ _EXPLANATIONS = (  # (in the code or description, what is wrong, what to do)
 )
 
 
-def parse(trt: Vendor, builder: "api.Builder", logger: "Logger", onnx: bytes) -> Tuple["api.INetworkDefinition", "api.OnnxParser"]:
+def parse(
+    trt: Vendor, builder: "api.Builder", logger: "Logger", onnx: bytes, nodes: Sequence[Tuple[str, str]] = ()
+) -> Tuple["api.INetworkDefinition", "api.OnnxParser"]:
     """(network, parser); the parser owns the weights, so it must outlive the build.
+
+    Args:
+        nodes: (name, operator) of the graph's nodes, in its order; 8.x needs them to name one.
 
     Raises:
         BuildFailed: every fault that the parser finds, by node.
@@ -42,20 +47,20 @@ def parse(trt: Vendor, builder: "api.Builder", logger: "Logger", onnx: bytes) ->
     network = builder.create_network(versions.network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(onnx):
-        raise _refusal(trt, parser, logger)
+        raise _refusal(trt, parser, logger, nodes)
     if not network.num_outputs:  # empty bytes parse "successfully"
         raise BuildFailed("the ONNX holds no graph (it has no outputs)", EXPORT_AGAIN)
     return network, parser
 
 
-def _refusal(trt: Vendor, parser: "api.OnnxParser", logger: "Logger") -> BuildFailed:
+def _refusal(trt: Vendor, parser: "api.OnnxParser", logger: "Logger", nodes: Sequence[Tuple[str, str]]) -> BuildFailed:
     """The parser's errors, in the words of whoever made the graph."""
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
     if not errors:
         return BuildFailed(f"{product(trt)} cannot read the ONNX: {clean(' '.join(logger.errors()))}", LEAVE_OUT)
     lines, remedies = [], []
     for error in errors:
-        name, operator = versions.node_of(error)
+        name, operator = versions.node_of(error, nodes)
         what, remedy = explain(error.code().name, clean(error.desc()), operator)
         lines.append(f"node '{name}' ({operator}): {what}" if operator else what)
         remedies.append(remedy)

@@ -1,6 +1,7 @@
 """Running an engine: named tensors, pinned buffers allocated once, `execute_async_v3` or a CUDA graph of it, CUDA events for the device clock."""
 
 import ctypes
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
@@ -12,14 +13,14 @@ from deployopt.runtime.cuda import Cuda, Device, Graph, Pinned, device_index, fi
 from deployopt.runtime.manifest import REBUILD, Manifest
 from deployopt.runtime.profile import WARM_UP_RUNS, typical
 from deployopt.runtime.session import Array, Feed, LayerTime, Loaded, SessionOptions, TensorSpec
-from deployopt.runtime.tensorrt import inspect, load_engine, sizes
+from deployopt.runtime.tensorrt import inspect, load_engine, new_context, sizes
 from deployopt.runtime.tensorrt_api import Vendor
 from deployopt.runtime.tensorrt_layers import Layer
 from deployopt.runtime.tensorrt_vendor import load_vendor, make_logger, make_profiler
 from deployopt.runtime.tensorrt_versions import is_rtx
 
 if TYPE_CHECKING:
-    import tensorrt as api
+    pass
 
 _TO_DEVICE, _TO_HOST, _NON_BLOCKING = 1, 2, 1  # cudaMemcpyKind, cudaStreamNonBlocking
 Shape = Tuple[int, ...]
@@ -79,7 +80,7 @@ class TensorRTSession:
         self._cuda = Cuda(device)
         self._logger = make_logger(trt)
         self._engine, self._runtime = load_engine(trt, plan, self._logger)
-        self._context = self._new_context()
+        self._context = new_context(self._engine, self._logger)
         self._stream = self._cuda.make("cudaStreamCreateWithFlags", _NON_BLOCKING)
         self._start, self._stop = self._cuda.make("cudaEventCreate"), self._cuda.make("cudaEventCreate")
         self._limits = {s.name: [sizes(dims) for dims in self._engine.get_tensor_profile_shape(s.name, 0)] for s in self.inputs}
@@ -90,7 +91,7 @@ class TensorRTSession:
         self._host = {name: Pinned(self._cuda, self._size(name)) for name in self._shapes}
         for name, buffer in self._device.items():
             self._context.set_tensor_address(name, buffer.pointer)
-        self._bound: List[_Loaded] = []
+        self._bound: "weakref.WeakSet[_Loaded]" = weakref.WeakSet()  # whoever loaded them owns them
         self._closed = False
 
     def infer(self, feed: Feed) -> Dict[str, Array]:
@@ -106,7 +107,7 @@ class TensorRTSession:
         return {spec.name: self._host[spec.name].view(self._shapes[spec.name], self._dtypes[spec.name]).copy() for spec in self.outputs}
 
     def load(self, feeds: Sequence[Feed]) -> Loaded:
-        """Bind feeds of one shape: each is put into pinned memory of its own.
+        """Bind feeds of one shape: each is put into pinned memory of its own, which is freed when the result is let go of.
 
         Raises:
             UsageError: no feeds, feeds of several shapes, or as `infer`.
@@ -115,7 +116,7 @@ class TensorRTSession:
         if not shapes or any(shape != shapes[0] for shape in shapes):
             raise UsageError(f"feeds to be timed must be of one shape, and at least one; {len(shapes)} were given, of shapes {shapes[:3]}")
         loaded = _Loaded(self, feeds, shapes[0])
-        self._bound.append(loaded)
+        self._bound.add(loaded)
         return loaded
 
     def profile(self, feeds: Sequence[Feed], runs: int) -> List[LayerTime]:
@@ -126,7 +127,7 @@ class TensorRTSession:
         loaded, measured, cuda_graph = self.load(feeds), self._context, self.cuda_graph
         profiler = make_profiler(self._trt)
         self.cuda_graph = "off"
-        self._context, self._shapes = self._new_context(), {}  # no shape is set in it yet
+        self._context, self._shapes = new_context(self._engine, self._logger), {}  # no shape is set in it yet
         try:
             self._context.profiler = profiler
             for name, buffer in self._device.items():
@@ -142,13 +143,13 @@ class TensorRTSession:
         return typical(found[WARM_UP_RUNS:])
 
     def close(self) -> None:
-        for loaded in self._bound:
+        for loaded in list(self._bound):
             loaded.close()
         for memory in self._device.values():
             memory.close()
         for mirror in self._host.values():
             mirror.close()
-        self._device, self._host, self._bound = {}, {}, []
+        self._device, self._host = {}, {}
         if not self._closed:
             self._closed = True
             self._drop_graph()
@@ -162,12 +163,6 @@ class TensorRTSession:
 
     def __exit__(self, *exc: Any) -> None:
         self.close()
-
-    def _new_context(self) -> "api.IExecutionContext":
-        context = self._engine.create_execution_context()
-        if context is None:
-            raise ArtifactMismatch(f"no execution context for the engine: {'; '.join(self._logger.errors())}", REBUILD)
-        return context
 
     def _layers(self) -> List[Layer]:
         """What the engine runs at the shapes that are set; [] where its inspector does not tell."""
@@ -255,13 +250,15 @@ class _Loaded:
         self._shapes = shapes
         self._ran = False
         self._sources: List[Dict[str, Pinned]] = []
+        self._free = weakref.finalize(self, _free, self._sources)
+        self._free.atexit = False  # the driver frees what a process leaves
         for feed in feeds:
             source: Dict[str, Pinned] = {}
+            self._sources.append(source)
             for name, array in feed.items():
                 dtype = session._dtypes[name]
                 source[name] = Pinned(session._cuda, array.size * dtype.itemsize)
                 source[name].view(array.shape, dtype)[...] = array
-            self._sources.append(source)
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -276,10 +273,13 @@ class _Loaded:
         return self._session._device_ms() if self._ran else None
 
     def execution(self) -> Dict[str, str]:
-        return {"cuda_graph": self._session.cuda_graph}
+        return {"cuda_graph": self._session.cuda_graph, "waiting_threads": self._session._cuda.waiting_threads}
 
     def close(self) -> None:
-        for source in self._sources:
-            for buffer in source.values():
-                buffer.close()
-        self._sources = []
+        self._free()
+
+
+def _free(sources: List[Dict[str, Pinned]]) -> None:
+    while sources:
+        for buffer in sources.pop().values():
+            buffer.close()

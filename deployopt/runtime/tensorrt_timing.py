@@ -4,8 +4,9 @@ chooses the same ones. TensorRT-RTX times nothing while it builds, and has none.
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
+from deployopt.errors import BuildFailed
 from deployopt.runtime.cuda import Gpu
 from deployopt.runtime.files import atomic_write
 from deployopt.runtime.tensorrt_api import Vendor
@@ -29,21 +30,25 @@ class TimingCache:
     Args:
         config: the build's `IBuilderConfig`.
         path: of the file; it need not exist.
+
+    Raises:
+        BuildFailed: the vendor's library makes no cache, not even an empty one.
     """
 
     def __init__(self, config: "api.IBuilderConfig", path: Path) -> None:
         self.path = path
         self._config = config
-        self._cache = config.create_timing_cache(self._stored())
-        if not config.set_timing_cache(self._cache, ignore_mismatch=False):
-            self._cache = config.create_timing_cache(b"")
-            config.set_timing_cache(self._cache, ignore_mismatch=False)
-        self._empty, self._before = _size(config.create_timing_cache(b"")), _size(self._cache)
+        cache = self._given(self._stored()) or self._given(b"")
+        if cache is None:
+            raise BuildFailed("the builder takes no timing cache, not even an empty one", "set timing_cache: false in the options of tensorrt")
+        self._cache = cache
+        empty = config.create_timing_cache(b"")
+        self._empty, self._before = len(_bytes_of(empty)), len(_bytes_of(cache))
 
     @property
     def missed(self) -> bool:
         """Whether the build timed kernels that the cache lacked: then it grew. (Flag ERROR_ON_TIMING_CACHE_MISS is not in 8.x.)"""
-        return _size(self._cache) > self._before
+        return len(_bytes_of(self._cache)) > self._before
 
     @property
     def use(self) -> str:
@@ -58,13 +63,20 @@ class TimingCache:
         Raises:
             OSError.
         """
-        self._cache.combine(self._config.create_timing_cache(self._stored()), ignore_mismatch=False)
+        own = _bytes_of(self._cache)
+        joined, others = self._config.create_timing_cache(own), self._config.create_timing_cache(self._stored())
+        both = joined is not None and others is not None and joined.combine(others, ignore_mismatch=False)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.path, bytes(memoryview(self._cache.serialize())))
+        atomic_write(self.path, _bytes_of(joined) if both else own)
+
+    def _given(self, stored: bytes) -> "Optional[api.ITimingCache]":
+        """The cache of these bytes, given to the build; None if the vendor's library refuses them."""
+        cache = self._config.create_timing_cache(stored)  # None for some bytes that are no cache
+        return cache if cache is not None and self._config.set_timing_cache(cache, ignore_mismatch=False) else None
 
     def _stored(self) -> bytes:
         return self.path.read_bytes() if self.path.is_file() else b""
 
 
-def _size(cache: "api.ITimingCache") -> int:
-    return len(memoryview(cache.serialize()))
+def _bytes_of(cache: "api.ITimingCache") -> bytes:
+    return bytes(memoryview(cache.serialize()))

@@ -1,8 +1,10 @@
 """The vendor's module: finding it, and the objects of ours that it calls back (logger, profiler, progress monitor)."""
 
 import importlib
+import threading
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, cast
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple, cast
 
 from deployopt.errors import BackendUnavailable
 from deployopt.runtime import tensorrt_versions as versions
@@ -90,7 +92,8 @@ def make_profiler(trt: Vendor) -> "Profiler":
 def make_monitor(trt: Vendor, advance: Callable[[float, str], None]) -> "Monitor":
     """A progress monitor that calls `advance(fraction of the build done since the last call, phase)`.
 
-    An exception in `advance` (Ctrl-C) may not cross native frames: it is kept in `raised`, and the build is stopped.
+    The builder calls it from several threads (NVIDIA's reference of IProgressMonitor); `advance` is called by one at a time. An exception in `advance`, or
+    Ctrl-C, may not cross native frames: it is kept in `raised`, and the build is stopped.
     """
 
     base: Any = trt.IProgressMonitor
@@ -99,24 +102,35 @@ def make_monitor(trt: Vendor, advance: Callable[[float, str], None]) -> "Monitor
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.raised: Optional[BaseException] = None
-            self._phases: Dict[str, List[Any]] = {}  # name → [parent, steps done, steps]
             self.told = 0.0
+            self._phases: Dict[str, List[Any]] = {}  # name → [parent, steps done, steps]
+            self._lock = threading.Lock()
 
         def phase_start(self, phase_name: str, parent_phase: Optional[str], num_steps: int) -> None:
-            self._phases[phase_name] = [parent_phase, 0, max(1, num_steps)]
+            with self._held():
+                self._phases[phase_name] = [parent_phase, 0, max(1, num_steps)]
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            try:
-                self._phases[phase_name][1] = step + 1
-                done = min(1.0, max(self._done(name) for name, (parent, _, _) in self._phases.items() if parent is None))
-                advance(max(0.0, done - self.told), phase_name)
-                self.told = max(self.told, done)
-            except BaseException as exc:  # re-raised by the caller of the build
-                self.raised = exc
+            with self._held():
+                if phase_name in self._phases:  # another thread may have finished it
+                    self._phases[phase_name][1] = step + 1
+                done = min(1.0, max((self._done(name) for name, (parent, _, _) in self._phases.items() if parent is None), default=0.0))
+                gained, self.told = max(0.0, done - self.told), max(self.told, done)
+                advance(gained, phase_name)
             return self.raised is None
 
         def phase_finish(self, phase_name: str) -> None:
-            self._phases.pop(phase_name, None)
+            with self._held():
+                self._phases.pop(phase_name, None)
+
+        @contextmanager
+        def _held(self) -> Iterator[None]:
+            """One thread at a time; what is raised inside is kept for the caller of the build."""
+            try:
+                with self._lock:
+                    yield
+            except BaseException as exc:  # Ctrl-C too
+                self.raised = self.raised or exc
 
         def _done(self, name: str) -> float:
             _, done, steps = self._phases[name]

@@ -80,9 +80,16 @@ def has_monitor(trt: Vendor) -> bool:
     return hasattr(trt, "IProgressMonitor")
 
 
-def node_of(error: "api.ParserError") -> Tuple[str, str]:
-    """(name, operator) of the node that a parser error is about; 8.x tells them in the description alone, and both are empty."""
-    return (error.node_name(), error.node_operator()) if hasattr(error, "node_name") else ("", "")
+def node_of(error: "api.ParserError", nodes: Sequence[Tuple[str, str]]) -> Tuple[str, str]:
+    """(name, operator) of the node that a parser error is about; both are empty for one that is about none.
+
+    Args:
+        nodes: those of the graph, in its order: 8.x tells an index alone, -1 for none.
+    """
+    if hasattr(error, "node_name"):
+        return error.node_name(), error.node_operator()
+    index = error.node()
+    return nodes[index] if 0 <= index < len(nodes) else ("", "")
 
 
 def compute_capability(trt: Vendor) -> Dict[str, Any]:

@@ -26,7 +26,7 @@ from deployopt.runtime.session import SessionOptions
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
 from deployopt.stages._parity import PARITY_IMAGES, WIDENED, compare, limit_of, onnx_outputs
 
-version = 7
+version = 8
 not_after: frozenset[str] = frozenset()
 after = frozenset({"export"})
 cacheable = True
@@ -50,7 +50,8 @@ class Config(StageConfig):
     timeout_minutes: PositiveFloat = 60.0
     """One build that takes longer is ended, and its row has failed. Large INT8 networks take TensorRT some minutes."""
     on_unverified: Literal["warn", "fail"] = "warn"
-    """What to do with an INT8 artifact of which the runtime executes less in INT8 than all convolutions and matrix products that mixed_precision leaves so."""
+    """What to do with an artifact of which the runtime executes less in the precision asked for than all convolutions and matrix products (in INT8 but for
+    those that mixed_precision keeps in float), and with an engine that does not tell."""
     on_mismatch: Literal["warn", "fail"] = "warn"
     """What to do with an engine whose outputs on validation images differ from ONNX Runtime's by more than rounding explains; engines that run here are
     compared after their build."""
@@ -96,20 +97,19 @@ def _step(source: Point, name: str, config: Config, probed: Availability | None)
         inputs=(source,),
         makes=(Point("engine", source.variant, source.family, precision=source.precision, backend=name, max_batch=max(config.batch_sizes)),),
         label=f"{source.variant}-{name}-{source.precision}",
-        parameters=_parameters(name, source.precision, config, probed),
+        parameters=_parameters(name, config, probed),
         why_not=probed.obstacle(name, source.precision) if probed else None,
     )
 
 
-def _parameters(name: str, precision: str, config: Config, probed: Availability | None) -> dict[str, Any]:
+def _parameters(name: str, config: Config, probed: Availability | None) -> dict[str, Any]:
     """What this one artifact depends on: its own backend's options and versions, no other's."""
     parameters: dict[str, Any] = {"backend": name, "options": _build_options(config, name)}
-    if precision in INT8_PRECISIONS:  # the policy decides whether what was built is kept
-        parameters["on_unverified"] = config.on_unverified
     if probed is None:  # no key is made of them then, and a backend's module loads NumPy
         return parameters
     backend = backends.find(name)
     parameters |= {"runtime": probed.version, "distributions": versions(backend.distributions)}
+    parameters["on_unverified"] = config.on_unverified  # the policy decides whether what was built is kept
     if not getattr(backend, "builds_onnx", False):  # what is no engine is not compared
         parameters["on_mismatch"] = config.on_mismatch
     if backend.build_depends_on_machine:
@@ -137,8 +137,8 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
         shortfall = _shortfall(artifact, request.precision, len(onnx.metadata.get("float_layers", ())))
         if shortfall and config.on_unverified == "fail":
             raise BuildFailed(shortfall, "set build.on_unverified: warn to keep it")
-        probed = backend.probe()
-        parity, mismatch = _parity(context, name, artifact, onnx.path, request) if artifact.kind == "engine" and probed.runs else (None, None)
+        why_not = _why_not_here(backend, artifact)
+        parity, mismatch = _parity(context, name, artifact, onnx.path, request) if artifact.kind == "engine" and why_not is None else (None, None)
         if mismatch and config.on_mismatch == "fail":
             raise BuildFailed(mismatch, "set build.on_mismatch: warn to keep it")
     except DeployoptError as exc:
@@ -150,8 +150,8 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     for note in notes:
         context.progress.log(f"{expansion.label}: {note}")
     record = {
-        "status": "ok" if probed.runs else "built",
-        "reason": None if probed.runs else probed.reason,
+        "status": "ok" if why_not is None else "built",
+        "reason": why_not and without_folders(why_not),
         "max_batch": max(config.batch_sizes) if artifact.kind == "engine" else None,
         "notes": notes,
         "parity": parity,
@@ -167,14 +167,33 @@ def build_prepared(backend: Backend, canonical: Path, folder: Path, request: Bui
         return backend.build(prepared, folder, request, progress)
 
 
+def _why_not_here(backend: Backend, artifact: Artifact) -> str | None:
+    """Why an artifact does not run on this machine: its backend does not, or it was built for other devices; None if it does."""
+    probed = backend.probe()
+    if not probed.runs:
+        return probed.reason or "its backend does not run on this machine and does not say why"
+    misfit: str | None = artifact.metadata.get("misfit")
+    return misfit
+
+
 def _shortfall(artifact: Artifact, precision: str, float_layers: int) -> str | None:
-    """What is missing from an INT8 artifact that should run in INT8 but for `float_layers`; None if nothing is, or if it cannot be told here."""
-    verified = artifact.metadata.get("verified")
-    if precision not in INT8_PRECISIONS or verified is None or verified["quantized_layers"] + float_layers >= verified["quantizable_layers"]:
+    """What is missing from an artifact whose convolutions and matrix products should all run as asked, in INT8 but for `float_layers`.
+
+    All of them: float exports are cast at their edges only (`graph/casts.py`). None if nothing is missing, or if the backend tells of no artifact here.
+    """
+    facts = artifact.metadata
+    verified = facts.get("verified")
+    if verified is None:
+        return f"{precision.upper()} is not verified: {facts.get('verified_reason')}" if facts.get("verifiable") else None
+    kind = "int8" if precision in INT8_PRECISIONS else precision
+    if kind != "int8" and not verified["executed"]:
         return None
-    executed = ", ".join(f"{count} in {kind}" for kind, count in sorted(verified["executed"].items()))
-    kept = f"; mixed_precision keeps {float_layers} in float" if float_layers else ""
-    return f"only {verified['quantized_layers']} of {verified['quantizable_layers']} layers run in INT8 ({executed}){kept}"
+    kept = float_layers if kind == "int8" else 0
+    ran, wanted = verified["quantized_layers"] if kind == "int8" else verified["executed"].get(kind, 0), verified["quantizable_layers"]
+    if ran + kept >= wanted:
+        return None
+    executed = ", ".join(f"{count} in {found}" for found, count in sorted(verified["executed"].items()))
+    return f"only {ran} of {wanted} layers run in {kind.upper()} ({executed})" + (f"; mixed_precision keeps {kept} in float" if kept else "")
 
 
 def _parity(context: StageContext, name: str, artifact: Artifact, canonical: Path, request: BuildRequest) -> tuple[dict[str, Any], str | None]:
@@ -208,9 +227,9 @@ def _parity(context: StageContext, name: str, artifact: Artifact, canonical: Pat
 
 
 def _notes(artifact: Artifact, precision: str, shortfall: str | None, mismatch: str | None) -> list[str]:
-    """The INT8 shortfall or why INT8 could not be verified, outputs that are not as they should be, and what the backend noted."""
+    """Outputs that are not as they should be, the shortfall or why INT8 cannot be verified, and what the backend noted."""
     facts = artifact.metadata
-    unverified = facts.get("verified_reason") if precision in INT8_PRECISIONS and facts.get("verified") is None else None
+    unverified = facts.get("verified_reason") if precision in INT8_PRECISIONS and facts.get("verified") is None and not shortfall else None
     said = (mismatch, shortfall, unverified and f"INT8 is not verified: {unverified}", *facts.get("notes", ()))
     return [without_folders(str(note)) for note in said if note]
 

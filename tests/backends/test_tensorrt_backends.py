@@ -1,6 +1,8 @@
 """Real TensorRT-RTX builds of a small residual network; running needs a GPU that it serves."""
 
+import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,7 @@ from deployopt.errors import ArtifactCorrupt, ArtifactMismatch, BackendUnavailab
 from deployopt.graph.casts import cast
 from deployopt.graph.tensorrt import check_tensorrt8
 from deployopt.runtime import manifest
-from deployopt.runtime.cuda import find_gpu
+from deployopt.runtime.cuda import Gpu, find_gpu
 from deployopt.runtime.hashing import sha256_file
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import SilentProgress
@@ -142,8 +144,6 @@ def test_rtx_builds_here_and_runs_only_with_a_gpu_it_serves(rtx):
 
 
 def test_a_gpu_that_rtx_does_not_serve_is_named(rtx):
-    from deployopt.runtime.cuda import Gpu
-
     hopper, ada = Gpu("NVIDIA H100", "9.0", "13.0"), Gpu("NVIDIA GeForce RTX 4090", "8.9", "13.0")
     reason = tensorrt_rtx._unserved(rtx, [hopper, hopper])
     assert "does not run on NVIDIA H100 (compute capability 9.0); it serves 7.5, 8.0, 8.6, 8.9, 12.0" in reason
@@ -215,7 +215,10 @@ def test_files_that_are_no_onnx(tmp_path, data, message):
 def test_float_engines_run_as_asked_and_fuse_their_add(tmp_path, precision):
     built = make(tmp_path, precision)
     assert built.metadata["verified"] == {"quantized_layers": 0, "quantizable_layers": 4, "executed": {precision: 4}}
-    assert built.metadata["fusion"] == {"adds": 1, "fused_adds": 1, "int8_to_float": 0, "reformats": 0}
+    layers = built.metadata["fusion"]["layers"]  # with what casts and pools beside the four products
+    assert built.metadata["fusion"] == {"adds": 1, "fused_adds": 1, "int8_to_float": 0, "reformats": 0, "layers": layers}
+    assert layers[precision] >= 4
+    assert set(layers) <= {precision, "fp32", "?"}
     assert built.metadata["build_seconds"] > 0
 
 
@@ -230,7 +233,8 @@ def test_tf32_is_off_unless_asked_for_and_then_said(tmp_path):
 
 def test_int8_engine_is_verified_and_its_float_results_are_said(int8):
     assert int8.metadata["verified"] == {"quantized_layers": 4, "quantizable_layers": 4, "executed": {"int8": 4}}
-    assert int8.metadata["fusion"] == {"adds": 1, "fused_adds": 0, "int8_to_float": 2, "reformats": 0}  # not the one before pooling, nor the head
+    told = {name: count for name, count in int8.metadata["fusion"].items() if name != "layers"}
+    assert told == {"adds": 1, "fused_adds": 0, "int8_to_float": 2, "reformats": 0}  # not the one before pooling, nor the head
     (note,) = int8.metadata["notes"]
     assert note.startswith("2 of 4 INT8 layers write floating point that a kernel of its own quantises again")
 
@@ -329,6 +333,30 @@ def test_int8_on_turing_alone_is_told_to_run_in_fp16(tmp_path):
 def test_batch_size_below_one(tmp_path):
     with pytest.raises(BuildFailed, match=r"batch sizes \[0, 4\]: each must be 1 or more"):
         make(tmp_path, "fp32", (0, 4))
+
+
+@pytest.mark.parametrize(("here", "misfit"), [("8.6", None), ("8.9", r"built for compute capability 8\.6; here is NVIDIA RTX with compute capability 8\.9")])
+def test_an_engine_for_other_gpus_than_this_machines_says_so(int8, monkeypatch, here, misfit):
+    asked = []
+    monkeypatch.setattr(_tensorrt, "find_gpu", lambda index: asked.append(index) or Gpu("NVIDIA RTX", here, "13.0"))
+    said = _tensorrt._misfit(int8.path, "cuda:1")
+    assert said is None if misfit is None else re.search(misfit, said)
+    assert asked == [1]
+
+
+def test_without_a_gpu_no_engine_is_called_a_misfit(int8):
+    if has_gpu():
+        pytest.skip("this machine has a GPU")
+    assert int8.metadata["misfit"] is None
+
+
+def test_a_full_disk_is_said_of_the_prepared_onnx_as_of_the_engine(tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(_tensorrt, "atomic_write", full)
+    with pytest.raises(BuildFailed, match=r"no disk space for prepared\.onnx: wanted 0\.0 MB"):
+        tensorrt_rtx.prepare(canonical(tmp_path, "fp32"), "fp32", tmp_path / "prepared.onnx")
 
 
 def test_cancelled_build_leaves_nothing(tmp_path):

@@ -123,4 +123,4 @@ def test_a_build_is_keyed_by_what_it_is_made_from_alone(recipe: Path, tmp_path: 
     tuned = keys(both, "stages.build.options={tensorrt: {optimization_level: 5}}")
     assert {name for name in first if tuned[name] != first[name]} == {name for name in first if "-tensorrt-" in name}
     strict = keys(both, "stages.build.on_unverified=fail")
-    assert {name for name in first if strict[name] != first[name]} == {name for name in first if name.endswith("-int8")}
+    assert all(strict[name] != first[name] for name in first)  # what runs in another precision than asked is dropped, whichever was

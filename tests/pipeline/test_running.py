@@ -36,6 +36,7 @@ def test_a_run_measures_what_runs_and_says_why_the_rest_does_not(finished: Finis
     for row in (f"{v}/tensorrt_rtx/{p}" for v, ps in (("finetune", FLOAT), ("prune", FLOAT), ("qat", ["int8"])) for p in ps):
         assert rows[row]["status"] in {"built", "ok"}, rows[row]["reason"]  # ok where there is a GPU
         assert rows[row]["artifact"]["bytes"] > 0
+        assert rows[row]["verified"]["executed"] == {row.rpartition("/")[2]: 10}
     assert rows["qat/tensorrt/int8"]["status"] == "unavailable"
     assert "tensorrt" in rows["qat/tensorrt/int8"]["reason"]
     names = {p.name for p in finished.folder.iterdir()}

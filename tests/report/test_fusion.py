@@ -2,7 +2,7 @@ from typing import Any
 
 from deployopt.report import fusion, render
 
-FUSION = {"adds": 8, "fused_adds": 6, "int8_to_float": 2, "reformats": 3}
+FUSION = {"adds": 8, "fused_adds": 6, "int8_to_float": 2, "reformats": 3, "layers": {"int8": 24, "fp32": 3}}
 
 
 def engine(report: dict[str, Any]) -> dict[str, Any]:
@@ -20,7 +20,12 @@ def test_each_engine_has_one_line_whatever_its_batch_sizes(report: dict[str, Any
     headers, lines = told
     names = [f"{variant}/tensorrt_rtx/int8" for variant in dict.fromkeys(r["variant"] for r in report["rows"] if r.get("fusion"))]
     assert [line[0] for line in lines] == names
-    assert dict(zip(headers, lines[0], strict=True)) | {"Adds fused": "6/8", "unfused": "2", "reformats": "3"} == dict(zip(headers, lines[0], strict=True))
+    assert dict(zip(headers, lines[0], strict=True)) | {
+        "Adds fused": "6/8",
+        "unfused": "2",
+        "reformats": "3",
+        "all layers by precision": "3 fp32, 24 int8",
+    } == dict(zip(headers, lines[0], strict=True))
 
 
 def test_markdown_and_the_page_tell_it_and_the_terminal_does_not(report: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from deployopt.runtime import tensorrt as rt
 from deployopt.runtime import tensorrt_vendor as vendor
 from deployopt.runtime.child import run_in_child
 from deployopt.runtime.cuda import Cuda, device_index, find_gpu, runtime_version
+from deployopt.runtime.manifest import Manifest
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import TensorSpec
 
@@ -254,14 +255,123 @@ def test_a_vendor_that_hangs_is_ended_when_its_time_is_up(monkeypatch, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
-def test_a_full_disk_fails_the_build_with_what_is_needed_and_free(monkeypatch, tmp_path):
+@pytest.mark.parametrize("writer", [(rt, "atomic_write"), (rt.manifest, "atomic_write_json")])
+def test_a_full_disk_fails_the_build_with_what_is_needed_and_free(monkeypatch, tmp_path, writer):
+    described = Manifest(*(None,) * len(Manifest._fields))
+
     def full(path, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(rt, "atomic_write", full)
+    monkeypatch.setattr(*writer, full)
     with pytest.raises(BuildFailed, match=r"no disk space for model\.engine: wanted 2\.0 MB, \d+\.\d MB are free") as caught:
-        rt._save(tmp_path / "model.engine", bytes(2_000_000))
+        rt._save(tmp_path / "model.engine", bytes(2_000_000), described)
     assert caught.value.remedy == "free some: deployopt cache prune"
+    assert list(tmp_path.iterdir()) == []
+
+
+REGISTRY = "Error Code 1: Serialization (Cannot deserialize plugin since corresponding IPluginCreator not found in Plugin Registry)"
+
+
+@pytest.mark.parametrize(
+    ("said", "plugin"),
+    [
+        (("INVALID_ARGUMENT: getPluginCreator could not find plugin Prelu_TRT version 1", REGISTRY), "'Prelu_TRT'"),
+        (
+            ("IPluginRegistry::getPluginCreator: Error Code 4: API Usage Error (Cannot find plugin: EfficientIdxNMS_TRT, version: 1, namespace:.)", REGISTRY),
+            "'EfficientIdxNMS_TRT'",
+        ),
+        ((REGISTRY,), "that it does not name"),
+    ],
+)
+def test_an_engine_that_wants_a_plugin_says_which(old, said, plugin):
+    old.REFUSED = said
+    with pytest.raises(ArtifactMismatch, match=f"it wants the plugin {plugin}, which is not loaded here") as caught:
+        rt.load_engine(old, b"plan", vendor.make_logger(old))
+    assert "standard ONNX" in caught.value.remedy
+
+
+def test_any_other_refusal_of_an_engine_says_to_build_it_again(old):
+    old.REFUSED = ("Error Code 6: The engine plan file is generated on an incompatible device",)
+    with pytest.raises(ArtifactMismatch, match="incompatible device") as caught:
+        rt.load_engine(old, b"plan", vendor.make_logger(old))
+    assert "--until build (on this machine)" in caught.value.remedy
+
+
+def test_an_engine_without_memory_for_a_context_is_kept_with_the_reason(old):
+    old.PLAN = b"a whole engine"
+    built = rt.build_engine(old, b"model", rt.BuildOptions((1,)))
+    assert (built.plan, built.execution) == (b"a whole engine", None)
+    assert built.reason == (
+        "the layers of the engine could not be read: no execution context for the engine: Requested amount of GPU memory (1024 bytes) could not be allocated."
+    )
+
+
+@pytest.mark.parametrize(("named", "wanted"), [((), [1]), (("8.6",), [])])
+def test_the_gpu_that_is_built_for_is_the_builders(old, monkeypatch, tmp_path, named, wanted):
+    """But for an engine for GPU classes, which is of no one GPU."""
+    selected, when_built = [], []
+
+    def builder(logger):
+        when_built.extend(selected)
+        raise BuildFailed("seen enough")
+
+    old.Builder = builder
+    monkeypatch.setattr(rt, "load_vendor", lambda name: old)
+    monkeypatch.setattr(rt, "find_gpu", lambda index: cuda.Gpu("NVIDIA H100", "9.0", "13.0"))
+    monkeypatch.setattr(rt, "Cuda", selected.append)
+    (tmp_path / "model.onnx").write_bytes(relu())
+    files = {"onnx": str(tmp_path / "model.onnx"), "engine": str(tmp_path / "model.engine")}
+    with pytest.raises(BuildFailed, match="seen enough"):
+        rt.build_file(
+            vendor="tensorrt",
+            **files,
+            precision="fp32",
+            device="cuda:1",
+            options={"compute_capabilities": list(named)},
+            preprocessing=None,
+            progress=SilentProgress(),
+        )
+    assert when_built == wanted
+
+
+class CudaLibrary:
+    """Of libcudart what choosing a device needs; `flags` is what it says afterwards, `code` what setting them ends with."""
+
+    def __init__(self, flags, code):
+        self.calls = []
+
+        def function(name, act):
+            def called(*arguments):
+                self.calls.append(name)
+                return act(*arguments)
+
+            setattr(self, name, called)
+
+        def tell(pointer):
+            pointer._obj.value = flags
+            return 0
+
+        for name in ("cudaGetDeviceCount", "cudaSetDevice", "cudaGetLastError"):
+            function(name, lambda *_: 0)
+        function("cudaSetDeviceFlags", lambda chosen: code)
+        function("cudaGetDeviceFlags", tell)
+        function("cudaGetErrorString", lambda code: b"cannot set while device is active in this process")
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "waiting"),
+    [
+        (1 | 8, 0, "spin"),  # 8: cudaDeviceMapHost, always there
+        (8, 708, "auto (spin was refused: cudaSetDeviceFlags: CUDA error 708 (cannot set while device is active in this process))"),
+        (4, 0, "block (spin was refused)"),
+    ],
+)
+def test_threads_that_wait_spin_or_it_is_said(monkeypatch, flags, code, waiting):
+    library = CudaLibrary(flags, code)
+    monkeypatch.setattr(cuda, "runtime_libraries", lambda: ["libcudart.so"])
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: library)
+    assert Cuda(1).waiting_threads == waiting
+    assert library.calls[1:3] == ["cudaSetDevice", "cudaSetDeviceFlags"]  # or the flags would be those of another device
 
 
 def faulty_build(monkeypatch, tmp_path, fault):

@@ -18,7 +18,9 @@ SPECS = (TensorSpec("x", ("batch", 3), "float32"),), (TensorSpec("y", ("batch", 
 
 
 class HostCuda:
-    """CUDA calls on host memory. `refuses`: names of calls that end in an error, as the CUDA runtime's do."""
+    """CUDA calls on host memory, in threads that spin. `refuses`: names of calls that end in an error, as the CUDA runtime's do."""
+
+    waiting_threads = "spin"
 
     def __init__(self, refuses=()):
         self.refuses, self.calls, self.kept, self.capturing, self.graph = refuses, [], [], False, None
@@ -125,7 +127,7 @@ def test_a_loaded_batch_is_captured_once_and_launched_as_one(opened):
     assert found == [2.0, 10.0, 2.0]
     assert (host_cuda.calls.count("cudaGraphLaunch"), host_cuda.calls.count("cudaStreamBeginCapture"), context.runs) == (3, 1, 2)
     assert isinstance(loaded, Explained)
-    assert loaded.execution() == {"cuda_graph": "on"}
+    assert loaded.execution() == {"cuda_graph": "on", "waiting_threads": "spin"}
     launched = host_cuda.calls.index("cudaGraphLaunch")
     assert host_cuda.calls[launched - 1 : launched + 2] == ["cudaEventRecord", "cudaGraphLaunch", "cudaEventRecord"]  # copies stay outside
     assert loaded.device_ms() == 1.5
@@ -160,11 +162,21 @@ def test_without_a_graph_kernels_are_launched_one_by_one_and_it_is_said(opened, 
     assert "cudaGraphLaunch" not in host_cuda.calls
 
 
+def test_what_is_let_go_of_gives_its_pinned_memory_back(opened):
+    session, host_cuda, _ = opened()
+    loaded, kept = session.load([feed(2), feed(2)]), session.load([feed(1)])
+    del loaded
+    assert host_cuda.calls.count("cudaFreeHost") == 2
+    session.close()
+    assert len(kept) == 0
+    assert host_cuda.calls.count("cudaFreeHost") == host_cuda.calls.count("cudaHostAlloc") == 5
+
+
 def test_nothing_is_captured_unless_it_was_asked_for(opened):
     session, host_cuda, _ = opened(cuda_graph=False)
     loaded = session.load([feed(2)])
     assert (outputs_of(session, loaded, 0, 2) == 2).all()
-    assert loaded.execution() == {"cuda_graph": "off"}
+    assert loaded.execution() == {"cuda_graph": "off", "waiting_threads": "spin"}
     assert "cudaStreamBeginCapture" not in host_cuda.calls
 
 

@@ -45,6 +45,7 @@ TYPES = {INT8: "Int8", HALF: "Half", LINEAR: "Float"}  # 11's word for each
         ("Row major linear FP32", "fp32"),
         ("Float", "fp32"),
         ("FP8", "fp8"),
+        ("Row major linear UInt8 format", "Row major linear UInt8 format"),
         ("N/A due to dynamic shapes", "N/A due to dynamic shapes"),
     ],
 )
@@ -70,6 +71,21 @@ def test_fused_int8_engine(split, rest):
     found = execution(NETWORK, layers)
     assert (found.quantized_layers, found.quantizable_layers, found.int8_to_float) == (2, 2, 0)
     assert (found.adds, found.fused_adds, found.reformats) == (1, 1, 1)
+
+
+def test_control_characters_inside_strings_are_read():
+    """8.6 separates a fused layer's nodes by raw U+001F and more, where JSON wants an escape."""
+    text = inspector(inspected("CaskConvolution", INT8, INT8, "conv1 relu1", ParameterType="Convolution")).replace("\\u001f", "\x1f\x1e\n")
+    assert "\x1e" in text
+    (layer,) = layers_of_inspector(text)
+    assert layer.nodes == ("conv1", "relu1")
+
+
+def test_without_metadata_nodes_are_told_by_the_name_also_of_convolutions_side_by_side():
+    fused = {**inspected("CaskConvolution", INT8, INT8, "", ParameterType="Convolution"), "Name": "conv1 + relu1 || conv2 + relu2", "Metadata": ""}
+    (layer,) = layers_of_inspector(inspector(fused))
+    assert layer.nodes == ("conv1", "relu1", "conv2", "relu2")
+    assert execution(Network(("conv1", "conv2"), ()), [layer]).executed == {"int8": 2}
 
 
 def test_eleven_may_name_a_format_without_its_type():
@@ -105,6 +121,7 @@ def test_floats_count_where_a_kernel_quantises_them_again():
     )
     found = execution(Network(("conv1", "conv2", "fc"), ("add",)), layers)
     assert (found.quantized_layers, found.int8_to_float, found.fused_adds, found.reformats) == (3, 1, 0, 2)
+    assert found.layers == {"int8": 3, "fp16": 4}
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,33 @@ def test_a_file_of_another_gpu_is_not_used_and_replaced(old, tmp_path):
     assert path.read_bytes() == b"8.6.1\x01"
 
 
+def test_a_file_of_which_no_cache_can_be_made_is_not_used_and_replaced(old, tmp_path):
+    path = tmp_path / "a.timing"
+    path.write_bytes(b"junk")
+    timing = used(old, path, 1)
+    timing.store()
+    assert timing.use == "new"
+    assert path.read_bytes() == b"8.6.1\x01"
+
+
+def test_what_another_build_timed_meanwhile_is_stored_and_not_taken_for_this_ones(old, tmp_path):
+    path = tmp_path / "a.timing"
+    used(old, path, 1).store()
+    mine, others = used(old, path, 1), used(old, path, 2)
+    others.store()
+    mine.store()
+    assert (mine.use, mine.missed) == ("reused", False)
+    assert path.read_bytes() == b"8.6.1\x01\x02"
+
+
+def test_a_builder_that_takes_no_cache_says_which_option_to_change(old, tmp_path):
+    config = old.Builder(None).create_builder_config()
+    config.create_timing_cache = lambda stored: None
+    with pytest.raises(BuildFailed, match="takes no timing cache") as caught:
+        TimingCache(config, tmp_path / "a.timing")
+    assert caught.value.remedy.startswith("set timing_cache: false")
+
+
 def test_a_build_that_times_a_kernel_can_be_refused(old, tmp_path):
     wanted = options(tmp_path, error_on_timing_cache_miss=True)
     with pytest.raises(BuildFailed, match=r"the timing cache lacks \(tensorrt-8\.6\.1-.*\.timing was new\)") as caught:

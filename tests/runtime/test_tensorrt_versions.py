@@ -67,8 +67,13 @@ def test_a_driver_too_old_for_the_library_is_said(old):
 
 
 def test_a_parser_error_without_a_node_tells_its_description(old):
-    with pytest.raises(BuildFailed, match=r"the operator is not supported \(In node 7 \(importNode\)\)"):
+    with pytest.raises(BuildFailed, match=r"the operator is not supported \(In node 1 \(importNode\)\)"):
         rt.build_engine(old, b"refused", rt.BuildOptions((1,)))
+
+
+def test_8_x_tells_a_node_by_its_index_and_the_error_by_its_name(old):
+    with pytest.raises(BuildFailed, match=r"node 'layer1\.0\.unique' \(Unique\): the operator is not supported"):
+        rt.build_engine(old, b"refused", rt.BuildOptions((1,)), nodes=[("conv1", "Conv"), ("layer1.0.unique", "Unique")])
 
 
 def test_levels_that_8_5_lacks_are_refused(old):

@@ -34,14 +34,16 @@ class Fake:
 
     distributions, build_depends_on_machine = ("numpy", "not-installed"), True
     Options = FakeOptions
+    fp16 = "no FP16 unit"
 
     def __init__(self):
         self.probes, self.fault, self.verified, self.runs, self.requests, self.engine = 0, None, None, True, [], None
+        self.told = {}
 
     def probe(self):
         self.probes += 1
         reason = None if self.runs else "no driver"
-        return Availability(self.runs, True, "1.2", "Fake 3000", reason, {"fp32": None, "fp16": "no FP16 unit", "int8": None})
+        return Availability(self.runs, True, "1.2", "Fake 3000", reason, {"fp32": None, "fp16": self.fp16, "int8": None})
 
     def prepare(self, canonical, precision, out):
         out.write_bytes(canonical.read_bytes())
@@ -52,7 +54,9 @@ class Fake:
         (out / "model.engine").write_bytes(self.engine or prepared.read_bytes())
         if self.fault:
             raise self.fault
-        return Artifact.of("engine", out / "model.engine", metadata={"verified": self.verified, "verified_reason": "not told", "options": {"level": 3}})
+        return Artifact.of(
+            "engine", out / "model.engine", metadata={"verified": self.verified, "verified_reason": "not told", "options": {"level": 3}, **self.told}
+        )
 
 
 @pytest.fixture
@@ -147,7 +151,7 @@ def test_an_artifact_depends_on_its_own_backend_only(fake):
     assert parameters(backends=["openvino", "fake"], options={"openvino": {}}, timeout_minutes=5) == alone
     assert parameters(backends=["fake"], options={"fake": {"level": 2}})["qat-fake-fp32"]["options"] == {"level": 2}
     strict = parameters(backends=["fake"], on_unverified="fail")
-    assert [label for label in alone if strict[label] != alone[label]] == ["qat-fake-int8"]
+    assert all(strict[label] != alone[label] for label in alone)
     compared = parameters(backends=["fake"], on_mismatch="fail")
     assert all(compared[label] != alone[label] for label in alone)
 
@@ -223,6 +227,49 @@ def test_less_int8_than_asked_warns_or_fails(tmp_path, fake):
         said = "only 5 of 7 layers run in INT8 (2 in fp32, 5 in int8)"
         assert any(said in line for line in logged)
         assert policy == "fail" or result.record["notes"] == [said]
+
+
+@pytest.mark.parametrize(
+    ("verified", "verifiable", "said"),
+    [
+        ({"quantized_layers": 0, "quantizable_layers": 7, "executed": {"fp32": 6, "fp16": 1}}, False, "only 1 of 7 layers run in FP16 (1 in fp16, 6 in fp32)"),
+        ({"quantized_layers": 0, "quantizable_layers": 7, "executed": {"fp16": 7}}, False, None),
+        ({"quantized_layers": 0, "quantizable_layers": 7, "executed": {}}, False, None),  # a third party's, that counts INT8 layers alone
+        (None, True, "FP16 is not verified: not told"),
+        (None, False, None),
+    ],
+)
+def test_less_fp16_than_asked_warns_or_fails(tmp_path, fake, verified, verifiable, said):
+    fake.fp16, fake.verified, fake.told = None, verified, {"verifiable": verifiable}
+    for policy in ("warn", "fail"):
+        config = build.Config(backends=["fake"], on_unverified=policy)
+        (step,) = build.expand(config, planning("fp16"))
+        (tmp_path / policy).mkdir()
+        result, _, _ = ran(tmp_path / policy, config, step, cast(canonicalize(residual()), "fp16"))
+        if said and policy == "fail":
+            assert (result.record["status"], result.record["reason"]) == ("failed", f"{said}\n  → set build.on_unverified: warn to keep it")
+        else:
+            assert (result.record["status"], result.record["notes"]) == ("ok", [said] if said else [])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_float_engine_runs_in_the_precision_it_was_typed_in(tmp_path, precision):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'deployopt[tensorrt-rtx]'")
+    config = build.Config(backends=["tensorrt_rtx"], options={"tensorrt_rtx": {"compute_capabilities": [8.6]}}, on_unverified="fail")
+    (step,) = build.expand(config, planning(precision))
+    result, _, _ = ran(tmp_path, config, step, cast(canonicalize(residual()), precision))
+    assert result.record["status"] in {"built", "ok"}, result.record["reason"]  # ok where there is such a GPU
+    assert result.record["verified"]["executed"] == {precision: LAYERS}
+    assert sum(result.record["fusion"]["layers"].values()) >= LAYERS
+
+
+def test_an_engine_for_other_gpus_is_built_and_not_opened_though_its_backend_runs(tmp_path, fake):
+    fake.opener, fake.told = "worker_openers:segfault", {"misfit": "model.engine was built for 8.9; here is a GPU of 8.6"}
+    config = build.Config(backends=["fake"], on_mismatch="fail")
+    (step,) = build.expand(config, planning("fp32"))
+    result, folder, _ = ran(tmp_path, config, step, residual())
+    assert (result.record["status"], result.record["reason"], result.record["parity"]) == ("built", fake.told["misfit"], None)
+    assert (folder / "model.engine").exists()
 
 
 def wrong_engine():

@@ -1,13 +1,14 @@
 """A TensorRT 8.6 that builds nothing: it lacks what 8.6 lacks, and its refusal tells what was asked of it. It never stands for a result.
 
-It times a kernel in each build, if the cache lacks it, and with PLAN set gets so far as to return bytes, which are no engine.
+It times a kernel in each build, if the cache lacks it, and with PLAN set gets so far as to return bytes, which are no engine: REFUSED has what is said when
+they are loaded, and where they are, there is no memory for an execution context.
 """
 
 from enum import IntEnum
 from types import SimpleNamespace
 
 __version__ = "8.6.1"
-PLAN, OLD_DRIVER = None, False
+PLAN, OLD_DRIVER, REFUSED = None, False, ()
 
 
 class ILogger:
@@ -36,6 +37,10 @@ class ProfilingVerbosity(IntEnum):
     DETAILED = 2
 
 
+class LayerType(IntEnum):
+    CONVOLUTION = 0
+
+
 class OnnxParser:
     num_errors = 1
 
@@ -46,7 +51,7 @@ class OnnxParser:
         return data != b"refused"
 
     def get_error(self, index):  # without node_name and node_operator, which came later
-        return SimpleNamespace(code=lambda: SimpleNamespace(name="UNSUPPORTED_NODE"), desc=lambda: "In node 7 (importNode)")
+        return SimpleNamespace(code=lambda: SimpleNamespace(name="UNSUPPORTED_NODE"), desc=lambda: "In node 1 (importNode)", node=lambda: 1)
 
 
 class TimingCache:
@@ -71,7 +76,7 @@ class _Config:
     cache = None
 
     def create_timing_cache(self, stored):
-        return TimingCache(stored)
+        return None if stored == b"junk" else TimingCache(stored)
 
     def set_timing_cache(self, cache, ignore_mismatch):
         if cache.fits:
@@ -105,6 +110,7 @@ class Builder:
         self.asked = [flag.name for flag in NetworkDefinitionCreationFlag if flags >> flag & 1]
         return SimpleNamespace(
             num_inputs=0,
+            num_layers=0,
             num_outputs=1,
             get_output=lambda i: SimpleNamespace(name="y", shape=(1, 2), dtype=SimpleNamespace(name="FLOAT"), get_dimension_name=lambda axis: None),
         )
@@ -119,3 +125,16 @@ class Builder:
         if PLAN is None:
             self.logger.log(SimpleNamespace(name="ERROR"), ", ".join((*self.asked, *config.asked)))
         return PLAN
+
+
+class Runtime:
+    def __init__(self, logger):
+        self.logger = logger
+
+    def deserialize_cuda_engine(self, plan):
+        for text in REFUSED:
+            self.logger.log(SimpleNamespace(name="ERROR"), text)
+        return None if REFUSED else SimpleNamespace(create_execution_context=self.out_of_memory)
+
+    def out_of_memory(self):
+        self.logger.log(SimpleNamespace(name="ERROR"), "Requested amount of GPU memory (1024 bytes) could not be allocated.")
