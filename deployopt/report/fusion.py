@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from deployopt.report import summary
 from deployopt.report.summary import JsonRow
 
 TITLE = "What the engines fused"
@@ -24,7 +25,7 @@ def _cells(row: JsonRow) -> list[str]:
     verified, fusion = row["verified"], row["fusion"]
     executed = ", ".join(f"{count} {precision}" for precision, count in sorted(verified["executed"].items()))
     return [
-        f"{verified['quantized_layers']}/{verified['quantizable_layers']}",
+        summary.quantized_cell(row),
         executed,
         f"{fusion['fused_adds']}/{fusion['adds']}",
         str(fusion["int8_to_float"]),

@@ -8,14 +8,14 @@ from __future__ import annotations
 import shutil
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from pydantic import Field, JsonValue, PositiveFloat, field_validator
 
 from deployopt import backends, plugins
-from deployopt.artifact import INT8_PRECISIONS, Artifact, Availability, Precision
+from deployopt.artifact import INT8_PRECISIONS, NOT_VERIFIED, Artifact, Availability, Precision, quantized_share
 from deployopt.backends import Backend, BuildRequest
 from deployopt.bench.environment import versions, without_folders
 from deployopt.config import OptionsOf
@@ -26,7 +26,7 @@ from deployopt.runtime.session import SessionOptions
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
 from deployopt.stages._parity import PARITY_IMAGES, UNCHECKED, compare, limit_of, onnx_outputs
 
-version = 6
+version = 7
 not_after: frozenset[str] = frozenset()
 after = frozenset({"export"})
 cacheable = True
@@ -121,7 +121,7 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     """Build one artifact. Whatever goes wrong in the backend becomes the record's status and reason.
 
     The record: status ("ok"; "built" if it cannot run on this machine; "failed"), reason, and for artifacts max_batch (None: any), notes (what a
-    reader should know of it), verified, fusion (of an engine, see `artifact.Row`), provider, options, build_seconds,
+    reader should know of it), verified and fusion (of an engine; see `artifact.Row`), provider, options, build_seconds,
     timing_cache ("new", "extended", or "reused" if nothing was timed; None: has none), parity (an engine's outputs
     against ONNX Runtime's; None where it cannot run).
     """
@@ -134,7 +134,8 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     try:
         backend = backends.find(name)
         artifact = build_prepared(backend, onnx.path, context.folder, request, context.progress)
-        shortfall = _shortfall(artifact, request.precision, len(onnx.metadata.get("float_layers", ())))
+        verified = _verified(artifact, len(onnx.metadata.get("float_layers", ())))
+        shortfall = _shortfall(verified) if request.precision in INT8_PRECISIONS else None
         if shortfall and config.on_unverified == "fail":
             raise BuildFailed(shortfall, "set build.on_unverified: warn to keep it")
         probed = backend.probe()
@@ -155,7 +156,8 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
         "max_batch": max(config.batch_sizes) if artifact.kind == "engine" else None,
         "notes": notes,
         "parity": parity,
-        **{key: artifact.metadata.get(key) for key in ("verified", "fusion", "provider", "options", "build_seconds", "timing_cache")},
+        "verified": verified,
+        **{key: artifact.metadata.get(key) for key in ("fusion", "provider", "options", "build_seconds", "timing_cache")},
     }
     return StepResult(record, {target.artifact: artifact})
 
@@ -167,13 +169,18 @@ def build_prepared(backend: Backend, canonical: Path, folder: Path, request: Bui
         return backend.build(prepared, folder, request, progress)
 
 
-def _shortfall(artifact: Artifact, precision: str, float_layers: int) -> str | None:
-    """What is missing from an INT8 artifact that should run in INT8 but for `float_layers`; None if nothing is, or if it cannot be told here."""
-    verified = artifact.metadata.get("verified")
-    if precision not in INT8_PRECISIONS or verified is None or verified["quantized_layers"] + float_layers >= verified["quantizable_layers"]:
+def _verified(artifact: Artifact, kept_in_float: int) -> dict[str, Any] | None:
+    """What the runtime told of its layers, and how many of them are in float on purpose; None if it told nothing."""
+    found = artifact.metadata.get("verified")
+    return None if found is None else {**found, "kept_in_float": kept_in_float}
+
+
+def _shortfall(verified: Mapping[str, Any] | None) -> str | None:
+    """What is missing from an artifact that should run in INT8 but for the layers kept in float; None if nothing is, or if it cannot be told here."""
+    if verified is None or quantized_share(verified) in (None, 1.0):
         return None
     executed = ", ".join(f"{count} in {kind}" for kind, count in sorted(verified["executed"].items()))
-    kept = f"; mixed_precision keeps {float_layers} in float" if float_layers else ""
+    kept = f"; mixed_precision keeps {verified['kept_in_float']} in float" if verified["kept_in_float"] else ""
     return f"only {verified['quantized_layers']} of {verified['quantizable_layers']} layers run in INT8 ({executed}){kept}"
 
 
@@ -211,7 +218,7 @@ def _notes(artifact: Artifact, precision: str, shortfall: str | None, mismatch: 
     """The INT8 shortfall or why INT8 could not be verified, outputs that are not as they should be, and what the backend noted."""
     facts = artifact.metadata
     unverified = facts.get("verified_reason") if precision in INT8_PRECISIONS and facts.get("verified") is None else None
-    said = (mismatch, shortfall, unverified and f"INT8 is not verified: {unverified}", *facts.get("notes", ()))
+    said = (mismatch, shortfall, unverified and f"{NOT_VERIFIED}: {unverified}", *facts.get("notes", ()))
     return [without_folders(str(note)) for note in said if note]
 
 
