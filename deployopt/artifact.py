@@ -107,6 +107,9 @@ class Artifact:
         )
 
 
+NOT_VERIFIED = "INT8 is not verified"  # begins the note of a row whose layers nobody could tell
+
+
 @dataclass(frozen=True)
 class Verified:
     """What a built model really runs, read from the runtime's own graph.
@@ -120,6 +123,19 @@ class Verified:
     quantized_layers: int
     quantizable_layers: int
     executed: Mapping[str, int] = field(default_factory=dict)
+
+
+def quantized_share(verified: Mapping[str, Any] | None) -> float | None:
+    """Share (0–1) of the layers that should run in INT8 that do: of all quantizable ones but those that mixed_precision keeps in float.
+
+    Args:
+        verified: as in `Row`; records of earlier versions may lack "kept_in_float".
+
+    Returns:
+        None where it cannot be told, or no layer should.
+    """
+    wanted = verified["quantizable_layers"] - verified.get("kept_in_float", 0) if verified else 0
+    return min(1.0, verified["quantized_layers"] / wanted) if verified and wanted > 0 else None
 
 
 @dataclass(frozen=True)
@@ -177,7 +193,7 @@ class Row:
     notes: list[str] = field(default_factory=list)  # what a reader should know of a row that counts all the same
     artifact: dict[str, Any] | None = None  # {"path", "sha256", "bytes"}
     accuracy: dict[str, Any] | None = None  # {"primary": "top1", "top1", "n", "agreement", "max_abs_diff", …}
-    verified: dict[str, Any] | None = None  # {"quantized_layers", "quantizable_layers", "executed"}
+    verified: dict[str, Any] | None = None  # {"quantized_layers", "quantizable_layers", "executed", "kept_in_float": of the quantizable, on purpose}
     fusion: dict[str, Any] | None = None  # of an engine: {"adds", "fused_adds", "int8_to_float", "reformats", "layers"}; see `tensorrt_layers.Execution`
     parity: dict[str, Any] | None = None  # an engine's outputs against ONNX Runtime's: {"checked", "widened", "n", "agreement", "max_abs_diff", their limits}
     latency_ms: dict[str, Any] | None = None  # {"host": {"n", "p50", …}, "device": … | None}

@@ -7,6 +7,7 @@ import linecache
 import re
 import traceback
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from deployopt.errors import ExportFailed
 from deployopt.runtime.preprocessing import Preprocessing
 
 MAX_BATCH = 4096
+aten = torch.ops.aten
 
 
 def example_input(preprocessing: Preprocessing) -> Tensor:
@@ -27,7 +29,8 @@ def example_input(preprocessing: Preprocessing) -> Tensor:
 def capture(network: nn.Module, example: Tensor) -> GraphModule:
     """The ATen graph of a copy of `network` in evaluation mode, on the CPU. Parameters keep their module paths.
 
-    What the mode decides (dropout, BatchNorm) is in the operators' arguments: `train()` and `eval()` of the result change nothing.
+    What the mode decides (dropout, BatchNorm) is in the operators' arguments: `train()` and `eval()` of the result change nothing. A Conv2d padded by
+    name ("same", "valid") is `aten.conv2d.default` as any other, but where it pads one side more than the other, which only `aten.conv2d.padding` says.
 
     Args:
         network: takes float32 [N, C, H, W].
@@ -48,7 +51,21 @@ def capture(network: nn.Module, example: Tensor) -> GraphModule:
     graph_module = program.module(check_guards=False)
     for name in ("train", "eval"):  # torch.export replaces them by ones that raise
         vars(graph_module).pop(name, None)
+    _number_paddings(graph_module)
     return graph_module.eval()
+
+
+def _number_paddings(graph_module: GraphModule) -> None:
+    """Write, in place, the paddings of convolutions padded by name as integers, where both sides of each axis get as much."""
+    for node in graph_module.graph.find_nodes(op="call_function", target=aten.conv2d.padding):
+        given = (*node.args, *(None, [1, 1], "valid", [1, 1], 1)[len(node.args) - 2 :])  # torch.export leaves out trailing defaults
+        source, weight, bias, stride, name, dilation, groups = given
+        kernel = cast(Node, weight).meta["val"].shape[2:]
+        totals = [step * (size - 1) if name == "same" else 0 for step, size in zip(cast("list[int]", dilation), kernel, strict=True)]
+        if all(total % 2 == 0 for total in totals):
+            node.target = aten.conv2d.default
+            node.args = (source, weight, bias, stride, [total // 2 for total in totals], dilation, groups)
+    graph_module.recompile()
 
 
 def _first_line(exc: BaseException) -> str:

@@ -22,9 +22,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from deployopt.errors import UsageError
 
 T = TypeVar("T")
 FOREVER = timedelta(days=365)  # rank 0 may time candidates for hours; processes that die are noticed by who started them
@@ -81,11 +83,51 @@ def share(count: int) -> slice:
 
 
 def replica(module: nn.Module) -> nn.Module:
-    """What to call in training in `module`'s place: it starts from rank 0's weights, and `backward` averages the gradients of all processes."""
+    """What to call in training in `module`'s place: it starts from rank 0's weights, and `backward` averages the gradients of all processes.
+
+    Its first call raises UsageError for a trained parameter that the output does not depend on: DistributedDataParallel would wait for its gradient, or
+    have to look for such parameters in every step.
+    """
     if world_size() == 1:
         return module
     device = next(module.parameters()).device
-    return DistributedDataParallel(module, device_ids=None if device.type == "cpu" else [device.index])
+    shared = DistributedDataParallel(module, device_ids=None if device.type == "cpu" else [device.index])
+
+    def check(_: nn.Module, __: Any, outputs: Tensor) -> None:
+        hook.remove()
+        _check_reached(module, outputs)
+
+    hook = shared.register_forward_hook(check)
+    return shared
+
+
+def _check_reached(module: nn.Module, outputs: Tensor) -> None:
+    trained = {id(parameter): name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    reached = _reached(outputs)
+    unreached = [name for key, name in trained.items() if key not in reached]
+    if unreached:
+        raise UsageError(
+            f"{world_size()} processes that train together need a gradient of every trained parameter, and the network's output does not depend on "
+            f"{', '.join(unreached)}",
+            "leave these out of the network or set their requires_grad to False, or train in one process: --nproc 1",
+        )
+
+
+def _reached(outputs: Tensor) -> set[int]:
+    """Ids of the parameters that a backward pass from here would give gradients."""
+    found: set[int] = set()
+    seen = {outputs.grad_fn}
+    waiting = [outputs.grad_fn]
+    while waiting:
+        function = waiting.pop()
+        if function is None:
+            continue
+        if hasattr(function, "variable"):  # AccumulateGrad: a leaf
+            found.add(id(function.variable))
+        fresh = {following for following, _ in function.next_functions} - seen
+        seen |= fresh
+        waiting += fresh
+    return found
 
 
 def mean(value: float) -> float:

@@ -113,7 +113,8 @@ def norm_of(convolution: Node) -> Node | None:
 def layers(graph: Graph, float_layers: Collection[str] = ()) -> list[Layer]:
     """Every layer to quantise but `float_layers`, in graph order; the graph may still hold its BatchNorms.
 
-    A weight that is computed, or that two nodes read, is left in float: it has no single module or no single input scale.
+    A weight that is computed, or that two nodes read, is left in float: it has no single module or no single input scale. So is a convolution that pads
+    one side more than the other (see `nn.capture`). Runtimes count them among all layers, so that the report shows them as missing.
     """
     nodes = [n for n in graph.nodes if n.target in (CONVOLUTION, LINEAR) and _own_weight(n)]
     residuals = _residuals(graph, nodes)

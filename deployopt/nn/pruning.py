@@ -44,6 +44,7 @@ class Rules:
             (https://arxiv.org/abs/1906.10771); "bn_scale": |γ| of BatchNorm (https://arxiv.org/abs/1708.06519), groups without one stay whole.
         normalizer: scores of a group are divided by their mean or their maximum, which matters where groups are ranked together.
         across_layers: rank all layers' channels together; else each layer loses the same share.
+            A group of zeros keeps them, and so ranks lowest.
         round_to: keep a multiple of this many channels (where a layer has as many).
         max_layer_ratio: no layer loses a larger share.
     """
@@ -129,12 +130,22 @@ class Cuts:
     def history(self, kept: Sequence[int]) -> History:
         return _merged([row for group, count in zip(self.groups, kept, strict=True) for row in group.history(count)])
 
+    @cached_property
+    def _ranking(self) -> NDArray[np.int64]:
+        """The group of each channel, of all groups from the least important channel: int64 [channels].
+
+        Of equal scores those go first that come first in their own group's order, as a share of it: groups of equal scores lose equal shares.
+        """
+        groups = np.concatenate([np.full(g.size, position) for position, g in enumerate(self.groups)])
+        scores = np.concatenate([g.scores.numpy()[g.order] for g in self.groups])
+        ranks = np.concatenate([np.arange(g.size) / g.size for g in self.groups])
+        return groups[np.lexsort((ranks, scores))]
+
     def kept(self, ratio: float) -> list[int]:
         """Channels each group keeps when `ratio` of them are to go."""
         if self.rules.across_layers:
-            ranked = torch.sort(torch.cat([g.scores for g in self.groups])).values
-            threshold = ranked[min(int(ratio * len(ranked)), len(ranked) - 1)]
-            wanted = [int((g.scores >= threshold).sum()) for g in self.groups]
+            cut = np.bincount(self._ranking[: int(ratio * len(self._ranking))], minlength=len(self.groups))
+            wanted = [g.size - int(count) for g, count in zip(self.groups, cut, strict=True)]
         else:
             wanted = [g.size - int(g.size * (ratio if self._shares is None else self._shares(g.name, ratio))) for g in self.groups]
         counts = []
@@ -295,6 +306,8 @@ def replay(network: nn.Module, history: Sequence[Sequence[Any]]) -> None:
             module = network.get_submodule(name)
         except AttributeError as exc:
             raise ArtifactMismatch(f"pruning history names the module {name}, which this network has not") from exc
+        if not indices:
+            raise ArtifactMismatch(f"pruning history has an entry for {name} that cuts no channel")
         pruner = pruners[name]
         width = pruner.get_out_channels(module) if direction == "out" else pruner.get_in_channels(module)
         if not 0 <= min(indices) <= max(indices) < width or len(set(indices)) == width:
@@ -349,12 +362,23 @@ def _groups(network: Network, rules: Rules, backward: Backward | None) -> list[G
     return _inner([g for g in groups if g.size > 1], macs.on_meta(probe), network.input_shape)
 
 
+def _normalizer(name: Normalizer) -> Callable[[Tensor], Tensor]:
+    """Torch-Pruning's of that name, which divides a group of zeros (unused, or before a BatchNorm that starts at zero) by zero; here zeros stay."""
+
+    def normalize(scores: Tensor) -> Tensor:
+        scale = scores.mean() if name == "mean" else scores.max()
+        return scores if scale == 0 else scores / scale
+
+    return normalize
+
+
 def _importance(rules: Rules) -> Callable[[Any], Tensor | None]:
+    normalizer = _normalizer(rules.normalizer)
     scorers: dict[str, Callable[[], Any]] = {
-        "group_magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2, normalizer=rules.normalizer),
-        "group_magnitude_l1": lambda: tp.importance.GroupMagnitudeImportance(p=1, normalizer=rules.normalizer),
-        "taylor": lambda: tp.importance.GroupTaylorImportance(normalizer=rules.normalizer),
-        "bn_scale": lambda: tp.importance.BNScaleImportance(normalizer=rules.normalizer),
+        "group_magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2, normalizer=normalizer),
+        "group_magnitude_l1": lambda: tp.importance.GroupMagnitudeImportance(p=1, normalizer=normalizer),
+        "taylor": lambda: tp.importance.GroupTaylorImportance(normalizer=normalizer),
+        "bn_scale": lambda: tp.importance.BNScaleImportance(normalizer=normalizer),
     }
     scorer: Callable[[Any], Tensor | None] = scorers[rules.criterion]()
     return scorer

@@ -13,6 +13,7 @@ from deployopt.nn import ARCHITECTURES
 from deployopt.pipeline.expansion import Asked, Entry, Fault
 from deployopt.recipe.tree import KeyPath
 from deployopt.stages import Point
+from deployopt.stages._quantize import Quantization
 from deployopt.stages.benchmark import CAPTURES_GRAPHS
 
 
@@ -65,6 +66,7 @@ def budget(limits: Mapping[str, Any], entries: Sequence[Entry], steps: Sequence[
     for entry in entries:
         if "max_accuracy_drop_pp" in given and getattr(entry.config, "accuracy", True) is False:
             yield Fault((*entry.at, "accuracy"), "false scores no artifact, so none can meet budget.max_accuracy_drop_pp: remove one of the two")
+        yield from _mixed_precision(limits.get("max_accuracy_drop_pp"), entry)
     if not given or not steps:
         return
     if all(entry.stage.cacheable for entry in entries):  # what measures runs every time
@@ -77,6 +79,19 @@ def budget(limits: Mapping[str, Any], entries: Sequence[Entry], steps: Sequence[
     if "min_quantized_layers" in given and not any(point.precision in INT8_PRECISIONS for point in built):
         message = "nothing is built in INT8: add a qat or ptq stage and int8 to export.precisions, or remove the limit"
         yield Fault(("budget", "min_quantized_layers"), message)
+
+
+def _mixed_precision(allowed: object, entry: Entry) -> Iterator[Fault]:
+    """Layers are kept in float for an accuracy of their own, which may be less than the budget allows."""
+    automatic = entry.config.automatic if isinstance(entry.config, Quantization) else None
+    if automatic is None or not isinstance(allowed, int | float) or automatic.max_accuracy_drop_pp <= allowed:
+        return
+    option = "max_accuracy_drop_pp"
+    message = (
+        f"accepts a drop of {automatic.max_accuracy_drop_pp:g}, and budget.{option} allows {allowed:g}: "
+        f"set mixed_precision: {{{option}: {allowed:g}}}, or raise the budget"
+    )
+    yield Fault((*entry.at, "mixed_precision", *([option] if option in automatic.model_fields_set else [])), message)
 
 
 def cuda_graphs(entries: Sequence[Entry], steps: Sequence[Asked]) -> Iterator[Fault]:

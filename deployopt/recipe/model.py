@@ -51,7 +51,8 @@ class Budget(Section):
     max_size_bytes: int | None = Field(default=None, gt=0)
     """Largest size of the artifact's file in bytes."""
     min_quantized_layers: float | None = Field(default=None, gt=0, le=1)
-    """Smallest share (0–1) of the quantizable layers that INT8 rows really run in INT8."""
+    """Smallest share (0–1) of the quantizable layers, but those that mixed_precision keeps in float, that each INT8 artifact really runs in INT8. One whose
+    runtime does not tell misses it."""
 
 
 class StageEntry(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from deployopt.report import summary
 from deployopt.report.summary import JsonRow
 
 TITLE = "What the engines fused"
@@ -24,7 +25,7 @@ def table(rows: Sequence[JsonRow]) -> tuple[Sequence[str], list[list[str]]] | No
 def _cells(row: JsonRow) -> list[str]:
     verified, fusion = row["verified"], row["fusion"]
     return [
-        f"{verified['quantized_layers']}/{verified['quantizable_layers']}",
+        summary.quantized_cell(row),
         _by_precision(verified["executed"]),
         _by_precision(fusion.get("layers", {})),  # older reports have none
         f"{fusion['fused_adds']}/{fusion['adds']}",

@@ -367,8 +367,11 @@ def accuracy_cell(row: JsonRow, reference: float | None, task: Mapping[str, Any]
 
 
 def quantized_cell(row: JsonRow) -> str:
-    """Layers that really run in INT8: "21/21"; – where none is wanted, ? where the runtime does not tell."""
+    """Layers that really run in INT8: "21/21", "19/21, 2 kept in float"; – where none is wanted, ? where the runtime does not tell."""
     verified = row.get("verified")
     if row["precision"] not in INT8_PRECISIONS and not (verified and verified["quantized_layers"]):
         return units.UNKNOWN
-    return f"{verified['quantized_layers']}/{verified['quantizable_layers']}" if verified else "?"
+    if not verified:
+        return "?"
+    kept = verified.get("kept_in_float")
+    return f"{verified['quantized_layers']}/{verified['quantizable_layers']}" + (f", {kept} kept in float" if kept else "")

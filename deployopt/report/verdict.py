@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from deployopt.artifact import INT8_PRECISIONS, TORCH, TORCH_COMPILE
+from deployopt.artifact import INT8_PRECISIONS, NOT_VERIFIED, TORCH, TORCH_COMPILE, quantized_share
 from deployopt.errors import DeployoptError, LackingEnvironment, StageFailed
 from deployopt.report import summary, units
 from deployopt.report.summary import JsonRow
@@ -46,14 +46,6 @@ class Limit(NamedTuple):
         key = summary.row_key(row)
         what = "not known" if found is None else self.show(found)
         return {"limit": self.name, "wanted": self.wanted, "found": found, "row": key, "sentence": f"{self.noun}: wanted {bound}, found {what} ({key})"}
-
-
-def quantized_share(row: JsonRow) -> float | None:
-    """Share of quantizable layers that really run in INT8; None where not verified."""
-    verified = row.get("verified")
-    if not verified or not verified["quantizable_layers"]:
-        return None
-    return float(verified["quantized_layers"] / verified["quantizable_layers"])
 
 
 def _percent(value: float | None) -> str:
@@ -132,17 +124,28 @@ def limit_sentences(budget: Mapping[str, Any], task: Mapping[str, Any]) -> list[
 
 
 def _quantization_limit(share: float) -> Limit:
-    return Limit("min_quantized_layers", share, quantized_share, False, _percent, "layers in INT8")
+    return Limit("min_quantized_layers", share, lambda row: quantized_share(row.get("verified")), False, _percent, "layers in INT8")
 
 
 def _quantization_violations(rows: Sequence[JsonRow], share: float | None) -> list[dict[str, Any]]:
-    """Of every verified INT8 row below the limit, measured or not; of the first INT8 row if none of them could be verified."""
+    """Of every INT8 artifact below the limit, measured or not, or of which nobody could tell; those for backends that are lacking here are not judged."""
     if share is None:
         return []
     limit = _quantization_limit(share)
-    planned = [r for r in summary.own(rows) if r["precision"] in INT8_PRECISIONS and r["status"] != "unavailable"]
-    verified = [r for r in planned if quantized_share(r) is not None]
-    return [limit.violation(r) for r in (verified or planned[:1]) if limit.miss(r)]
+    artifacts: dict[tuple[str, ...], JsonRow] = {}  # the first row of each: batch sizes share what was verified
+    for row in summary.own(rows):
+        if row["precision"] in INT8_PRECISIONS and row["status"] != "unavailable":
+            artifacts.setdefault((row["variant"], row["backend"], row["precision"]), row)
+    return [_explained(limit.violation(row), row) for row in artifacts.values() if limit.miss(row)]
+
+
+def _explained(violation: dict[str, Any], row: JsonRow) -> dict[str, Any]:
+    """With why the row's layers could not be told, if so."""
+    if violation["found"] is not None:
+        return violation
+    noted = next((note for note in row.get("notes") or [] if note.startswith(NOT_VERIFIED)), None)
+    why = noted or (summary.split_remedy(row["reason"])[0] if row.get("reason") else None)
+    return {**violation, "sentence": f"{violation['sentence']}: {why}"} if why else violation
 
 
 def _recommend(

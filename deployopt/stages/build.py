@@ -8,14 +8,14 @@ from __future__ import annotations
 import shutil
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from pydantic import Field, JsonValue, PositiveFloat, field_validator
 
 from deployopt import backends, plugins
-from deployopt.artifact import INT8_PRECISIONS, Artifact, Availability, Precision
+from deployopt.artifact import INT8_PRECISIONS, NOT_VERIFIED, Artifact, Availability, Precision, quantized_share
 from deployopt.backends import Backend, BuildRequest
 from deployopt.bench.environment import versions, without_folders
 from deployopt.config import OptionsOf
@@ -26,7 +26,7 @@ from deployopt.runtime.session import SessionOptions
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
 from deployopt.stages._parity import PARITY_IMAGES, WIDENED, compare, limit_of, onnx_outputs
 
-version = 8
+version = 9
 not_after: frozenset[str] = frozenset()
 after = frozenset({"export"})
 cacheable = True
@@ -121,7 +121,7 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     """Build one artifact. Whatever goes wrong in the backend becomes the record's status and reason.
 
     The record: status ("ok"; "built" if it cannot run on this machine; "failed"), reason, and for artifacts max_batch (None: any), notes (what a
-    reader should know of it), verified, fusion (of an engine, see `artifact.Row`), provider, options, build_seconds,
+    reader should know of it), verified and fusion (of an engine; see `artifact.Row`), provider, options, build_seconds,
     timing_cache ("new", "extended", or "reused" if nothing was timed; None: has none), parity (an engine's outputs
     against ONNX Runtime's; None where it cannot run).
     """
@@ -134,7 +134,8 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     try:
         backend = backends.find(name)
         artifact = build_prepared(backend, onnx.path, context.folder, request, context.progress)
-        shortfall = _shortfall(artifact, request.precision, len(onnx.metadata.get("float_layers", ())))
+        verified = _verified(artifact, len(onnx.metadata.get("float_layers", ())))
+        shortfall = _shortfall(artifact, request.precision, verified)
         if shortfall and config.on_unverified == "fail":
             raise BuildFailed(shortfall, "set build.on_unverified: warn to keep it")
         why_not = _why_not_here(backend, artifact)
@@ -155,7 +156,8 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
         "max_batch": max(config.batch_sizes) if artifact.kind == "engine" else None,
         "notes": notes,
         "parity": parity,
-        **{key: artifact.metadata.get(key) for key in ("verified", "fusion", "provider", "options", "build_seconds", "timing_cache")},
+        "verified": verified,
+        **{key: artifact.metadata.get(key) for key in ("fusion", "provider", "options", "build_seconds", "timing_cache")},
     }
     return StepResult(record, {target.artifact: artifact})
 
@@ -176,24 +178,29 @@ def _why_not_here(backend: Backend, artifact: Artifact) -> str | None:
     return misfit
 
 
-def _shortfall(artifact: Artifact, precision: str, float_layers: int) -> str | None:
-    """What is missing from an artifact whose convolutions and matrix products should all run as asked, in INT8 but for `float_layers`.
+def _verified(artifact: Artifact, kept_in_float: int) -> dict[str, Any] | None:
+    """What the runtime told of its layers, and how many of them are in float on purpose; None if it told nothing."""
+    found = artifact.metadata.get("verified")
+    return None if found is None else {**found, "kept_in_float": kept_in_float}
+
+
+def _shortfall(artifact: Artifact, precision: str, verified: Mapping[str, Any] | None) -> str | None:
+    """What is missing from an artifact whose convolutions and matrix products should all run as asked, in INT8 but for those kept in float.
 
     All of them: float exports are cast at their edges only (`graph/casts.py`). None if nothing is missing, or if the backend tells of no artifact here.
     """
-    facts = artifact.metadata
-    verified = facts.get("verified")
+    in_int8 = precision in INT8_PRECISIONS
     if verified is None:
-        return f"{precision.upper()} is not verified: {facts.get('verified_reason')}" if facts.get("verifiable") else None
-    kind = "int8" if precision in INT8_PRECISIONS else precision
-    if kind != "int8" and not verified["executed"]:
+        told = f"{NOT_VERIFIED if in_int8 else f'{precision.upper()} is not verified'}: {artifact.metadata.get('verified_reason')}"
+        return told if artifact.metadata.get("verifiable") else None
+    executed, wanted = verified["executed"], verified["quantizable_layers"]
+    ran = verified["quantized_layers"] if in_int8 else executed.get(precision, 0)
+    missing = quantized_share(verified) not in (None, 1.0) if in_int8 else bool(executed) and ran < wanted
+    if not missing:
         return None
-    kept = float_layers if kind == "int8" else 0
-    ran, wanted = verified["quantized_layers"] if kind == "int8" else verified["executed"].get(kind, 0), verified["quantizable_layers"]
-    if ran + kept >= wanted:
-        return None
-    executed = ", ".join(f"{count} in {found}" for found, count in sorted(verified["executed"].items()))
-    return f"only {ran} of {wanted} layers run in {kind.upper()} ({executed})" + (f"; mixed_precision keeps {kept} in float" if kept else "")
+    listed = ", ".join(f"{count} in {kind}" for kind, count in sorted(executed.items()))
+    kept = f"; mixed_precision keeps {verified['kept_in_float']} in float" if verified["kept_in_float"] else ""
+    return f"only {ran} of {wanted} layers run in {'INT8' if in_int8 else precision.upper()} ({listed}){kept}"
 
 
 def _parity(context: StageContext, name: str, artifact: Artifact, canonical: Path, request: BuildRequest) -> tuple[dict[str, Any], str | None]:
@@ -230,7 +237,7 @@ def _notes(artifact: Artifact, precision: str, shortfall: str | None, mismatch: 
     """Outputs that are not as they should be, the shortfall or why INT8 cannot be verified, and what the backend noted."""
     facts = artifact.metadata
     unverified = facts.get("verified_reason") if precision in INT8_PRECISIONS and facts.get("verified") is None and not shortfall else None
-    said = (mismatch, shortfall, unverified and f"INT8 is not verified: {unverified}", *facts.get("notes", ()))
+    said = (mismatch, shortfall, unverified and f"{NOT_VERIFIED}: {unverified}", *facts.get("notes", ()))
     return [without_folders(str(note)) for note in said if note]
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from deployopt.nn.models import Network
     from deployopt.nn.pruning import Cuts, Metric
 
-version = 4
+version = 5
 not_after: frozenset[str] = frozenset({"qat", "ptq", "export", "build", "benchmark"})
 after: frozenset[str] = frozenset()
 cacheable = True
@@ -236,6 +236,7 @@ class _Pruning:
         self._alignment: int | None = None if config.round_to == "auto" else config.round_to
         self._latency: dict[str, Any] | None = None
         self._uncut = copy.deepcopy(network)
+        self._parent_ms = 0.0  # of the uncut network, where latency.ms is the target
         self.curves: list[dict[str, Any]] = []
         self.validation: dict[str, float | int] = {}
         target = config.target.latency
@@ -243,7 +244,7 @@ class _Pruning:
         self.facts: dict[str, Any] = {"target": shown, "alignment": {"round_to": config.round_to}}
 
     def check(self) -> None:
-        """Fail before training if timing must decide and cannot."""
+        """Fail before training if timing must decide and cannot, or if there is nothing to cut for the latency wanted."""
         if self._timing is None:
             return
         keys = {
@@ -253,6 +254,16 @@ class _Pruning:
         for key, needed in keys.items():
             if needed:
                 self._timing.require(key)
+        target = self._config.target.latency
+        if target is None or target.ms is None:
+            return
+        self._parent_ms = self._context.choices.get_or_make("parent latency", self._timing.parent_ms)
+        if self._parent_ms <= target.ms:
+            raise PruningImpossible(
+                f"wanted {self._context.name}.target.latency.ms {target.ms:.3g} on {target.backend} at batch {target.batch}, which the uncut network already "
+                f"meets: its p50 in FP32 is {self._parent_ms:.3g} ms",
+                "lower ms, or leave the stage out; --fresh times it anew",
+            )
 
     def train_sparsely(self) -> None:
         from deployopt.nn import pruning, sparsity
@@ -316,7 +327,7 @@ class _Pruning:
         def choose() -> dict[str, Any]:
             ratio = self._config.target.ratio
             if latency is not None:  # about as small as it will have to be
-                ratio = latency.ratio or min(1.0, (latency.ms or 0) / timing.parent_ms())
+                ratio = latency.ratio or (latency.ms or 0) / self._parent_ms
             first = 1 - (1 - ratio) / self._config.iterations
             if latency is not None:  # MACs only estimate it: what they say is out of reach may not be
                 return fastest(timing, self._network, cuts, lambda aligned: aligned.nearest(int(self._whole["macs"] * first), self._context.progress))
@@ -331,7 +342,7 @@ class _Pruning:
         timing, context = self._timing, self._context
 
         def search() -> dict[str, Any]:
-            parent = 1.0 if target.ratio is not None else timing.parent_ms()
+            parent = 1.0 if target.ratio is not None else self._parent_ms
             whole = parent if self._latency is None else self._latency["reached"]["ratio" if target.ratio is not None else "ms"]
             goal = parent - (parent - (target.ratio or target.ms or 0.0)) * iteration / self._config.iterations
             metric: Literal["ratio", "ms"] = "ms" if target.ratio is None else "ratio"

@@ -97,6 +97,19 @@ def too_small(*, rank: int, processes: int, folder: str, progress: Progress) -> 
         training.fit(Plain(), noise(), classification, TrainingConfig.model_validate({**SCHEDULE, "batch_size": 3}))
 
 
+class Unreached(Plain):
+    """With a layer that its forward pass never calls."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.unused = nn.Conv2d(3, 2, 1).requires_grad_(not frozen)
+
+
+def unreached(*, rank: int, processes: int, folder: str, frozen: bool, progress: Progress) -> None:
+    with distributed.joined(rank, processes, Path(folder) / "rendezvous", "cpu"):
+        training.fit(Unreached(frozen), noise(), classification, TrainingConfig.model_validate({**SCHEDULE, "epochs": 2}))
+
+
 def one_fails(*, rank: int, processes: int, folder: str, how: str, progress: Progress) -> None:
     """Rank 1 fails while the others train on."""
     (Path(folder) / f"{rank}.pid").write_text(str(os.getpid()))

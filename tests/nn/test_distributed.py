@@ -72,6 +72,12 @@ def test_a_batch_too_small_to_share_is_refused(tmp_path: Path) -> None:
         in_processes("too_small", tmp_path / "run")
 
 
+def test_a_parameter_that_no_output_depends_on_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"(?s)2 processes .*does not depend on unused\.weight, unused\.bias\n.*--nproc 1"):
+        in_processes("unreached", tmp_path / "run", frozen=False)
+    in_processes("unreached", tmp_path / "frozen", frozen=True)
+
+
 @pytest.mark.parametrize(("how", "said"), [("dies", "was ended by SIGKILL"), ("raises", "LookupError: nothing there")])
 def test_one_that_fails_ends_all_with_its_reason(tmp_path: Path, how: str, said: str) -> None:
     with pytest.raises(StageFailed, match=f"training in 2 processes: .*{said}"):

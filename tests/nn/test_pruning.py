@@ -3,8 +3,10 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -127,16 +129,52 @@ def test_a_grouped_convolution_keeps_its_groups_at_one_channel_each() -> None:
         assert rebuilt.eval()(torch.rand(2, 3, 16, 16)).shape == (2, 7)
 
 
-@pytest.mark.parametrize("criterion", ["group_magnitude", "group_magnitude_l1", "taylor", "bn_scale"])
-def test_every_criterion_prunes_and_repeats_bit_for_bit(criterion: pruning.Criterion, colours: Dataset) -> None:
-    histories = []
-    for _ in range(2):
+def test_every_criterion_prunes_by_its_own_and_repeats_bit_for_bit(colours: Dataset) -> None:
+    def pruned(criterion: pruning.Criterion) -> pruning.History:
         net = resnet8(colours.preprocessing, outputs=3)
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
         backward = pruning.gradients(colours, classification, samples=32, seed=0)
-        histories.append(pruning.prune(net, int(counts(net)[0] * 0.6), Rules(criterion), metric="params", backward=backward))
+        history = pruning.prune(net, int(counts(net)[0] * 0.6), Rules(criterion), metric="params", backward=backward)
         assert counts(net)[0] <= 0.6 * counts(resnet8(colours.preprocessing, outputs=3))[0]
         assert all(p.grad is None for p in net.parameters())
-    assert histories[0] == histories[1]
+        return history
+
+    first, again = ([pruned(criterion) for criterion in get_args(pruning.Criterion)] for _ in range(2))
+    assert first == again
+    assert all(one != other for one, other in combinations(first, 2))
+
+
+@pytest.mark.parametrize("normalizer", get_args(pruning.Normalizer))
+@pytest.mark.parametrize("criterion", ["bn_scale", "taylor"])
+def test_channels_that_matter_nothing_all_together_rank_lowest(criterion: pruning.Criterion, normalizer: pruning.Normalizer, colours: Dataset) -> None:
+    net = resnet8(colours.preprocessing, outputs=3)
+    block = net.body.layer2[0]
+    with torch.no_grad():
+        block.bn1.weight.zero_()  # as zero_init_residual does
+        if criterion == "taylor":
+            block.bn1.bias.fill_(-1.0)  # dead: its ReLU passes nothing on, and no gradient back
+    backward = pruning.gradients(colours, classification, samples=16, seed=0)
+    cuts = pruning.survey(net, Rules(criterion, normalizer, across_layers=True), backward=backward)
+    scores = {group.name: group.scores for group in cuts.groups}
+    assert not scores["body.layer2.0.conv1"].any()
+    assert all(found.sum() > 0 for name, found in scores.items() if name != "body.layer2.0.conv1")
+    zeros = [int((found == 0).sum()) for found in scores.values()]
+    kept = cuts.kept((sum(zeros) + 0.5) / sum(group.size for group in cuts.groups))
+    least = [group.size - int(group.size * cuts.rules.max_layer_ratio) for group in cuts.groups]
+    assert kept == [max(few, group.size - none) for few, group, none in zip(least, cuts.groups, zeros, strict=True)]
+
+
+def test_equal_scores_are_cut_evenly_over_layers_and_to_the_target() -> None:
+    net = resnet8()  # untrained: every γ is 1
+    whole = counts(net)[1]
+    cuts = pruning.survey(net, Rules("bn_scale", across_layers=True))
+    assert len(torch.cat([group.scores for group in cuts.groups]).unique()) == 1
+    assert [kept / group.size for kept, group in zip(cuts.kept(0.5), cuts.groups, strict=True)] == [0.5] * len(cuts.groups)
+    history = pruning.prune(net, whole // 2, Rules("bn_scale", across_layers=True))
+    assert 0.85 * whole // 2 <= counts(net)[1] <= whole // 2
+    assert pruning.prune(resnet8(), whole // 2, Rules("bn_scale", across_layers=True)) == history
 
 
 def test_the_least_important_channels_go() -> None:
@@ -203,6 +241,7 @@ def test_weights_that_are_not_finite_are_named() -> None:
         ([["body.layer9", "out", [0]]], "names the module body.layer9"),
         ([["body.conv1", "out", [16]]], "up to 16 of body.conv1, which has 16"),
         ([["body.conv1", "out", list(range(16))]], "cuts 16 channels"),
+        ([["body.conv1", "out", []]], "has an entry for body.conv1 that cuts no channel"),
     ],
 )
 def test_a_history_of_another_network_is_refused(history: pruning.History, message: str) -> None:

@@ -115,6 +115,7 @@ def test_placement_of_resnets(arch: str, base: dict[str, object], expected_layer
 
 def test_placement_without_residuals_keeps_an_asymmetric_weight_range_for_signed_inputs() -> None:
     found = {layer.name: layer for layer in layers(capture(plain(), example_input(PREPROCESSING)).graph)}
+    assert set(found) == {"body.a", "body.b", "body.c", "body.head"}
     assert not any(layer.add for layer in found.values())
     assert found["body.b"].weight_limit(saturation_guard=True) == 127
     assert found["body.a"].weight_limit(saturation_guard=True) == 63
@@ -165,6 +166,40 @@ def test_training_and_the_dialect_agree_on_what_cannot_be_negative() -> None:
     assert told == trained
     signed = {"stem", *(f"after.{name}" for name in ("plain", "signed_sum", "signed_cat", "hardtanh", "signed_pool"))}
     assert {name for name, non_negative in told.items() if not non_negative} == {f"body.{name}" for name in signed}
+
+
+class Padded(nn.Module):
+    """Convolutions padded by name, each before a BatchNorm, and whether both sides of each axis get as much."""
+
+    WAYS: ClassVar[dict[str, tuple[nn.Conv2d, bool]]] = {
+        "same": (nn.Conv2d(3, 4, (3, 5), padding="same", dilation=(2, 1)), True),
+        "valid": (nn.Conv2d(4, 4, 4, stride=2, padding="valid", groups=2, bias=False), True),
+        "uneven": (nn.Conv2d(4, 4, (3, 2), padding="same"), False),
+        "even": (nn.Conv2d(4, 4, 4, padding="same", dilation=2), True),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleDict({name: convolution for name, (convolution, _) in self.WAYS.items()})
+        self.norms = nn.ModuleDict({name: nn.BatchNorm2d(4) for name in self.WAYS})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.WAYS:
+            x = self.norms[name](self.convolutions[name](x))
+        return x.mean((2, 3))
+
+
+def test_a_convolution_padded_by_name_folds_and_is_quantised_where_integers_say_it() -> None:
+    torch.manual_seed(0)
+    made = warmed(Network(Padded(), {"arch": "padded", "outputs": 4}, PREPROCESSING))
+    captured = capture(made, example_input(PREPROCESSING))
+    with torch.no_grad():
+        assert torch.equal(captured(images()), made(images()))
+    assert [layer.name for layer in layers(captured.graph)] == [f"body.convolutions.{name}" for name, (_, even) in Padded.WAYS.items() if even]
+    folded = fold_batchnorm(captured)
+    assert sum("batch_norm" in str(node.target) for node in folded.graph.nodes) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(folded(images()), made(images()), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("make", [plain, network])

@@ -59,6 +59,24 @@ def test_a_limit_on_int8_layers_needs_some(tmp_path: Path) -> None:
     assert problem.startswith("12:32: budget.min_quantized_layers: nothing is built in INT8: add a qat or ptq stage")
 
 
+@pytest.mark.parametrize(
+    ("mixed", "place", "drop"),
+    [
+        ("auto", "8:39: stages.qat.mixed_precision", "0.5"),
+        ("{max_accuracy_drop_pp: 0.4}", "8:62: stages.qat.mixed_precision.max_accuracy_drop_pp", "0.4"),
+        ("{backend: openvino}", "8:39: stages.qat.mixed_precision", "0.5"),
+        ("{max_accuracy_drop_pp: 0.3}", None, None),
+        ("[body.conv1]", None, None),
+    ],
+)
+def test_mixed_precision_may_not_lose_more_than_the_budget(tmp_path: Path, mixed: str, place: str | None, drop: str | None) -> None:
+    recipe = RECIPE.replace("qat: {epochs: 1}", f"qat: {{epochs: 1, mixed_precision: {mixed}}}")
+    assert problems(tmp_path, recipe) == []
+    found = problems(tmp_path, recipe.replace("min_speedup: 2.0", "max_accuracy_drop_pp: 0.3"))
+    said = f": accepts a drop of {drop}, and budget.max_accuracy_drop_pp allows 0.3: set mixed_precision: {{max_accuracy_drop_pp: 0.3}}, or raise the budget"
+    assert found == ([] if place is None else [place + said])
+
+
 def test_cuda_graphs_are_of_tensorrts_engines(tmp_path: Path) -> None:
     (problem,) = problems(tmp_path, RECIPE.replace("- benchmark", "- benchmark: {cuda_graph: true}"))
     assert problem.startswith(

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from deployopt.errors import DeployoptError, LackingEnvironment, StageFailed
-from deployopt.report import verdict
+from deployopt.report import summary, verdict
 
 TASK = {"name": "classification", "primary": "top1", "unit": "", "higher_is_better": True}
 VARIANTS = [
@@ -83,7 +83,27 @@ def test_an_int8_row_with_too_few_int8_layers_is_a_violation_even_if_only_built(
     unknown = row("qat", "int8", 0.3, 0.97, backend="onnxruntime", verified=None)
     budget, _ = verdict.judge([*rows(), lazy, unknown], VARIANTS, {"min_quantized_layers": 0.9}, TASK)
     assert not budget["met"]
-    assert [v["row"] for v in budget["violations"]] == ["qat/tensorrt_rtx/int8/b1"]
+    assert [v["row"] for v in budget["violations"]] == ["qat/tensorrt_rtx/int8/b1", "qat/onnxruntime/int8/b1"]
+
+
+def test_an_int8_artifact_that_nobody_could_verify_is_said_once_and_why_beside_verified_ones() -> None:
+    unknown = {"backend": "tensorrt_rtx", "verified": None, "notes": ["INT8 is not verified: no inspector", "its Adds are not fused"]}
+    several = [row("qat", "int8", 0.3, 0.97, batch=batch, **unknown) for batch in (1, 8)]
+    failed = row("qat", "int8", 0.3, 0.97, backend="x", status="failed", verified=None, reason="no kernel\n  → use fp16")
+    budget, _ = verdict.judge([*rows(), *several, failed], VARIANTS, {"min_quantized_layers": 0.9}, TASK)
+    lead = "layers in INT8: wanted at least 90 % of layers, found not known"
+    assert [v["sentence"] for v in budget["violations"]] == [
+        f"{lead} (qat/tensorrt_rtx/int8/b1): INT8 is not verified: no inspector",
+        f"{lead} (qat/x/int8/b1): no kernel",
+    ]
+
+
+@pytest.mark.parametrize(("quantized", "met"), [(19, True), (18, False)])
+def test_layers_kept_in_float_on_purpose_are_not_asked_for(quantized: int, met: bool) -> None:
+    mixed = row("qat", "int8", 0.3, 0.97, backend="x", verified={"quantized_layers": quantized, "quantizable_layers": 21, "kept_in_float": 2})
+    budget, _ = verdict.judge([*rows(), mixed], VARIANTS, {"min_quantized_layers": 1.0}, TASK)
+    assert budget["met"] == met
+    assert summary.quantized_cell(mixed) == f"{quantized}/21, 2 kept in float"
 
 
 def test_without_a_budget_at_most_a_point_is_lost_and_the_rule_is_said() -> None:

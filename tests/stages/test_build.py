@@ -75,12 +75,12 @@ def planning(*precisions):
     return Planning([trunk, *exported], "build")
 
 
-def ran(tmp_path, config, expansion, model):
+def ran(tmp_path, config, expansion, model, float_layers=()):
     source, folder, logged = tmp_path / "export", tmp_path / "build", []
     source.mkdir()
     folder.mkdir()
     onnx.save(model, source / "canonical.onnx")
-    artifact = Artifact.of("onnx", source / "canonical.onnx")
+    artifact = Artifact.of("onnx", source / "canonical.onnx", metadata={"float_layers": list(float_layers)})
     (point,) = expansion.inputs
     given = StepOutput("01", "export", (point,), {}, {point.artifact: artifact}, source, False, 0.0)
     progress = SilentProgress()
@@ -270,6 +270,16 @@ def test_an_engine_for_other_gpus_is_built_and_not_opened_though_its_backend_run
     result, folder, _ = ran(tmp_path, config, step, residual())
     assert (result.record["status"], result.record["reason"], result.record["parity"]) == ("built", fake.told["misfit"], None)
     assert (folder / "model.engine").exists()
+
+
+@pytest.mark.parametrize(("kept", "notes"), [(2, []), (1, ["only 5 of 7 layers run in INT8 (2 in fp32, 5 in int8); mixed_precision keeps 1 in float"])])
+def test_the_record_says_how_many_layers_are_in_float_on_purpose(tmp_path, fake, kept, notes):
+    fake.verified = {"quantized_layers": 5, "quantizable_layers": 7, "executed": {"int8": 5, "fp32": 2}}
+    config = build.Config(backends=["fake"])
+    (step,) = build.expand(config, planning("int8"))
+    result, _, _ = ran(tmp_path, config, step, canonical(), ["body.conv1", "body.fc"][:kept])
+    assert result.record["verified"] == {**fake.verified, "kept_in_float": kept}
+    assert result.record["notes"] == notes
 
 
 def wrong_engine():

@@ -17,9 +17,11 @@ from deployopt.errors import BackendUnavailable, PruningImpossible
 from deployopt.nn import checkpoint, evaluate, losses, pruning
 from deployopt.report.pruning import against_parent, is_faster
 from deployopt.runtime.progress import SilentProgress
-from deployopt.stages import Planning, Point, StepOutput, _latency, init, prune, qat
+from deployopt.stages import Planning, Point, StageContext, StepOutput, _latency, build, finetune, init, prune, qat
 from deployopt.stages._latency import Reading, Search
+from deployopt.stages._timing import TimedOn
 from deployopt.store import StoredChoices
+from deployopt.tasks import classification
 
 
 def config(**options: Any) -> prune.Config:
@@ -192,6 +194,41 @@ def test_alignment_is_chosen_by_timing_on_the_target_and_the_choice_is_reused(  
     assert again.record["pruning"]["alignment"] == {**first, "round_to": slower}
 
 
+def test_a_latency_that_the_uncut_network_already_meets_is_refused_before_anything_is_trained(  # type: ignore[no-untyped-def]
+    run_stages, start: list[StepOutput], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_latency, "SECONDS", 0.1)
+    wanted = config(target={"latency": {"backend": "onnxruntime", "ms": 60_000.0}}, sparse={"epochs": 100_000})
+    with pytest.raises(
+        PruningImpossible, match=r"prune\.target\.latency\.ms 6e\+04 on onnxruntime at batch 1, .*already meets: its p50 in FP32 is [\d.]+ ms"
+    ) as caught:
+        run_stages(tmp_path, [(prune, wanted)], start)
+    assert "lower ms" in str(caught.value.remedy)
+
+
+def test_candidates_of_one_architecture_are_built_once(  # type: ignore[no-untyped-def]
+    start: list[StepOutput], tmp_path: Path, small_digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Path] = []
+    real = build.build_prepared
+
+    def counted(*arguments: Any) -> Any:
+        built.append(arguments[2])
+        return real(*arguments)
+
+    monkeypatch.setattr(build, "build_prepared", counted)
+    monkeypatch.setattr(_latency, "SECONDS", 0.05)
+    monkeypatch.setattr(_latency, "BLOCKS", 2)
+    parent, twin, cut = (checkpoint.load(start[0].folder) for _ in range(3))
+    torch.nn.init.normal_(twin.body.conv1.weight)
+    pruning.prune(cut, pruning.survey(cut, pruning.Rules()).smallest_macs)
+    context = StageContext(tmp_path, "prune", {}, 0, "cpu", 1, 1, classification, lambda: small_digits, SilentProgress(), Decided(), tmp_path)
+    with _latency.Timing(context, parent, TimedOn(backend="onnxruntime")) as timing:
+        assert set(timing.compare({"twin": twin, "cut": cut})) == {"twin", "cut"}
+        timing.compare({"cut again": cut})
+    assert len(built) == 2
+
+
 class Decided:
     """Choices of an earlier run."""
 
@@ -267,11 +304,23 @@ def test_a_missing_backend_is_said_and_stops_only_what_needs_it(run_stages, star
 
 
 def test_sensitivity_sets_the_shares_and_is_recorded(run_stages, start: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    wanted = config(ratios="sensitivity", sensitivity={"ratios": [0.5], "images": 20}, finetune={"epochs": 1, "warmup_epochs": 0.0, "batch_size": 32})
-    step = run_stages(tmp_path, [(prune, wanted)], start)[-1]
-    found = step.record["pruning"]["sensitivity"]
+    trained = run_stages(tmp_path, [(finetune, finetune.Config(epochs=1, warmup_epochs=0.0, batch_size=32))], start)
+    measured = {"sensitivity": {"ratios": [0.5], "images": 20}}
+    by_loss, alike = (run_stages(tmp_path / ratios, [(prune, config(ratios=ratios, **measured))], trained)[-1] for ratios in ("sensitivity", "uniform"))
+    found = by_loss.record["pruning"]["sensitivity"]
+    assert found == alike.record["pruning"]["sensitivity"]
     assert (found["n"], found["ratios"], len(found["groups"])) == (20, [0.5], 6)
-    assert step.record["pruning"]["reached"]["macs"] <= 0.5
+    assert all(step.record["pruning"]["reached"]["macs"] <= 0.5 for step in (by_loss, alike))
+    losses = {row["name"]: found["whole"] - row["scores"][0] for row in found["groups"]}
+    dear, cheap = (choose(losses, key=lambda name: losses[name]) for choose in (max, min))
+    assert losses[dear] > losses[cheap]
+
+    def gain(name: str) -> int:
+        """Channels of a group that it keeps for what it loses."""
+        kept, evenly = (checkpoint.load(step.folder).get_submodule(name).out_channels for step in (by_loss, alike))
+        return int(kept - evenly)
+
+    assert gain(dear) > 0 > gain(cheap)
 
 
 def test_recovery_learns_from_the_uncut_network(run_stages, start: list[StepOutput], small_digits: Dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
