@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from deployopt import __version__, backends, data, plugins
 from deployopt.bench.environment import environment, versions
+from deployopt.errors import BackendUnavailable
 from deployopt.pipeline.binding import data_of
 from deployopt.runtime import host
+from deployopt.runtime.cuda import find_gpus
 from deployopt.runtime.progress import Progress
 from deployopt.tasks import Task
 
@@ -17,7 +19,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-REPORTED = ("torch", "torchvision", "torch-pruning", "torchao", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13", "numpy")
+REPORTED = (
+    *("torch", "torchvision", "torch-pruning", "torchao", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino"),
+    *("tensorrt", "tensorrt-cu12", "tensorrt-rtx-cu13", "numpy"),
+)
 
 TIMING_IMAGES = 256  # enough for eight buffers of 32
 
@@ -67,9 +72,18 @@ def diagnose() -> dict[str, Any]:
     return {
         "deployopt": __version__,
         "environment": environment(REPORTED),
+        **_gpus(),
         "backends": {name: asdict(backends.find(name).probe()) for name in backends.names()},
         "missing": {extra: gone for extra, needs in EXTRAS.items() if (gone := [d for d, v in versions(needs).items() if v is None])},
     }
+
+
+def _gpus() -> dict[str, Any]:
+    """{"gpus": as the CUDA driver describes them, from which the backends judge too, "no_gpu": why there are none, or None}."""
+    try:
+        return {"gpus": [gpu._asdict() for gpu in find_gpus()], "no_gpu": None}
+    except BackendUnavailable as exc:
+        return {"gpus": [], "no_gpu": exc.message}
 
 
 # What each extra brings, for `diagnose`; a test compares it with pyproject.toml.
