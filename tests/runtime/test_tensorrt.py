@@ -64,6 +64,7 @@ def test_on_a_jetson_tensorrt_comes_with_jetpack(monkeypatch, tmp_path):
     with pytest.raises(BackendUnavailable) as caught:
         vendor.load_vendor("tensorrt")
     assert caught.value.remedy.startswith("sudo apt install nvidia-jetpack")
+    assert "JetPack 5 and 6 are for Python 3.8 and 3.10, where deployopt.runtime works and these commands, which need 3.11, do not" in caught.value.remedy
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists a process's libraries in /proc")
