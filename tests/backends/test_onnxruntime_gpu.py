@@ -61,7 +61,7 @@ def test_without_a_gpu_a_build_says_what_is_missing(tmp_path, name):
         pytest.skip(f"{name} works here")
     onnx.save(canonicalize(residual()), tmp_path / "prepared.onnx")
     (tmp_path / "out").mkdir()
-    with pytest.raises(BackendUnavailable, match="is built without .*ExecutionProvider|NVIDIA driver|does not load") as caught:
+    with pytest.raises(BackendUnavailable, match=r"is built without .*ExecutionProvider|NVIDIA driver|does not load") as caught:
         backend.build(tmp_path / "prepared.onnx", tmp_path / "out", BuildRequest("fp32"), SilentProgress())
     assert "pip install" in caught.value.remedy or "driver" in caught.value.remedy
 

@@ -153,3 +153,27 @@ def test_each_run_copies_its_feed_in_and_its_results_out(path):
         for feed, before in zip(feeds, kept, strict=True):
             np.testing.assert_array_equal(feed["image"], before)
         assert loaded.device_ms() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("provider", gpu.PROVIDERS)
+def test_on_a_gpu_a_session_computes_the_same_and_its_runs_copy_in_and_out(path, provider, monkeypatch):
+    if missing := lacks(provider):
+        pytest.skip(f"{provider} does not work here: {missing.message}")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # put back afterwards
+    shape = images(1, 0).shape[1:]
+    profile = {"image": {"min": [1, *shape], "opt": [4, *shape], "max": [4, *shape]}}
+    feeds = [{"image": images(4, seed)} for seed in (1, 2)]
+    with (
+        open_session(path, SessionOptions()) as reference,
+        gpu.open_session(path, provider, SessionOptions(device="cuda", extra={gpu.PROFILE: profile})) as session,
+    ):
+        assert session.provider == provider
+        for feed in (*feeds, {"image": images(1, 3)}):
+            np.testing.assert_allclose(session.infer(feed)["logits"], reference.infer(feed)["logits"], atol=1e-4)
+        loaded = session.load(feeds)
+        for index in (1, 0, 3):
+            loaded.run(index)
+            np.testing.assert_allclose(loaded.results["logits"], reference.infer(feeds[index % 2])["logits"], atol=1e-4)
+        with pytest.raises(UsageError, match="up to 4"):
+            session.infer({"image": images(5, 1)})

@@ -125,6 +125,17 @@ def test_build_reports_specs_seconds_and_execution(trt):
     assert built.execution.executed == {"fp32": 1}
 
 
+def test_workspace_and_level_reach_the_builder(trt):
+    """TensorRT-RTX takes them too, so they are tried here; deployopt offers them for TensorRT alone."""
+    wanted = AMPERE._replace(workspace_mib=64, optimization_level=1)
+    logger = vendor.make_logger(trt)
+    builder = trt.Builder(logger)
+    config = rt._configure(trt, builder, logger, wanted, "fp32")
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 64 << 20
+    assert config.builder_optimization_level == 1
+    assert len(rt.build_engine(trt, convolution(), wanted).plan) > 10_000
+
+
 class Recorder(SilentProgress):
     def __init__(self, stop_at=None):
         self.steps = []
