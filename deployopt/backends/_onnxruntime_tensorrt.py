@@ -18,6 +18,7 @@ from deployopt.runtime.tensorrt import ranges_of
 distributions = ("onnxruntime-gpu", "tensorrt", "onnx")
 build_depends_on_machine = False
 builds_onnx = True
+builds_on_opening = True
 
 _UNVERIFIED = "ONNX Runtime's TensorRT provider does not tell what its engine computes in"
 
