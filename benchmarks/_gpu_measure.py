@@ -47,13 +47,17 @@ class Session(NamedTuple):
 
 
 @contextmanager
-def sessions(subjects: Sequence[Subject], failures: dict[str, str]) -> Iterator[dict[str, Session]]:
-    """Open sessions, each in a child; those that cannot be opened go to `failures` with the reason."""
+def sessions(subjects: Sequence[Subject], failures: dict[str, str], at_once: int = OPEN_AT_ONCE) -> Iterator[dict[str, Session]]:
+    """Open sessions, each in a child; those that cannot be opened go to `failures` with the reason.
+
+    Args:
+        at_once: so many are opened side by side; 1 for those that build an engine meanwhile, since its kernels are chosen by timing them.
+    """
     workers = {s.key: Worker(s.opener, s.path, s.options) for s in subjects}
     try:
         for worker in workers.values():
             worker.spawn()
-        with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
+        with ThreadPoolExecutor(at_once) as pool:
             opening = {key: pool.submit(worker.start) for key, worker in workers.items()}
         opened = {}
         for key, future in opening.items():

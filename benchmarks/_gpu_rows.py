@@ -21,6 +21,7 @@ VARIANTS = ("dense", "pruned")
 PRECISIONS = ("fp32", "fp16", "int8", "int8_fp16")
 BATCH_SIZES = (1, 8, 64)
 SAMPLES = "samples.npz"
+REASON = 200  # characters of a reason in a terminal
 WEIGHTS = "Bodies have random weights, on which speed does not depend; where accuracy is told, the last layer is fitted."
 
 
@@ -136,6 +137,29 @@ def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 def ratio_of(ratio: Sequence[float] | None) -> str:
     """Of (value, low, high)."""
     return "" if ratio is None else f"{ratio[0]:.4g} [{ratio[1]:.4g}, {ratio[2]:.4g}]"
+
+
+def short_table(rows: dict[str, dict[str, Any]]) -> str:
+    """A line a row with its batches side by side: median by the device's clock, or where a runtime has none by the host's, and the speed-up."""
+    batches = sorted({int(key.rpartition(":b")[2]) for key in rows})
+    names = dict.fromkeys(key.rpartition(":b")[0] for key in rows)
+    lines = [(name, *(_short(rows.get(f"{name}:b{batch}")) for batch in batches)) for name in names]
+    return table(("p50 ms, speed-up", *(f"batch {batch}" for batch in batches)), lines)
+
+
+def _short(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return ""
+    clock = entry["device_ms"] or entry["host_ms"]
+    return f"{clock['p50']:.3f}" + (f" {entry['speedup'][0]:.2f}x" if entry["speedup"] else "")
+
+
+def short_failures(failures: dict[str, str]) -> str:
+    """Each reason once, with the first of its keys."""
+    keys: dict[str, list[str]] = {}
+    for key, reason in failures.items():
+        keys.setdefault(" ".join(reason.split())[:REASON], []).append(key)
+    return "".join(f"failed: {found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}: {reason}\n" for reason, found in keys.items())
 
 
 def row_table(rows: dict[str, dict[str, Any]]) -> str:

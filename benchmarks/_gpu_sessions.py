@@ -38,10 +38,10 @@ def open_tensorrt_rtx(path: Path, options: SessionOptions) -> Session:
 
 
 def open_onnxruntime(path: Path, options: SessionOptions) -> Session:
-    from deployopt.runtime.onnxruntime_gpu import CUDA
+    """`extra`: "provider", and what that takes."""
     from deployopt.runtime.onnxruntime_gpu import open_session as open_on_gpu
 
-    return open_on_gpu(path, CUDA, options)
+    return open_on_gpu(path, options.extra["provider"], options)
 
 
 def open_torch(path: Path, options: SessionOptions) -> TorchSession:

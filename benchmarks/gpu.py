@@ -3,7 +3,7 @@
     python benchmarks/gpu.py prepare                     # here, with torch and no GPU: about 15 minutes; fills runs/gpu-models (50 MB to carry)
     python benchmarks/gpu.py unpack --dialect tensorrt8    # there, with onnx: the files of each precision; --dialect canonical for all but TensorRT 8.x
     python3.10 benchmarks/gpu.py trt86                   # there, NumPy alone: TensorRT 8.6, or what is installed: FP32 to INT8+FP16 at batch 1, 8 and 64
-    python benchmarks/gpu.py rtx | torch | ort           # there: TensorRT-RTX, PyTorch eager and compiled, ONNX Runtime's CUDA provider
+    python benchmarks/gpu.py rtx | torch | ort           # there: TensorRT-RTX, PyTorch eager and compiled, ONNX Runtime's CUDA and TensorRT providers
 
 Each run ends within --minutes; what is measured by then is stored, and the same command goes on where it stopped. Writes <out>/<gpu>/<subcommand>.json
 and .md (trt86's are named by TensorRT's version), and prints a short table last. Exit code 1 means that something is left to do.
@@ -20,8 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _gpu_measure import Clock, Session, Subject, agreement, measure, sessions, speedup
-from _gpu_rows import ARCHS, BATCH_SIZES, PRECISIONS, SAMPLES, VARIANTS, Results, Samples, machine, made_of, path_of, ratio_of, read_samples, row_table, table
+from _gpu_measure import OPEN_AT_ONCE, Clock, Session, Subject, agreement, measure, sessions, speedup
+from _gpu_rows import (
+    ARCHS,
+    BATCH_SIZES,
+    PRECISIONS,
+    SAMPLES,
+    VARIANTS,
+    Results,
+    Samples,
+    machine,
+    made_of,
+    path_of,
+    ratio_of,
+    read_samples,
+    row_table,
+    short_failures,
+    short_table,
+    table,
+)
 
 from deployopt.errors import BackendUnavailable, DeployoptError, StageFailed
 from deployopt.runtime.child import run_in_child
@@ -29,7 +46,7 @@ from deployopt.runtime.cuda import find_gpu
 from deployopt.runtime.manifest import path_of as manifest_of
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
-from deployopt.runtime.tensorrt import BuildOptions, compute_capabilities
+from deployopt.runtime.tensorrt import BuildOptions, compute_capabilities, ranges_of
 from deployopt.runtime.tensorrt_vendor import load_vendor
 from deployopt.runtime.tensorrt_versions import is_rtx, is_weakly_typed, release
 
@@ -59,6 +76,8 @@ TORCH = {  # (precision, channels_last, mode of torch.compile)
 class Rows:
     """Sessions timed in groups of one architecture and batch size, each row stored with how far its outputs are from ONNX Runtime's."""
 
+    at_once = OPEN_AT_ONCE
+
     def __init__(self, results: Results, samples: Samples, clock: Clock) -> None:
         self.results, self.samples, self.clock = results, samples, clock
 
@@ -75,7 +94,7 @@ class Rows:
         if self.clock.left_s() < GROUP_S:
             return False
         failures: dict[str, str] = {}
-        with sessions(subjects, failures) as live:
+        with sessions(subjects, failures, self.at_once) as live:
             for batch in self.missing(arch):
                 if self.clock.left_s() < GROUP_S:
                     return False
@@ -108,6 +127,10 @@ class Rows:
 
     def tables(self) -> str:
         return row_table(self.results.done("row:"))
+
+    def short(self) -> str:
+        """What a terminal shows; the rest is in the summary."""
+        return short_table(self.results.done("row:")) + short_failures(self.results.failures())
 
 
 class Engines(Rows):
@@ -254,17 +277,20 @@ class Engines(Rows):
         return {"aa": list(speedup(twice[one.key], twice["again"]))}
 
     def tables(self) -> str:
-        built, checks, tried = (self.results.done(kind) for kind in ("build:", "check:", "option:"))
-        options = [(key, f"{entry['seconds']:.0f}", entry["timing_cache"] or "") for key, entry in tried.items()]
+        built = self.results.done("build:")
         engines = [(key, *_execution(entry), f"{entry['bytes'] / 1e6:.1f}", f"{entry['seconds']:.0f}") for key, entry in built.items()]
+        header = "engine", "INT8 layers", "by precision", "Adds fused", "unfused", "reformats", "MB", "build s"
+        return "\n".join((table(header, engines), super().tables(), self._checks()))
+
+    def short(self) -> str:
+        return f"{super().short()}\n{self._checks()}"
+
+    def _checks(self) -> str:
+        checks, tried = self.results.done("check:"), self.results.done("option:")
         compared = [(key, ratio_of(entry["ratio"]), ratio_of(entry["aa"])) for key, entry in checks.items()]
+        options = [(key, f"{entry['seconds']:.0f}", entry["timing_cache"] or "") for key, entry in tried.items()]
         return "\n".join(
-            (
-                table(("engine", "INT8 layers", "by precision", "Adds fused", "unfused", "reformats", "MB", "build s"), engines),
-                super().tables(),
-                table(("engine, batch", "harness / bare loop", "A/A"), compared),
-                table(("built with the option", "build s", "timing cache"), options),
-            )
+            (table(("engine, batch", "harness / bare loop", "A/A"), compared), table(("built with the option", "build s", "timing cache"), options))
         )
 
 
@@ -301,18 +327,25 @@ def torch_rows(arguments: argparse.Namespace, clock: Clock) -> Loaders:
 
 
 def ort_rows(arguments: argparse.Namespace, clock: Clock) -> Loaders:
-    """Float networks only: ONNX Runtime's CUDA provider has no INT8 convolution."""
-    from deployopt.runtime.onnxruntime_gpu import CUDA, require
-    from deployopt.runtime.onnxruntime_session import load_vendor
+    """The CUDA provider's float networks (it has no INT8 convolution), and the TensorRT provider's. Where that is lacking, its rows fail with the reason."""
+    from deployopt.runtime.onnxruntime_gpu import CUDA, PROFILE, TENSORRT, require
+    from deployopt.runtime.onnxruntime_session import load_vendor, open_unoptimized
 
     require(CUDA)
 
-    def subject(arch: str, variant: str, precision: str) -> Subject:
-        path = path_of(arguments.models / "canonical", arch, variant, precision)
-        return Subject(path.stem, "_gpu_sessions:open_onnxruntime", path, SessionOptions(1, "cuda", precision))
+    def subject(arch: str, variant: str, precision: str, provider: str) -> Subject:
+        path, extra = path_of(arguments.models / "canonical", arch, variant, precision), {"provider": provider}
+        if provider == CUDA:
+            return Subject(path.stem, "_gpu_sessions:open_onnxruntime", path, SessionOptions(1, "cuda", precision, extra))
+        with open_unoptimized(path) as described:
+            profile = ranges_of(described.inputs, BATCH_SIZES)
+        return Subject(f"{path.stem}+tensorrt", "_gpu_sessions:open_onnxruntime", path, SessionOptions(1, "cuda", precision, {**extra, PROFILE: profile}))
 
-    subjects = {arch: [subject(arch, variant, precision) for variant in VARIANTS for precision in ("fp32", "fp16")] for arch in arguments.archs}
-    return Loaders(f"onnxruntime {load_vendor().__version__}", subjects, arguments, clock)
+    offered = [*((CUDA, precision) for precision in ("fp32", "fp16")), *((TENSORRT, precision) for precision in ("fp32", "fp16", "int8_fp16"))]
+    subjects = {arch: [subject(arch, variant, precision, provider) for variant in VARIANTS for provider, precision in offered] for arch in arguments.archs}
+    rows = Loaders(f"onnxruntime {load_vendor().__version__}", subjects, arguments, clock)
+    rows.at_once = 1  # the TensorRT provider builds its engines
+    return rows
 
 
 def main() -> int:
@@ -354,7 +387,8 @@ def _run(arguments: argparse.Namespace) -> int:
         work.results.forget_failures()
     whole = work.run()
     work.results.write_summary(work.tables())
-    print(work.tables())
+    print(work.short())
+    print(work.results.path.with_suffix(".md"), "has the rest")
     print("all done" if whole else "time ran out: the same command goes on")
     return 0 if whole else 1
 

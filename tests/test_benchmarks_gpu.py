@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +16,13 @@ import onnx
 import pytest
 
 from deployopt.errors import ArtifactCorrupt, UsageError
+from deployopt.runtime.child import run_in_child
+from deployopt.runtime.cuda import Gpu
 from deployopt.runtime.hashing import sha256_file
 from deployopt.runtime.session import SessionOptions
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+FAULTY = Path(__file__).parent / "runtime" / "faulty"
 sys.path.append(str(BENCHMARKS))
 
 import _gpu_measure  # noqa: E402
@@ -124,6 +130,10 @@ def test_groups_are_timed_stored_and_gone_on_with(carried: Path, monkeypatch: py
     assert again.missing("resnet18") == []
     assert again.missing("resnet50") == [1, 4]
     again.results.write_summary(again.tables())
+    header, _, line, failed = again.short().splitlines()
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == ["p50 ms, speed-up", "batch 1", "batch 4"]
+    assert re.fullmatch(r"\| resnet18-dense-fp32 \| +\d+\.\d{3} 1\.00x +\| +\d+\.\d{3} 1\.00x +\|", line)
+    assert failed.startswith("failed: row:resnet18-gone:b1 and 1 more: ")
     again.results.forget_failures()
     assert again.missing("resnet18") == [1, 4]
     assert again.results.failures() == {}
@@ -132,6 +142,45 @@ def test_groups_are_timed_stored_and_gone_on_with(carried: Path, monkeypatch: py
     assert "Bodies have random weights" in summary
     assert f"NumPy {np.__version__}" in summary
     assert "- row:resnet18-gone:b1: " in summary
+
+
+def test_builds_that_fail_are_stored_not_tried_again_and_taken_up_by_retry(carried: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _gpu_models.unpack(carried, "canonical")
+    spec = importlib.util.spec_from_file_location("tensorrt_rtx", FAULTY / "tensorrt_rtx.py")
+    assert spec is not None
+    assert spec.loader is not None
+    faulty = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(faulty)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", faulty)
+    monkeypatch.syspath_prepend(str(FAULTY))  # for the children
+    monkeypatch.setenv("FAULT", "no_engine")
+    monkeypatch.setattr(gpu, "find_gpu", lambda: Gpu("A GPU", "8.6", "13.0"))
+    monkeypatch.setattr(gpu, "VARIANTS", ("dense",))
+    monkeypatch.setattr(gpu, "PRECISIONS", ("fp32", "int8"))
+    built: list[str] = []
+    monkeypatch.setattr(gpu, "run_in_child", lambda target, given, *rest: built.append(Path(given["onnx"]).stem) or run_in_child(target, given, *rest))
+    arguments = argparse.Namespace(models=carried, out=carried / "out", archs=["resnet18"])
+
+    def run(minutes: float = 10.0, retry: bool = False) -> tuple[bool, gpu.Engines]:
+        engines = gpu.Engines("tensorrt_rtx", arguments, _gpu_measure.Clock(minutes))
+        if retry:
+            engines.results.forget_failures()
+        return engines.run(), engines
+
+    names = ["resnet18-dense-fp32", "resnet18-dense-int8"]
+    whole, _ = run(minutes=0)
+    assert (whole, built) == (False, [])
+    whole, engines = run()
+    assert (whole, built) == (True, names)
+    failures = engines.results.failures()
+    assert list(failures) == [f"build:{name}" for name in names]
+    assert "no kernel image fits" in failures["build:resnet18-dense-fp32"]
+    assert run()[0]
+    assert built == names  # not tried again
+    whole, engines = run(retry=True)
+    assert (whole, built) == (True, names * 2)
+    assert len(engines.short()) < 1000
+    assert "failed: build:resnet18-dense-fp32 and 1 more: " in engines.short()
 
 
 def test_results_of_another_runtime_are_refused(tmp_path: Path) -> None:

@@ -43,12 +43,14 @@ def build(
     counter: str,
     provider: str,
     arguments: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
     unverified: str | None = None,
 ) -> Artifact:
     """Store the ONNX and count in a child process, where a crash ends nothing else, what the runtime compiles it to.
 
     Args:
         counter: "module:function" that takes `path`, `precision` and `arguments` and returns layers by executed precision.
+        options: that sessions on it are opened with, in their `extra`.
         unverified: why what it returns says nothing of what is executed, if so.
 
     Raises:
@@ -67,15 +69,16 @@ def build(
     metadata = {
         "precision": request.precision,
         "provider": provider,
-        "options": {},
+        "options": dict(options or {}),
         "build_seconds": seconds_since(start),
         "verified": None if unverified else asdict(verified),
         "verified_reason": unverified,
     }
-    return Artifact.of("onnx", path, inputs=_specs(model.graph.input), outputs=_specs(model.graph.output), metadata=metadata)
+    return Artifact.of("onnx", path, inputs=specs(model.graph.input), outputs=specs(model.graph.output), metadata=metadata)
 
 
-def _specs(values: Iterable[ValueInfoProto]) -> tuple[TensorSpec, ...]:
+def specs(values: Iterable[ValueInfoProto]) -> tuple[TensorSpec, ...]:
+    """Of a graph's inputs or outputs."""
     from onnx import helper
 
     def spec(value: ValueInfoProto) -> TensorSpec:

@@ -32,7 +32,8 @@ class Options(Strict):
     """Build options of ONNX Runtime."""
 
     providers: tuple[Literal["cpu", "cuda", "tensorrt"], ...] = Field(("cpu",), min_length=1, strict=False)
-    """Execution providers to build for; each has rows of its own (onnxruntime, onnxruntime-cuda, onnxruntime-tensorrt)."""
+    """Execution providers to build for; each has rows of its own (onnxruntime, onnxruntime-cuda, onnxruntime-tensorrt). cuda and
+    tensorrt: not yet tried on a GPU."""
 
     @field_validator("providers")
     @classmethod

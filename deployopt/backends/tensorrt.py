@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,9 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact, Availability
-from deployopt.backends import BuildRequest, _shared, _tensorrt
+from deployopt.backends import BuildRequest, _shared, _tensorrt, _trial
 from deployopt.errors import BackendUnavailable
-from deployopt.runtime.cuda import find_gpus, names_of
+from deployopt.runtime.cuda import Gpu, find_gpus, names_of
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
 from deployopt.runtime.tensorrt import BuildOptions
@@ -21,23 +22,28 @@ from deployopt.runtime.tensorrt_vendor import load_vendor
 from deployopt.runtime.tensorrt_versions import is_weakly_typed, not_offered
 from deployopt.store import cache_home
 
-distributions = ("tensorrt",)
+distributions = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 build_depends_on_machine = True
 
 _VENDOR = "tensorrt"
+_INSTALL = "pip install 'deployopt[tensorrt]'"  # the package for CUDA 13
+_INSTALL_CUDA_12 = "pip install 'deployopt[tensorrt-cu12]'"
+_OTHERS = "tensorrt tensorrt-cu13 tensorrt-cu13-libs tensorrt-cu13-bindings"  # which hold the same module
 
 
 class Options(_tensorrt.BuildOptionsModel):
-    """Build options of TensorRT."""
+    """Build options of TensorRT. Not yet tried on a GPU."""
 
     workspace_mib: int | None = Field(None, ge=1)
-    """Scratch memory in MiB that a layer may use; by default all of the GPU's memory."""
+    """Scratch memory in MiB that a layer may use; by default all of the GPU's memory. Not yet tried on a GPU."""
     optimization_level: int = Field(3, ge=0, le=5)
-    """0 builds fastest, 5 searches longest for faster kernels."""
+    """0 builds fastest, 5 searches longest for faster kernels. Not yet tried on a GPU."""
     timing_cache: bool = True
-    """Keep the timings of kernels in deployopt's cache folder, a file for each TensorRT version and GPU, so that later builds are faster and choose alike."""
+    """Keep the timings of kernels in deployopt's cache folder, a file for each TensorRT version and GPU, so that later builds are faster and choose alike.
+    Not yet tried on a GPU."""
     error_on_timing_cache_miss: bool = False
-    """Fail where a kernel had to be timed, so that a rebuild is known to have chosen from the timings of the build before."""
+    """Fail where a kernel had to be timed, so that a rebuild is known to have chosen from the timings of the build before. Not yet tried on a
+    GPU."""
 
     @model_validator(mode="after")
     def _cache_to_miss(self) -> Options:
@@ -48,17 +54,26 @@ class Options(_tensorrt.BuildOptionsModel):
 
 def probe() -> Availability:
     found = _shared.probe(partial(load_vendor, _VENDOR), _offered)
-    return found if found.version else _without_driver(found)
+    return found if found.version else _without_package(found)
 
 
-def _without_driver(found: Availability) -> Availability:
-    """Where the package is lacking: the driver, if it is lacking too, so that both are mended at once."""
+def _without_package(found: Availability) -> Availability:
+    """What to install depends on the driver; where that is lacking too, both are told, so that they are mended at once."""
     try:
-        find_gpus()
+        gpus = find_gpus()
     except BackendUnavailable as exc:
         remedies = [remedy for remedy in (found.remedy, exc.remedy) if remedy]
         return replace(found, reason=f"{found.reason}; {exc.message}", remedy="; ".join(remedies) or None)
-    return found
+    return replace(found, remedy=_install(gpus)) if found.remedy == _INSTALL else found
+
+
+def _install(gpus: Sequence[Gpu], instead_of: str = "") -> str:
+    """The command that brings a TensorRT for the CUDA version that the driver serves: of 10.13 and later there are packages for 12 and for 13."""
+    served = gpus[0].cuda_driver
+    major = int(served.partition(".")[0])
+    if major < 12:
+        return f"update the NVIDIA driver: it serves CUDA {served}, and TensorRT's packages are for 12 and 13; then {_INSTALL}"
+    return f"{instead_of}{_INSTALL_CUDA_12} (the driver serves CUDA {served})" if major == 12 else _INSTALL
 
 
 def _offered(trt: Vendor) -> Availability:
@@ -67,7 +82,8 @@ def _offered(trt: Vendor) -> Availability:
         gpus = find_gpus()
     except BackendUnavailable as exc:
         return Availability(False, False, trt.__version__, None, exc.message, offered, exc.remedy)
-    return Availability(True, True, trt.__version__, names_of(gpus), None, offered)
+    tried = _trial.take(_VENDOR, 0, (), _install(gpus, f"pip uninstall {_OTHERS}; "))
+    return Availability(tried.runs, tried.builds, trt.__version__, names_of(gpus), tried.reason, offered, tried.remedy)
 
 
 def prepare(canonical: Path, precision: str, out: Path) -> Path:

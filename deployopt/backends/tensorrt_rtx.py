@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact, Availability
-from deployopt.backends import BuildRequest, _shared, _tensorrt
+from deployopt.backends import BuildRequest, _shared, _tensorrt, _trial
 from deployopt.errors import BackendUnavailable, BuildFailed
 from deployopt.runtime.cuda import Gpu, device_index, find_gpu, find_gpus, names_of
 from deployopt.runtime.progress import Progress
@@ -54,8 +54,13 @@ def _offered(trt: Vendor) -> Availability:
     except BackendUnavailable as exc:
         return Availability(False, True, trt.__version__, None, f"{exc.message}; engines are built ahead of time and not run", _PRECISIONS, exc.remedy)
     reason = _unserved(trt, gpus)
-    remedy = "build for this GPU with the backend tensorrt, or run these engines on a machine with a GPU that is served" if reason else None
-    return Availability(reason is None, True, trt.__version__, names_of(gpus), reason, _PRECISIONS, remedy)
+    if reason is not None:
+        other = "build for this GPU with the backend tensorrt, or run these engines on a machine with a GPU that is served"
+        return Availability(False, True, trt.__version__, names_of(gpus), reason, _PRECISIONS, other)
+    known = compute_capabilities(trt)
+    index, served = next((i, gpu.compute_capability) for i, gpu in enumerate(gpus) if gpu.compute_capability in known)
+    tried = _trial.take(_VENDOR, index, (served,), "update the NVIDIA driver to one that serves CUDA 13")
+    return Availability(tried.runs, True, trt.__version__, names_of(gpus), tried.reason, _PRECISIONS, tried.remedy)
 
 
 def _unserved(trt: Vendor, gpus: Sequence[Gpu]) -> str | None:

@@ -8,6 +8,7 @@ over all of them, and the ratio of two sessions is taken inside rounds.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -179,6 +180,11 @@ class _Run:
         return self.seconds < settings.min_seconds and self.runs < HEADLINE_RUNS
 
 
+def _builds_on_opening(opener: str) -> bool:
+    """As `backends.Backend` says. Whoever named a backend's opener has imported its module here; others' need not be."""
+    return bool(getattr(sys.modules.get(opener.partition(":")[0]), "builds_on_opening", False))
+
+
 class Group:
     """Children of everything compared, alive together. A context manager.
 
@@ -200,7 +206,7 @@ class Group:
         self.failures: dict[str, Failure] = {}
 
     def __enter__(self) -> Group:
-        """Open the sessions, at most one a core at a time: imports and compilation take memory and cores."""
+        """Open the sessions, at most one a core at a time: imports and compilation take memory and cores. Those that build an engine come last and alone."""
         try:
             self._meter = self._stack.enter_context(host.GpuMeter())
             workers = {}
@@ -209,10 +215,12 @@ class Group:
                 workers[key].spawn()
             with self._progress.track("open sessions", len(workers)) as bar, ThreadPoolExecutor(host.usable_cores()) as pool:
                 try:
-                    opening = {pool.submit(worker.start): key for key, worker in workers.items()}
-                    for future in as_completed(opening):
-                        self._opened(opening[future], workers[opening[future]], future)
-                        bar.advance(1, opening[future])
+                    alone = [key for key, s in self._subjects.items() if _builds_on_opening(s.opener)]
+                    for keys in ([key for key in workers if key not in alone], *([key] for key in alone)):
+                        opening = {pool.submit(workers[key].start): key for key in keys}
+                        for future in as_completed(opening):
+                            self._opened(opening[future], workers[opening[future]], future)
+                            bar.advance(1, opening[future])
                 except BaseException:  # the pool's threads wait for answers, and it for them
                     pool.shutdown(wait=False, cancel_futures=True)
                     for worker in workers.values():

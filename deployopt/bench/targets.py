@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +15,7 @@ from deployopt.bench.scenarios import ScenarioName
 from deployopt.errors import ArtifactError, ArtifactMismatch, MissingDependency, UsageError
 from deployopt.report import summary
 from deployopt.runtime import manifest
+from deployopt.runtime.onnxruntime_gpu import PROFILE
 from deployopt.runtime.preprocessing import PREPROCESSING_KEY, Preprocessing
 from deployopt.runtime.session import SessionOptions
 
@@ -128,14 +129,18 @@ def describe(target: Target) -> Description:
         found = Description(Preprocessing.from_json(read_description(target.path.parent)["preprocessing"]), None)
     elif target.kind == "engine":
         recorded = manifest.read(target.path)
-        largest = [ranges["max"][0] for profile in recorded.profiles for ranges in profile.values()]
-        found = Description(recorded.preprocessing, None, max(largest, default=None))
+        found = Description(recorded.preprocessing, None, _largest(recorded.profiles))
     else:
-        found = _onnx_description(target.path)
+        found = _onnx_description(target.path)._replace(max_batch=_largest([target.options.get(PROFILE, {})]))
     if found.classes is None and target.run is not None:
         classes = report.load(target.run).get("classes")
         found = found._replace(classes=None if classes is None else tuple(classes))
     return found
+
+
+def _largest(profiles: Iterable[Mapping[str, Mapping[str, Sequence[int]]]]) -> int | None:
+    """The most images that optimisation profiles allow at once; None if they limit nothing."""
+    return max((ranges["max"][0] for profile in profiles for ranges in profile.values()), default=None)
 
 
 def precision_of(path: Path) -> Precision:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from deployopt import __version__, backends, data, plugins
 from deployopt.bench.environment import environment, versions
 from deployopt.pipeline.binding import data_of
+from deployopt.pipeline.planning import visible_gpus
 from deployopt.runtime import host
 from deployopt.runtime.progress import Progress
 from deployopt.tasks import Task
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-REPORTED = ("torch", "torchvision", "torch-pruning", "torchao", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13", "numpy")
+REPORTED = (
+    *("torch", "torchvision", "torch-pruning", "torchao", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino"),
+    *("tensorrt", "tensorrt-cu12", "tensorrt-rtx-cu13", "numpy"),
+)
 
 TIMING_IMAGES = 256  # enough for eight buffers of 32
 
@@ -64,9 +68,12 @@ def timing_images(data_spec: str, progress: Progress) -> NDArray[np.uint8]:
 
 def diagnose() -> dict[str, Any]:
     """What this machine can train, build and run, and what to install for the rest."""
+    gpus, no_gpu = visible_gpus()  # from which the backends judge too
     return {
         "deployopt": __version__,
         "environment": environment(REPORTED),
+        "gpus": [gpu._asdict() for gpu in gpus],
+        "no_gpu": no_gpu,
         "backends": {name: asdict(backends.find(name).probe()) for name in backends.names()},
         "missing": {extra: gone for extra, needs in EXTRAS.items() if (gone := [d for d, v in versions(needs).items() if v is None])},
     }

@@ -183,7 +183,7 @@ def choose_device(asked: str, processes: int = 1) -> str:
     Raises:
         UsageError: no such kind of device. DeviceUnavailable: no such GPU, or fewer than processes.
     """
-    gpus, reason = ([], None) if asked == "cpu" else _gpus()
+    gpus, reason = ([], None) if asked == "cpu" else visible_gpus()
     if asked == "auto":
         asked = "cuda" if gpus else "cpu"
     if asked == "cpu":
@@ -215,11 +215,11 @@ def _model_parts(recipe: Recipe) -> dict[str, Any]:
 def _machine(device: str) -> dict[str, Any]:
     """What a choice made by timing depends on: `host.timing_facts`, and of several GPUs the one that is built for and timed on."""
     index = int(device.partition(":")[2] or 0)  # of "cpu" the first: backends that compute on a GPU take that one
-    gpus, _ = _gpus()
+    gpus, _ = visible_gpus()
     return {**host.timing_facts(), "gpu": gpus[index]._asdict() if gpus else None}
 
 
-def _gpus() -> tuple[list[Gpu], str | None]:
+def visible_gpus() -> tuple[list[Gpu], str | None]:
     """GPUs by CUDA's index, which heeds CUDA_VISIBLE_DEVICES as NVML's does not; or none, and why."""
     from deployopt.runtime.cuda import find_gpus  # loads NumPy
 

@@ -15,8 +15,8 @@ def render(facts: Mapping[str, Any], console: Console) -> None:
     cpu = where["cpu"]
     console.print(f"deployopt {facts['deployopt']}, Python {where['python']}, {where['os']}")
     console.print(f"CPU: {cpu['model']}, {cpu['cores']} cores, {' '.join(cpu['isa']) or 'no ISA flags of interest'}")
-    gpus = where["gpus"]
-    console.print("GPU: " + ("; ".join(f"{g['name']} (driver {g['driver']})" for g in gpus) if gpus else "none with a working NVIDIA driver"))
+    for line in [_gpu(index, gpu) for index, gpu in enumerate(facts["gpus"])] or [f"GPU: none: {facts['no_gpu']}"]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     installed = [f"{name} {version}" for name, version in where["versions"].items() if version]
     console.print("packages: " + (", ".join(installed) or "none of those that deployopt uses"), soft_wrap=True)
     for extra, packages in facts["missing"].items():
@@ -30,6 +30,11 @@ def render(facts: Mapping[str, Any], console: Console) -> None:
     for name, backend in facts["backends"].items():
         if backend["builds"]:
             _not_offered(name, backend["precisions"], console)
+
+
+def _gpu(index: int, gpu: Mapping[str, Any]) -> str:
+    driver = f"driver {gpu['driver']}, which serves CUDA" if gpu["driver"] else "driver for CUDA"
+    return f"GPU {index}: {gpu['name']}, compute capability {gpu['compute_capability']}, {driver} {gpu['cuda_driver']}"
 
 
 def _table(backends: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -138,6 +138,13 @@ def read_engine(engine: Path) -> Tuple[Manifest, bytes]:
     return manifest, plan
 
 
+def _package(manifest: Manifest) -> str:
+    """That holds the library which built the engine. `tensorrt` is the package for CUDA 13."""
+    if manifest.vendor == "tensorrt" and (manifest.cuda or "").startswith("12."):
+        return "tensorrt-cu12"
+    return _PACKAGES.get(manifest.vendor, manifest.vendor)
+
+
 def check_version(engine: Path, manifest: Manifest, vendor: str, version: str) -> None:
     """Refuse an engine of another vendor, version or platform than these.
 
@@ -146,7 +153,7 @@ def check_version(engine: Path, manifest: Manifest, vendor: str, version: str) -
     """
     wanted, here = f"{manifest.vendor} {manifest.version} on {manifest.platform}", f"{vendor} {version} on {this_platform()}"
     if wanted != here:
-        install = f"; or pip install '{_PACKAGES.get(manifest.vendor, manifest.vendor)}=={manifest.version}'" if manifest.platform == this_platform() else ""
+        install = f"; or pip install '{_package(manifest)}=={manifest.version}'" if manifest.platform == this_platform() else ""
         raise ArtifactMismatch(f"{engine.name} was built by {wanted}; here is {here}", f"{rebuild(engine)} (on this machine){install}")
 
 

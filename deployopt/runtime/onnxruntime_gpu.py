@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from deployopt.errors import BackendUnavailable, ProviderFallback
+from deployopt.errors import BackendUnavailable, ProviderFallback, UsageError
 from deployopt.runtime import onnxruntime_session
 from deployopt.runtime.cuda import Cuda, Gpu, Pinned, device_index, find_gpu
 from deployopt.runtime.feeds import check_feeds
@@ -31,7 +31,8 @@ CUDA_NOT_OFFERED = {  # docs/OperatorKernels.md, CUDAExecutionProvider
     "int8": _NO_INT8,
     "int8_fp16": _NO_INT8,
 }
-_TENSORRT_PACKAGE = "tensorrt>=10,<11"  # onnxruntime-gpu 1.31.1's provider is linked to libnvinfer.so.10
+_TENSORRT_VERSIONS = ">=10,<11"  # onnxruntime-gpu 1.31.1's provider is linked to libnvinfer.so.10
+PROFILE = "profile"  # in a session's `extra`: the shapes that the TensorRT provider builds its one engine for, as `runtime.tensorrt.Ranges`
 _TENSORRT_FLAGS = {"fp32": (), "fp16": ("fp16",), "bf16": ("bf16",), "int8": ("int8",), "int8_fp16": ("int8", "fp16")}
 
 
@@ -60,7 +61,10 @@ def require(provider: str, device: str = "cpu") -> Gpu:
 def _install(ort: Any, provider: str) -> str:
     """The command that brings a provider with the libraries it is linked to."""
     command = f"pip install 'onnxruntime-gpu[cuda,cudnn]=={ort.__version__}' (with the CUDA and cuDNN that it was built for)"
-    return f"{command}; pip install '{_TENSORRT_PACKAGE}'" if provider == TENSORRT else command
+    if provider != TENSORRT:
+        return command
+    major = str(getattr(ort, "cuda_version", "")).partition(".")[0]  # "" where ONNX Runtime is built for CPUs alone
+    return f"{command}; pip install 'tensorrt{f'-cu{major}' if major else ''}{_TENSORRT_VERSIONS}'"
 
 
 def _require_libraries(ort: Any, provider: str) -> None:
@@ -104,11 +108,24 @@ def fallback(wanted: str, registered: Sequence[str], assigned: Sequence[Tuple[st
     return f"{wanted} takes {len(assigned) - len(elsewhere)} of {len(assigned)} nodes, {where} the others: {named}"
 
 
-def provider_options(provider: str, precision: str, index: int) -> Dict[str, str]:
-    """Of an `onnxruntime.InferenceSession`. TensorRT's networks are weakly typed there: flags allow what the graph's types say."""
+def provider_options(provider: str, precision: str, index: int, profile: Mapping[str, Mapping[str, Sequence[int]]]) -> Dict[str, str]:
+    """Of an `onnxruntime.InferenceSession`. TensorRT's networks are weakly typed there: flags allow what the graph's types say.
+
+    With a profile the TensorRT provider builds one engine for all batch sizes, when the session opens. Without one it takes its range from the inputs that
+    come, and builds anew whenever one lies outside: then batches of 1 and of 8, and timing and scoring, may run different engines.
+    No engine cache is kept: ONNX Runtime would deserialise what lies there, which is native code, unchecked.
+
+    Args:
+        profile: `PROFILE`'s value; {} where no input is dynamic, or nothing is known of the inputs to come.
+    """
     if provider == CUDA:
         return {"device_id": str(index), "use_tf32": "0"}  # a 10-bit mantissa is not FP32
-    return {"device_id": str(index), **{f"trt_{flag}_enable": "1" for flag in _TENSORRT_FLAGS[precision]}}
+    shapes = {
+        f"trt_profile_{bound}_shapes": ",".join(f"{name}:{'x'.join(map(str, shapes[bound]))}" for name, shapes in profile.items())
+        for bound in ("min", "opt", "max")
+        if profile
+    }
+    return {"device_id": str(index), **{f"trt_{flag}_enable": "1" for flag in _TENSORRT_FLAGS[precision]}, **shapes}
 
 
 def create(path: Path, provider: str, options: SessionOptions, optimized: Optional[Path] = None, profile: Optional[Path] = None) -> Any:
@@ -127,7 +144,7 @@ def create(path: Path, provider: str, options: SessionOptions, optimized: Option
     if provider == TENSORRT:
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # cuBLAS, cuDNN and TensorRT read it when they are loaded
     require(provider, options.device)
-    asked = (provider, provider_options(provider, options.precision, device_index(options.device)))
+    asked = (provider, provider_options(provider, options.precision, device_index(options.device), options.extra.get(PROFILE, {})))
     session = onnxruntime_session.create(path, options.threads, {_RECORD: "1"}, optimized, profile, providers=[asked])
     session.disable_fallback()  # of `run`, which would go on on the CPU after an error
     reason = fallback(provider, session.get_providers(), assignment(session))
@@ -143,14 +160,18 @@ def assignment(session: Any) -> List[Tuple[str, str]]:
 
 
 def open_session(path: Path, provider: str, options: SessionOptions) -> "OnnxRuntimeGpuSession":
-    """Open an ONNX file. The TensorRT provider builds its engine at the first inference of a shape, which may take minutes.
+    """Open an ONNX file. The TensorRT provider builds its engine meanwhile, which may take minutes; without a profile, at the first inference of a shape.
+
+    Args:
+        options: `extra` may have `PROFILE`.
 
     Raises:
         BackendUnavailable: also where the provider does not execute this precision. DeviceUnavailable, ProviderFallback, ArtifactMismatch: as `create`.
     """
     if provider == CUDA and options.precision in CUDA_NOT_OFFERED:
         raise BackendUnavailable(CUDA_NOT_OFFERED[options.precision], "open the FP32 or FP16 model, or use the TensorRT provider")
-    return OnnxRuntimeGpuSession(partial(create, path, provider, options), device_index(options.device))
+    largest = {name: shapes["max"] for name, shapes in options.extra.get(PROFILE, {}).items()}
+    return OnnxRuntimeGpuSession(partial(create, path, provider, options), device_index(options.device), largest)
 
 
 class OnnxRuntimeGpuSession(OnnxRuntimeSession):
@@ -161,13 +182,31 @@ class OnnxRuntimeGpuSession(OnnxRuntimeSession):
     Args:
         create: as `OnnxRuntimeSession` takes it.
         index: of the GPU.
+        largest: shapes that the engine behind it takes, by input; ONNX Runtime would build another for larger ones.
     """
 
-    def __init__(self, create: Create, index: int) -> None:
+    def __init__(self, create: Create, index: int, largest: Optional[Mapping[str, Sequence[int]]] = None) -> None:
         super().__init__(create, streams=1)
         self._index = index
+        self._largest = largest or {}
         self._cuda: Optional[Cuda] = None
         self._pinned: List[Pinned] = []
+
+    def infer(self, feed: Feed) -> Dict[str, Array]:
+        """As `session.Session`.
+
+        Raises:
+            UsageError: also where a batch is larger than those that the engine was built for.
+        """
+        self._check_batch(feed)
+        return super().infer(feed)
+
+    def _check_batch(self, feed: Feed) -> None:
+        for name, shape in self._largest.items():
+            if name in feed and feed[name].shape[:1] > tuple(shape[:1]):
+                raise UsageError(
+                    f"input '{name}': a batch of {len(feed[name])}; the engine is for up to {shape[0]}", "build it with this batch size in batch_sizes"
+                )
 
     def load(self, feeds: Sequence[Feed]) -> Loaded:
         check_feeds(feeds, self.inputs)

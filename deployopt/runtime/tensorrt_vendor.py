@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 DRIVER_NOISE = "CUDA driver version is insufficient"  # follows every error on a machine without a driver, whatever the error
 _JETSON = Path("/etc/nv_tegra_release")  # there on every Jetson
-_JETPACK = "sudo apt install nvidia-jetpack, and a virtual environment made with --system-site-packages: on a Jetson TensorRT comes with JetPack"
+_JETPACK = (
+    "sudo apt install nvidia-jetpack, with which TensorRT comes on a Jetson: on JetPack 7 (Python 3.12), in a virtual environment made with "
+    "--system-site-packages; those of JetPack 5 and 6 are for Python 3.8 and 3.10, where deployopt.runtime works and these commands, which need 3.11, do not"
+)
 
 
 def usable(trt: Any) -> bool:

@@ -70,7 +70,7 @@ class Config(StageConfig):
     """Relative fall of a GPU's SM clock during the measurement above which its rows are marked invalid."""
     cuda_graph: bool = False
     """Launch engines of the backend tensorrt as one CUDA graph each, which saves the host's time between kernels; where one cannot be captured, kernels are
-    launched one by one. Each row's contract says which."""
+    launched one by one. Each row's contract says which. Not yet tried on a GPU."""
     accuracy: bool = True
     """Score every artifact on the test split. In classification, one that answers otherwise than its own torch network on more than 0.5 % of at least 200
     images has a note that says so."""

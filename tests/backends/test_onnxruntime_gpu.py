@@ -1,16 +1,21 @@
 """ONNX Runtime's GPU providers as backends: named, probed and prepared anywhere; built where there is a GPU."""
 
+from dataclasses import replace
+
 import onnx
 import pytest
 from residual_onnx import LAYERS, quantized, residual
 
 from deployopt import backends
-from deployopt.backends import BuildRequest
+from deployopt.backends import BuildRequest, _onnx, _onnxruntime_tensorrt
 from deployopt.backends.onnxruntime import layers_by_precision
+from deployopt.bench.targets import Target, describe
 from deployopt.errors import BackendUnavailable, UsageError
 from deployopt.graph.canonical import canonicalize
 from deployopt.graph.casts import cast
 from deployopt.runtime.hashing import sha256_file
+from deployopt.runtime.onnxruntime_gpu import PROFILE
+from deployopt.runtime.onnxruntime_session import PROVIDER
 from deployopt.runtime.progress import SilentProgress
 
 NAMES = ("onnxruntime-cuda", "onnxruntime-tensorrt")
@@ -56,9 +61,31 @@ def test_without_a_gpu_a_build_says_what_is_missing(tmp_path, name):
         pytest.skip(f"{name} works here")
     onnx.save(canonicalize(residual()), tmp_path / "prepared.onnx")
     (tmp_path / "out").mkdir()
-    with pytest.raises(BackendUnavailable) as caught:
+    with pytest.raises(BackendUnavailable, match=r"is built without .*ExecutionProvider|NVIDIA driver|does not load") as caught:
         backend.build(tmp_path / "prepared.onnx", tmp_path / "out", BuildRequest("fp32"), SilentProgress())
-    assert (caught.value.message, caught.value.remedy) == (backend.probe().reason, backend.probe().remedy)
+    assert "pip install" in caught.value.remedy or "driver" in caught.value.remedy
+
+
+def test_tensorrt_is_given_one_profile_which_every_session_opens_with(tmp_path):
+    """All of a build but the provider, whose place the CPU's takes."""
+    onnx.save(canonicalize(residual()), tmp_path / "prepared.onnx")
+    profile = _onnxruntime_tensorrt.profile_of(tmp_path / "prepared.onnx", (8, 1))
+    assert {name: (bounds["min"][0], bounds["opt"][0], bounds["max"][0]) for name, bounds in profile.items()} == {"image": (1, 8, 8)}
+    assert profile["image"]["max"][1:] == [d.dim_value for d in residual().graph.input[0].type.tensor_type.shape.dim][1:]
+    (tmp_path / "out").mkdir()
+    built = _onnx.build(
+        tmp_path / "prepared.onnx",
+        tmp_path / "out",
+        BuildRequest("fp32", (8, 1)),
+        SilentProgress(),
+        counter="deployopt.backends.onnxruntime:count_layers",
+        provider=PROVIDER,
+        options={PROFILE: profile},
+    )
+    assert built.metadata["options"] == {PROFILE: profile}
+    target = Target("model", built.path, "onnxruntime-tensorrt", "fp32", built.metadata["options"])
+    assert target.session_options(1, "cuda").extra[PROFILE] == profile
+    assert (describe(target).max_batch, describe(replace(target, options={})).max_batch) == (8, None)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])

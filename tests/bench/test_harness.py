@@ -1,7 +1,9 @@
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -246,3 +248,16 @@ def test_a_subject_without_images_is_left_out(model):
         found = group.measure({"b": IMAGES}, 1, "test images")
     assert list(found) == ["b"]
     assert found["b"].contract["interleaved_with"] == []
+
+
+def test_sessions_that_build_an_engine_are_opened_alone(model, tmp_path, monkeypatch):
+    import worker_openers
+
+    path = tmp_path / model.name
+    shutil.copy(model, path)
+    monkeypatch.setattr(host, "usable_cores", lambda: 4)
+    monkeypatch.setattr(worker_openers, "builds_on_opening", True, raising=False)
+    with Group([subject(name, path, "SlowOpening", name=name) for name in "abc"], SETTINGS, SilentProgress()) as group:
+        assert set(group.opened) == set("abc")
+    spans = sorted(tuple(map(float, file.read_text().split())) for file in tmp_path.glob("*.opened"))
+    assert all(ended <= began for (_, ended), (began, _) in pairwise(spans))

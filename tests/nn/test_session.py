@@ -1,6 +1,7 @@
 """A torch model behind the session interface."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,20 @@ def test_what_cannot_be_opened_is_said(folder: Path, tmp_path: Path) -> None:
 def test_a_device_that_is_not_there_is_named(folder: Path) -> None:
     with pytest.raises(DeviceUnavailable, match="wanted cuda:0, torch sees no CUDA device"):
         session.open(folder, SessionOptions(device="cuda:0", threads=1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("open_", [session.open, session.open_compiled])
+def test_on_a_gpu_the_outputs_are_the_cpus(folder: Path, open_: Callable[[Path, SessionOptions], session.TorchSession]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip(f"torch {torch.__version__} sees no GPU")
+    with session.open(folder, CPU) as reference, open_(folder, SessionOptions(device="cuda", threads=1)) as opened:
+        assert opened.provider == torch.cuda.get_device_name(0)
+        assert not torch.backends.cuda.matmul.allow_tf32
+        np.testing.assert_allclose(opened.infer({"input": FEED})["output"], reference.infer({"input": FEED})["output"], atol=1e-4)
+        loaded = opened.load([{"input": FEED}, {"input": FEED * 0}])
+        loaded.run(1)
+        assert loaded.device_ms() is None
 
 
 def test_a_quantised_network_runs_fake_quantised(tmp_path: Path) -> None:

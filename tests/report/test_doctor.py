@@ -19,11 +19,13 @@ FACTS = {
     "deployopt": "0.1.0",
     "environment": {
         "cpu": {"model": "AMD EPYC", "cores": 2, "isa": ["avx2"]},
-        "gpus": [],
+        "gpus": [{"name": "NVIDIA of NVML", "driver": "1.0"}],  # is not what the backends judge from
         "python": "3.11.7",
         "os": "Debian",
         "versions": {"torch": "2.15.0", "onnxruntime-gpu": None},
     },
+    "gpus": [],
+    "no_gpu": "no NVIDIA driver (libcuda.so.1 not found)",
     "missing": {"train": ["torchao"]},
     "backends": {
         "onnxruntime": backend(True, fp32=None, int8=None, fp16="computed in FP32"),
@@ -34,9 +36,9 @@ FACTS = {
 }
 
 
-def shown(width):
+def shown(width, **facts):
     console = Console(file=io.StringIO(), width=width)
-    doctor.render(FACTS, console)
+    doctor.render({**FACTS, **facts}, console)
     return console.file.getvalue()
 
 
@@ -52,6 +54,15 @@ def test_each_backend_and_provider_has_a_line_and_its_remedy_can_be_copied(width
     assert f"  → {INSTALL}" in lines
     assert lines[lines.index("tensorrt: not installed") + 1] == "  → pip install 'deployopt[tensorrt]'"
     assert all(len(line) <= width for line in lines if "→" not in line)
+
+
+def test_a_gpu_is_told_with_what_decides_which_packages_fit_it():
+    hopper = {"name": "NVIDIA H100", "compute_capability": "9.0", "cuda_driver": "12.4", "driver": "550.54"}
+    lines = shown(80, gpus=[hopper, {**hopper, "driver": None}], no_gpu=None).splitlines()
+    assert "GPU 0: NVIDIA H100, compute capability 9.0, driver 550.54, which serves CUDA 12.4" in lines
+    assert "GPU 1: NVIDIA H100, compute capability 9.0, driver for CUDA 12.4" in lines
+    assert "GPU: none: no NVIDIA driver (libcuda.so.1 not found)" in shown(80)
+    assert "NVML" not in shown(80)
 
 
 def test_precisions_are_explained_where_the_backend_works():

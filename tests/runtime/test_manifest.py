@@ -149,3 +149,14 @@ def test_bytes_are_checked_first_then_version_then_gpu(tmp_path):
     engine.write_bytes(b"plaN")
     with pytest.raises(ArtifactCorrupt):
         opened(engine)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "cuda", "package"),
+    [("tensorrt", "12.9", "tensorrt-cu12"), ("tensorrt", "13.2", "tensorrt"), ("tensorrt", None, "tensorrt"), ("tensorrt_rtx", "12.9", "tensorrt-rtx-cu13")],
+)
+def test_the_package_of_another_version_is_the_one_for_the_engines_cuda(tmp_path, vendor, cuda, package):
+    described = describe(b"plan", vendor=vendor, cuda=cuda, version="11.2.1")
+    with pytest.raises(ArtifactMismatch) as caught:
+        manifest.check_version(tmp_path / "a.engine", described, vendor, "11.4.0")
+    assert caught.value.remedy.endswith(f"; or pip install '{package}==11.2.1'")

@@ -65,6 +65,7 @@ def test_on_a_jetson_tensorrt_comes_with_jetpack(monkeypatch, tmp_path):
     with pytest.raises(BackendUnavailable) as caught:
         vendor.load_vendor("tensorrt")
     assert caught.value.remedy.startswith("sudo apt install nvidia-jetpack")
+    assert "JetPack 5 and 6 are for Python 3.8 and 3.10, where deployopt.runtime works and these commands, which need 3.11, do not" in caught.value.remedy
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists a process's libraries in /proc")
@@ -123,6 +124,17 @@ def test_build_reports_specs_seconds_and_execution(trt):
     assert built.reason is None
     assert built.execution is not None
     assert built.execution.executed == {"fp32": 1}
+
+
+def test_workspace_and_level_reach_the_builder(trt):
+    """TensorRT-RTX takes them too, so they are tried here; deployopt offers them for TensorRT alone."""
+    wanted = AMPERE._replace(workspace_mib=64, optimization_level=1)
+    logger = vendor.make_logger(trt)
+    builder = trt.Builder(logger)
+    config = rt._configure(trt, builder, logger, wanted, "fp32")
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 64 << 20
+    assert config.builder_optimization_level == 1
+    assert len(rt.build_engine(trt, convolution(), wanted).plan) > 10_000
 
 
 class Recorder(SilentProgress):

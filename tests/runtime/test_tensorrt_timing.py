@@ -9,7 +9,6 @@ from deployopt.runtime import tensorrt as rt
 from deployopt.runtime.cuda import Gpu
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.tensorrt_timing import TimingCache, path_of
-from deployopt.runtime.tensorrt_vendor import make_logger
 
 HOPPER = Gpu("NVIDIA H100 80GB HBM3", "9.0", "13.0")
 
@@ -123,20 +122,3 @@ def test_options_are_recorded_without_this_machines_folders(tmp_path):
     given = options(tmp_path, optimization_level=0)
     assert rt.BuildOptions.from_json(given.to_json()) == given
     assert given.recorded() == {"batch_sizes": [1], "optimization_level": 0, "timing_cache": True, "tf32": False}
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorRT-RTX has no use for the cache, and says so
-@pytest.mark.parametrize("stored", [None, b"", b"junk" * 100])
-def test_the_vendors_library_starts_anew_where_it_cannot_read_the_file(tmp_path, stored):
-    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'deployopt[tensorrt-rtx]'")
-    logger = make_logger(trt)
-    builder = trt.Builder(logger)
-    path = tmp_path / "a.timing"
-    if stored is not None:
-        path.write_bytes(stored)
-    timing = TimingCache(builder.create_builder_config(), path)
-    timing.store()
-    assert timing.use == "new"
-    again = TimingCache(builder.create_builder_config(), path)
-    again.store()
-    assert len(path.read_bytes()) > 100

@@ -169,3 +169,13 @@ def with_arguments(path, options):
     session = OnnxRuntimeSession(path, options)
     session.provider = repr((path.name, options.threads, options.device, options.precision, dict(options.extra)))
     return session
+
+
+class SlowOpening(OnnxRuntimeSession):
+    """Writes when its opening began and ended, by the machine's clock."""
+
+    def __init__(self, path, options):
+        began = time.monotonic()
+        super().__init__(path, options)
+        time.sleep(0.3)
+        (path.parent / f"{options.extra['name']}.opened").write_text(f"{began} {time.monotonic()}")
