@@ -51,8 +51,8 @@ class Config(StageConfig):
     """ONNX operator set. BF16 files have at least 22, the first whose convolution takes it."""
     precisions: tuple[Precision, ...] = Field(default=("fp32", "fp16", "bf16", "int8"), min_length=1, strict=False)
     """Files to make: of float variants those of fp32, fp16 and bf16; of quantised variants int8 (FP32 around the INT8 layers) and int8_fp16 (FP16 there,
-    for TensorRT, not yet tried on a GPU). Each is run by ONNX Runtime on validation images, in batches of 1, 2, 7 and 64, and held to the torch network, or the fake-quantised one; of
-    bf16 the graph with the weights' rounding, but not that of activations, as ONNX Runtime has no BF16 convolution on CPUs."""
+    for TensorRT, not yet tried on a GPU). Each is run by ONNX Runtime on validation images, in batches of 1, 2, 7 and 64, and held to the torch network, or
+    the fake-quantised one; of bf16 the graph with the weights' rounding, but not that of activations, as ONNX Runtime has no BF16 convolution on CPUs."""
 
     @field_validator("precisions")
     @classmethod
