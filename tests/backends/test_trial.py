@@ -10,6 +10,7 @@ import pytest
 from deployopt.backends import _trial, tensorrt, tensorrt_rtx
 from deployopt.errors import BackendUnavailable
 from deployopt.pipeline import inspection
+from deployopt.pipeline.planning import visible_gpus
 from deployopt.runtime import cuda
 from deployopt.runtime.cuda import Gpu
 
@@ -98,6 +99,9 @@ def test_the_extras_that_remedies_name_are_there(repository):
     assert "nvidia-cuda-runtime>=13,<14" in extras["tensorrt-rtx"]
 
 
-def test_gpus_are_told_as_the_backends_see_them(monkeypatch):
-    monkeypatch.setattr(inspection, "find_gpus", lambda: [ada()])
-    assert inspection._gpus() == {"gpus": [ada()._asdict()], "no_gpu": None}
+def test_doctor_tells_gpus_as_the_backends_see_them(monkeypatch):
+    monkeypatch.setattr(cuda, "find_gpus", lambda: [ada()])
+    assert visible_gpus() == ([ada()], None)
+    monkeypatch.setattr(inspection.backends, "names", list)  # they would try the GPU out
+    found = inspection.diagnose()
+    assert (found["gpus"], found["no_gpu"]) == ([ada()._asdict()], None)
