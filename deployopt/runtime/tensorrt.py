@@ -108,7 +108,8 @@ def _started(trt: Vendor, kind: Callable[["Logger"], T], logger: "Logger") -> T:
     try:
         return kind(logger)
     except TypeError as exc:  # pybind11: "factory function returned nullptr"
-        said = clean(" ".join(text for severity, text in logger.messages if severity in ("WARNING", "ERROR", "INTERNAL_ERROR")))
+        texts = dict.fromkeys(text for severity, text in logger.messages if severity in ("WARNING", "ERROR", "INTERNAL_ERROR"))  # it repeats itself
+        said = clean(" ".join(texts))
         raise BackendUnavailable(
             f"{product(trt)} cannot start: {said or exc}", "update the NVIDIA driver, or install a TensorRT for the CUDA version that it serves (`nvidia-smi`)"
         ) from exc
