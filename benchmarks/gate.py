@@ -38,6 +38,7 @@ from deployopt.runtime.statistics import Ratio, paired_ratio, ratio_over_lifetim
 
 RESULTS = Path(__file__).resolve().parent / "results"
 STORED = RESULTS / "gate.json"
+QUICK_S = 60  # a comparison that finds 5 % may take
 COUNTS = ("aa", "slow", "longer", "resamples")  # options that may differ between calls
 Lifetime = tuple[list[float], list[float]]  # block medians in ms: base, new
 
@@ -126,14 +127,12 @@ def evaluate(recorded: dict[str, list[dict[str, Any]]], arguments: argparse.Name
         ("slow", "5 % slower, live: found", "≥ 95 %"),
         ("longer", "3 % slower, longer budget, live: found", "≥ 95 %"),
     ):
-        rows.append((what, share([beyond(t["ratio"]) for t in recorded[name]]), wanted))
-        rows.append(
-            (
-                f"{what.split(',')[0]}: longest comparison",
-                f"{max((t['seconds'] for t in recorded[name]), default=0):.0f} s",
-                "" if name == "longer" else "≤ 60 s",
-            )
-        )
+        trials = recorded[name]
+        rows.append((what, share([beyond(t["ratio"]) for t in trials]), wanted))
+        if name == "slow":
+            rows.append((f"{what} within {QUICK_S} s", share([beyond(t["ratio"]) and t["seconds"] <= QUICK_S for t in trials]), wanted))
+        seconds = [t["seconds"] for t in trials] or [0.0]
+        rows.append((f"{what.partition(', live')[0]}: a comparison takes", f"{np.median(seconds):.0f} s (median), {max(seconds):.0f} s (longest)", ""))
     for name, how, what, wanted in (
         ("aa", (arguments.lifetimes, arguments.precision), "A/A, resampled: false alarms", "≤ 1 %"),
         ("slow", (arguments.lifetimes, arguments.precision), "5 % slower, resampled: found", "≥ 95 %"),
