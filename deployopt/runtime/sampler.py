@@ -6,7 +6,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from threading import Barrier
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -57,10 +57,10 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def time_once(loaded: Loaded, index: int = 0) -> float:
-    """Milliseconds of one run, as for the first inference of a session."""
+def time_once(call: Callable[[], object]) -> float:
+    """Milliseconds of one call, as for the first inference of a session."""
     start = now_ns()
-    loaded.run(index)
+    call()
     return seconds_since(start) * 1e3
 
 

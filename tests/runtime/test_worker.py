@@ -26,6 +26,13 @@ def worker(path, opener="OnnxRuntimeSession", timeout_s=60.0, **extra):
     return Worker(f"worker_openers:{opener}", path, SessionOptions(extra=extra), timeout_s)
 
 
+def test_the_first_inference_is_the_one_before_everything_else(model):
+    with worker(model, "SlowFirstSession") as w:
+        w.start()
+        assert w.load(IMAGES) >= 50
+        assert w.load(IMAGES) < 50
+
+
 @pytest.mark.parametrize("opener", ["OnnxRuntimeSession", "OpenVinoSession"])
 def test_session_answers_from_its_child(model, opener):
     import onnxruntime
