@@ -277,7 +277,11 @@ def doctor(json_: JsonOption = False) -> None:
 def bench(
     artifacts: Annotated[
         list[str],
-        typer.Argument(metavar="ARTIFACT...", help=".onnx, engine, model.safetensors, run, or RUN:variant/backend/precision/b1.", show_default=False),
+        typer.Argument(
+            metavar="ARTIFACT...",
+            help=".onnx, engine or model.safetensors that takes images [N, C, H, W], run, or RUN:variant/backend/precision/b1.",
+            show_default=False,
+        ),
     ],
     backend: Annotated[str | None, typer.Option(help="Runtime; by default the row's, or from the file's kind.")] = None,
     batch: Annotated[str | None, typer.Option(metavar="N[,N...]", help="Batch sizes; by default the one that a row's address ends in, else 1.")] = None,

@@ -238,7 +238,7 @@ def contract_lines(rows: Sequence[JsonRow], environment: Mapping[str, Any] | Non
     lines = [
         SEPARATOR.join(part for part in what if part),
         SEPARATOR.join([_blocks(contracts), *_inputs(contracts)]),
-        SEPARATOR.join([_warm_up(contracts), *_load(contracts), "p50 and images/s: medians over blocks, intervals: their 95 % bootstrap"]),
+        SEPARATOR.join([_warm_up(contracts), *_load(contracts), "p50 and images/s: medians over blocks of one process, intervals: their 95 % bootstrap"]),
     ]
     if profiled := [row["profile"] for row in rows if row.get("profile")]:
         how = SEPARATOR.join(dict.fromkeys(part for profile in profiled for part in str(profile["how"]).split(", ")))

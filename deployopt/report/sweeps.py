@@ -85,13 +85,12 @@ def throughput(row: JsonRow) -> str:
 
 
 def curves(rows: Iterable[JsonRow], axis: Axis, figure: Figure) -> Mapping[str, list[Curve]]:
-    """By variant: each session measured at three batch sizes or more, since the tables say two as well; or at two numbers of threads or more.
+    """By variant: each session measured at two batch sizes, or numbers of threads, or more.
 
     Over batch sizes with the run's own threads; over threads at the largest batch size. Latency is single stream's: under load it is not of interest.
     """
     valid = summary.measured(rows)
     own = {r.get("threads") for r in summary.own(valid)}
-    fewest = 3 if axis == "batch" else 2
     largest = max(summary.batches(valid), default=0)
     shown = [r for r in valid if (r.get("threads") in own if axis == "batch" else r["batch"] == largest)]
     if figure == "latency":
@@ -103,7 +102,7 @@ def curves(rows: Iterable[JsonRow], axis: Axis, figure: Figure) -> Mapping[str, 
     found: dict[str, list[Curve]] = {}
     for (variant, session, offline), members in sessions.items():
         points = sorted(((int(r[axis]), _value(r, figure), _tip(r, session)) for r in members), key=lambda p: p[0])
-        if len(points) >= fewest:
+        if len(points) >= 2:
             found.setdefault(variant, []).append(Curve(session, offline, points))
     return found
 

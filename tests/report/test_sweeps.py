@@ -26,8 +26,10 @@ def test_curves_go_over_batch_sizes_with_the_runs_own_threads(swept: dict[str, A
     assert offline[8] == pytest.approx(5 * single[8])
 
 
-def test_two_batch_sizes_make_no_curve(report: dict[str, Any]) -> None:
-    assert sweeps.curves(report["rows"], "batch", "throughput") == {}
+def test_one_batch_size_makes_no_curve(report: dict[str, Any]) -> None:
+    found = sweeps.curves(report["rows"], "batch", "throughput")
+    assert {len(c.points) for curves in found.values() for c in curves} == {2}
+    assert sweeps.curves([r for r in report["rows"] if r["batch"] == 1], "batch", "throughput") == {}
 
 
 def test_latency_is_of_single_streams_only(swept: dict[str, Any]) -> None:
