@@ -613,10 +613,11 @@ def _print_json(value: Any) -> None:
 
 
 def _integers(option: str, text: str) -> tuple[int, ...]:
+    """Each number once, in the order given."""
     parts = [p.strip() for p in text.split(",")]
     if not all(p.isdecimal() and int(p) > 0 for p in parts):
         raise UsageError(f"{option}: wanted positive whole numbers such as 1,8; found '{text}'")
-    return tuple(int(p) for p in parts)
+    return tuple(dict.fromkeys(int(p) for p in parts))
 
 
 def _finite(option: str, value: float | None) -> None:
@@ -630,12 +631,17 @@ def _limit(option: str, text: str | None, unit: str, scale: float) -> float | No
 
 
 def _quantity(option: str, text: str, unit: str, scale: float) -> float:
+    """A number with its unit, times `scale`. Without the unit 0.05 may be a share or 0.05 %, which are a hundredfold apart, so it is refused."""
+    number = text.strip().removesuffix(unit)
     try:
-        value = float(text.removesuffix(unit))
+        value = float(number)
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
         raise UsageError(f"{option}: wanted a number such as 5{unit}; found '{text}'")
+    if number == text.strip():
+        meant = dict.fromkeys(f"{v:g}{unit}" for v in ((value / scale, value) if value < 1 else (value,)))
+        raise UsageError(f"{option}: wanted a number with its unit, such as 5{unit}; found '{text}'", f"write {' or '.join(meant)}")
     return value * scale
 
 

@@ -68,9 +68,10 @@ def run_folder(tmp_path: Path, model: Path, rows: list[dict[str, Any]]) -> Path:
 def test_bench_speaks_json_and_prose(model: Path, rows: list[dict[str, Any]]) -> None:
     assert [r["variant"] for r in rows] == ["linear#1", "linear#2"]
     assert all(r["latency_ms"]["host"]["p50"] > 0 for r in rows)
-    done = deployopt("bench", model, model, "--seconds", "0.1", "--batch", "1,2", "--quiet", "--threads", "1")
+    done = deployopt("bench", model, model, "--seconds", "0.1", "--batch", "1,2,1", "--quiet", "--threads", "1")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+    assert done.stdout.count("linear#2  ") == 2  # a line a batch size, each of which is measured once
     assert "batch 1" in done.stdout
     assert "batch 2" in done.stdout
     assert "linear#2" in done.stdout

@@ -178,11 +178,13 @@ def _conditions(row: JsonRow, where: Mapping[str, Any]) -> dict[str, Any]:
     contract = row.get("contract") or {}
     inputs = contract.get("inputs") or {}
     cpu = where.get("cpu") or {}
+    on_cpu = str(row.get("provider")).startswith("CPU")  # "CPU", "CPUExecutionProvider"
     conditions: dict[str, Any] = {
         "CPU model": cpu.get("model"),
         "usable cores": cpu.get("cores"),
         "ISA": ", ".join(sorted(cpu.get("isa") or [])),
         "provider": row.get("provider"),
+        "device": contract.get("device") or ("cpu" if on_cpu else None),  # older reports do not hold it
         "target": row.get("target"),
         "scenario": row.get("scenario"),
         "options": row.get("options") or {},
@@ -194,7 +196,7 @@ def _conditions(row: JsonRow, where: Mapping[str, Any]) -> dict[str, Any]:
         "input shape": inputs.get("shape") or inputs.get("shapes"),
         "runtime version": _versions(backends.runtime_of(row["backend"]), where),
     }
-    if not str(row.get("provider")).startswith("CPU"):  # "CPU", "CPUExecutionProvider"
+    if not on_cpu:
         gpus = [g if isinstance(g, Mapping) else {"name": g} for g in where.get("gpus") or []]
         conditions["GPU model"] = [g.get("name") for g in gpus]
         conditions["driver"] = [g.get("driver") for g in gpus]

@@ -240,14 +240,15 @@ class Group:
         return outputs[self.opened[key].outputs[0].name]
 
     def checked(self, result: Measured, images: Images) -> Measured | Failure:
-        """What was measured, unless the session computes something that is no number for a batch of these images; one that died since is believed."""
+        """What was measured, unless any floating output is not finite for a batch of these images; a session that died since is believed."""
         if result.key not in self._workers:
             return result
         (batch,) = make_buffers(images, 1, result.batch, self._settings.seed)
         try:
-            finite = np.isfinite(self.infer(result.key, batch)).all()
+            outputs = self._workers[result.key].infer(batch).values()
         except DeployoptError as exc:
             return self._fail(result.key, exc)
+        finite = all(np.isfinite(values).all() for values in outputs if np.issubdtype(values.dtype, np.floating))
         return result if finite else Failure(f"its outputs are NaN or infinite for batches of {result.batch}")
 
     def profile(self, key: str, images: Images, batch: int, runs: int) -> list[LayerTime] | Failure | None:

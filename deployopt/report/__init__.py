@@ -16,7 +16,6 @@ from deployopt.runtime.files import atomic_write, atomic_write_json
 
 SCHEMA = 1
 FORMATS = ("terminal", "markdown", "html", "json", "junit")
-REQUIRED = {"variants": ("name",), "rows": ("variant", "backend", "precision", "batch", "status")}  # lists, and what each entry of them has
 TERMINAL_WIDTH = 100  # of a terminal report that is written to a file
 RERUN = "deployopt run RECIPE --run-dir RUN continues the run and writes its report again"
 
@@ -55,7 +54,7 @@ def load(path: Path) -> Report:
 
     Raises:
         UsageError: nothing there.
-        ArtifactError: empty, cut off, not a report, or of another schema.
+        ArtifactError: empty, cut off, not a report, of another schema, or with something in it that is not as renderers read it, NaN included.
     """
     file = path / "report.json" if path.is_dir() else path
     if not file.is_file():
@@ -64,20 +63,21 @@ def load(path: Path) -> Report:
         raise UsageError(f"wanted a run folder or a report.json: {path}: {found}", RERUN if path.is_dir() else "give the folder that `deployopt run` named")
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
+        not_finite = _first_not_finite(report)  # json reads NaN, Infinity and 1e999; no gate is ever missed by a NaN
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as exc:
         what = "is empty" if file.stat().st_size == 0 else f"is not whole JSON ({exc})"
         raise ArtifactError(f"{file} {what}", RERUN) from exc
     if not isinstance(report, dict) or "schema" not in report:
         raise ArtifactError(f'{file} is JSON but not a report: it has no "schema"', "give a run folder or its report.json")
+    if not_finite:
+        raise ArtifactError(f"{file} holds a figure that is not finite at {not_finite}", RERUN)
     if report["schema"] != SCHEMA:
         found = f"found schema {report['schema']!r} (written by deployopt {report.get('deployopt', 'of unknown version')})"
         raise ArtifactError(f"{file}: wanted report schema {SCHEMA}, {found}", "read it with that version of deployopt, or run the recipe again")
-    missing = [key for key in REQUIRED if not isinstance(report.get(key), list)]
-    if missing:
-        raise ArtifactError(f"{file}: the report has no list {' and '.join(repr(k) for k in missing)}", RERUN)
-    incomplete = _first_incomplete(report)
-    if incomplete:
-        raise ArtifactError(f"{file}: {incomplete}", RERUN)
+    from deployopt.report import form
+
+    if wrong := form.fault(report):
+        raise ArtifactError(f"{file}: {wrong}", RERUN)
     loaded = Report(report)
     loaded.folder = file.parent
     return loaded
@@ -106,16 +106,6 @@ def render(report: Mapping[str, Any], format: str) -> str:
     if format not in renderers:
         raise UsageError(f"unknown report format '{format}' (available: {', '.join(FORMATS)})")
     return renderers[format](report)
-
-
-def _first_incomplete(report: Mapping[str, Any]) -> str | None:
-    """What the first variant or row that is not whole lacks, as "rows[3] has no 'status'"; None if all are whole."""
-    for name, keys in REQUIRED.items():
-        for index, entry in enumerate(report[name]):
-            lacking = [repr(key) for key in keys if not isinstance(entry, Mapping) or key not in entry]
-            if lacking:
-                return f"{name}[{index}] has no {', '.join(lacking)}"
-    return None
 
 
 def _first_not_finite(value: Any, where: str = "report") -> str:

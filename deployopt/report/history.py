@@ -7,21 +7,47 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from markupsafe import Markup
+from pydantic import Field, FiniteFloat, TypeAdapter
+from typing_extensions import TypedDict  # typing's has no types that pydantic can read on Python 3.11
 
 from deployopt.errors import ArtifactError, UsageError
-from deployopt.report import charts, html, markdown, summary, units
+from deployopt.report import charts, form, html, markdown, summary, units
 from deployopt.report.summary import Report
 
 SCHEMA = 1
-REQUIRED = {"schema": int, "time": str, "run": str, "machine": dict, "task": dict, "rows": dict}
 BARS = "▁▂▃▄▅▆▇█"
 SPARKS = 20  # runs drawn in a table cell
 ROW_KEY = re.compile(r"(.+)/([^/]+)/([^/]+)/b(\d+)(?:/([^/]+))?")
 Entry = Mapping[str, Any]
+
+
+class Machine(TypedDict):
+    name: str
+    fingerprint: str
+
+
+class Figures(TypedDict):
+    """Of one row."""
+
+    p50_ms: Annotated[FiniteFloat, Field(gt=0)]
+    p50_ci95_ms: form.PositiveInterval | None
+    score: FiniteFloat | None
+
+
+class Line(TypedDict):
+    """What the table and the curves read of an entry."""
+
+    schema: int
+    time: str
+    run: str
+    machine: Machine
+    task: form.Task
+    rows: dict[str, Figures]
 
 
 def entry(report: Report, comparison: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,8 +130,8 @@ def read(path: Path) -> list[dict[str, Any]]:
             found = json.loads(text)
         except json.JSONDecodeError as exc:
             raise ArtifactError(f"{path}:{number} is not whole JSON ({exc})", f"remove line {number}: a write was cut off") from exc
-        if not _is_entry(found):
-            raise ArtifactError(f"{path}:{number} is no entry of a history: wanted {', '.join(REQUIRED)}", f"remove line {number}")
+        if wrong := form.mismatch(_line(), found):
+            raise ArtifactError(f"{path}:{number} is no entry of a history: {wrong}", f"remove line {number}")
         if found["schema"] != SCHEMA:
             raise ArtifactError(f"{path}:{number}: wanted history schema {SCHEMA}, found {found['schema']}", "read it with the deployopt that wrote it")
         entries.append(found)
@@ -114,12 +140,9 @@ def read(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _is_entry(found: Any) -> bool:
-    """Whether a line has what the table and the curves are made of."""
-    if not isinstance(found, dict) or any(not isinstance(found.get(key), kind) for key, kind in REQUIRED.items()):
-        return False
-    named = all(isinstance(found["machine"].get(key), str) for key in ("name", "fingerprint"))
-    return named and all(isinstance(row, dict) and isinstance(row.get("p50_ms"), (int, float)) for row in found["rows"].values())
+@cache
+def _line() -> TypeAdapter[Line]:
+    return TypeAdapter(Line)
 
 
 def _keys(entries: Sequence[Entry]) -> list[str]:

@@ -174,6 +174,16 @@ def test_outputs_that_are_no_numbers_fail_their_row_alone(tmp_path, model):
     assert bad.latency_ms is None
 
 
+def test_every_floating_output_is_checked_and_no_other(tmp_path, model):
+    integers = tiny_onnx.with_another_output(model, tmp_path / "integers.onnx", "ArgMax", axis=1)
+    document = onnx.load(integers)
+    document.graph.output.reverse()  # the integers first
+    onnx.save(document, str(integers))
+    good, bad = bench(integers, tiny_onnx.with_another_output(model, tmp_path / "nan.onnx", "Sqrt"), batch_sizes=(2,))
+    assert good.latency_ms is not None
+    assert (bad.status, bad.reason) == ("failed", "its outputs are NaN or infinite for batches of 2")
+
+
 def test_a_batch_of_more_images_than_were_given_is_made_of_repeated_ones(tmp_path):
     fixed = tiny_onnx.convolution(tmp_path / "fixed.onnx", batch=8)
     (row,) = bench(fixed, batch_sizes=(8,), images=np.full((3, 16, 16, 3), 7, np.uint8))

@@ -124,11 +124,17 @@ def test_the_gate_is_missed_only_beyond_noise(tmp_path: Path) -> None:
         (("rows", 0, "contract", "cuda_graph"), "on", "CUDA graph: None → on"),
         (("rows", 0, "contract", "clock"), "cuda_event", "clock: perf_counter → cuda_event"),
         (("rows", 0, "contract", "inputs", "shape"), [1, 3, 64, 64], "input shape"),
+        (("rows", 0, "contract", "device"), "cuda:1", "device: cuda:0 → cuda:1"),
+        (("environment", "gpus", 0, "driver"), "560", "driver: ['550'] → ['560']"),
         (("rows", 0, "status"), "invalid", "new: invalid"),
     ],
 )
 def test_what_differs_is_named_and_not_compared(tmp_path: Path, path: tuple[Any, ...], value: Any, named: str) -> None:
     base, new = Run(tmp_path / "base", {"qat": 1.0}, 1), Run(tmp_path / "new", {"qat": 2.0}, 2)
+    if path[-1] in {"device", "driver"}:
+        for run in (base, new):
+            run.report["rows"][0]["provider"] = "CUDAExecutionProvider"
+            run.report["rows"][0]["contract"]["device"] = "cuda:0"
     target: Any = new.report
     for part in path[:-1]:
         target = target[part]
@@ -143,6 +149,7 @@ def test_what_differs_is_named_and_not_compared(tmp_path: Path, path: tuple[Any,
 def test_a_gpu_and_other_runtimes_do_not_matter_to_a_row_on_the_cpu(tmp_path: Path) -> None:
     base, new = Run(tmp_path / "base", {"qat": 1.0}, 1), Run(tmp_path / "new", {"qat": 1.0}, 2)
     new.report["environment"]["gpus"] = []
+    new.report["rows"][0]["contract"]["device"] = "cpu"  # which older reports do not say
     new.report["environment"]["versions"]["tensorrt-rtx-cu13"] = "1.6"
     assert only(compare(base.report, new.report, base.folder, new.folder)).verdict == "same within noise"
     for run in (base, new):

@@ -75,6 +75,12 @@ def test_lines_are_appended_and_read(tmp_path: Path) -> None:
         ('{"schema": 1}\n', ":1 is no entry"),
         (json.dumps({**line(1.0), "machine": {}}) + "\n", ":1 is no entry"),
         (json.dumps({**line(1.0), "rows": {KEY: {"score": 1.0}}}) + "\n", ":1 is no entry"),
+        (json.dumps({**line(1.0), "task": {}}) + "\n", ":1 is no entry of a history: task has no 'primary'"),
+        (json.dumps({**line(1.0), "rows": {KEY: {"p50_ms": 1.0, "p50_ci95_ms": None}}}) + "\n", f"{KEY} has no 'score'"),
+        (json.dumps({**line(1.0), "rows": {KEY: {"p50_ms": 1.0, "score": 0.9}}}) + "\n", f"{KEY} has no 'p50_ci95_ms'"),
+        (json.dumps(line(1.0)) + "\n" + json.dumps(line(0.0)) + "\n", r":2 is no entry.*p50_ms: wanted greater than 0, found 0\.0"),
+        (json.dumps(line(1.0, score=float("nan"))) + "\n", r"score: wanted a finite number, found nan"),
+        ("5\n", ":1 is no entry of a history: it: wanted a valid dictionary"),
         (json.dumps({**line(1.0), "schema": 2}) + "\n", "wanted history schema 1, found 2"),
     ],
 )

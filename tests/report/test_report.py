@@ -43,10 +43,10 @@ def test_figures_that_are_not_finite_are_refused_and_located(report: dict[str, A
         ('{"schema": 1, "rows": [', "not whole JSON"),
         ("[1]", "not a report"),
         ('{"schema": 2, "deployopt": "9.0"}', r"wanted report schema 1, found schema 2 \(written by deployopt 9.0\)"),
-        ('{"schema": 1, "rows": []}', "no list 'variants'"),
+        ('{"schema": 1, "rows": []}', "it has no 'variants'"),
         ('{"schema": 1, "variants": [{}], "rows": []}', r"variants\[0\] has no 'name'"),
-        ('{"schema": 1, "variants": [], "rows": [{"variant": "a", "backend": "b", "precision": "c"}]}', r"rows\[0\] has no 'batch', 'status'"),
-        ('{"schema": 1, "variants": [], "rows": ["fast"]}', r"rows\[0\] has no 'variant'"),
+        ('{"schema": 1, "variants": [], "rows": [{"variant": "a", "backend": "b", "precision": "c"}]}', r"rows\[0\] has no 'batch'"),
+        ('{"schema": 1, "variants": [], "rows": ["fast"]}', r"rows\[0\]: wanted a valid dictionary, found 'fast'"),
     ],
 )
 def test_damaged_reports_are_named(tmp_path: Path, content: str, message: str) -> None:
@@ -54,6 +54,46 @@ def test_damaged_reports_are_named(tmp_path: Path, content: str, message: str) -
     with pytest.raises(ArtifactError, match=message) as caught:
         reports.load(tmp_path)
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("figure", ["NaN", "-Infinity", "1e999"])
+def test_a_stored_figure_that_is_not_finite_is_refused(report: dict[str, Any], tmp_path: Path, figure: str) -> None:
+    """No gate is missed by a NaN."""
+    report["rows"][2]["accuracy"]["top1"] = "FIGURE"
+    (tmp_path / "report.json").write_text(json.dumps(report).replace('"FIGURE"', figure))
+    with pytest.raises(ArtifactError, match=r"not finite at report\.rows\[2\]\.accuracy\.top1"):
+        reports.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("rows", 1, "latency_ms"), 5, r"rows\[1\]\.latency_ms: wanted a valid dictionary, found 5"),
+        (("rows", 1, "latency_ms", "host"), {}, r"rows\[1\]\.latency_ms\.host has no 'p50'"),
+        (("rows", 1, "latency_ms", "host", "p50"), 0, r"host\.p50: wanted greater than 0, found 0"),
+        (("rows", 1, "latency_ms", "host", "p50_ci95"), [1.0], r"host\.p50_ci95: .* found \[1\.0\]"),
+        (("rows", 1, "accuracy", "top1"), "high", r"rows\[1\]\.accuracy\.top1: wanted a number, found 'high'"),
+        (("rows", 1, "contract", "blocks"), "many", r"contract\.blocks: wanted a valid integer, found 'many'"),
+        (("variants", 0, "curves", 0, "validation_top1"), [], r"variants\[0\]\.curves\[0\]\.validation_top1: wanted a number"),
+        (("recommended", "row"), 999, r"recommended\.row: wanted one of its \d+ rows, counted from 0, found 999"),
+        (("recommended", "row"), -1, r"recommended\.row: wanted greater than or equal to 0"),
+        (("recommended",), {"row": 0}, r"recommended has no 'why'"),
+        (("task",), {"primary": "top1"}, r"task has no 'unit'"),
+        (("environment", "cpu"), "fast", r"environment\.cpu: wanted a valid dictionary"),
+        (("budget", "violations"), [{}], r"budget\.violations\[0\] has no 'limit'"),
+    ],
+)
+def test_a_report_of_another_form_is_refused_where_it_is_read(
+    report: dict[str, Any], tmp_path: Path, path: tuple[str | int, ...], value: Any, message: str
+) -> None:
+    target: Any = report
+    for part in path[:-1]:
+        target = target[part]
+    target[path[-1]] = value
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ArtifactError, match=message) as caught:
+        reports.load(tmp_path)
+    assert caught.value.remedy == reports.RERUN
 
 
 def test_missing_reports_are_named(tmp_path: Path) -> None:

@@ -43,6 +43,17 @@ def computing_nan(model, path):
     return path
 
 
+def with_another_output(model, path, node_type, **attributes):
+    """The model of `convolution` whose logits a further node turns into an output "other": NaN by "Sqrt" of what is negative, integers by "ArgMax";
+    returns `path`."""
+    both = onnx.load(model)
+    both.graph.node.append(helper.make_node(node_type, ["logits"], ["other"], **attributes))
+    made = onnx.TensorProto.INT64 if node_type == "ArgMax" else onnx.TensorProto.FLOAT
+    both.graph.output.append(helper.make_tensor_value_info("other", made, None))
+    onnx.save(both, str(path))
+    return path
+
+
 def sums_of_bytes(path, dtype="uint8"):
     """[batch, 3, 4, 4] of `dtype` → the sum over each image's elements [batch, 1], as floats; returns `path`."""
     nodes = [
