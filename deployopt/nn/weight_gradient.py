@@ -1,9 +1,9 @@
 """Weight gradients of convolutions over small maps, as one matrix product: the deep layers of a ResNet on small images train several times faster on CPUs.
 
 oneDNN's kernel goes through a batch image by image and adds to the whole weight gradient each time, so where an image has a few positions only, it reads
-and writes megabytes for each of them. One product over the positions of all images reads the weights once: 3–19 times as fast at 1×1 and 2×2 positions,
-1–2 times at 4×4, slower from 8×8 on (`MOST_POSITIONS`; 3×3 and 1×1 kernels of 16 to 512 channels, batches of 32 and 128, one and two threads, PyTorch
-2.15 on AVX2). A step of ResNet-18 on images of 32 pixels takes half its time.
+and writes megabytes for each of them. One product over the positions of all images reads the weights once: 2–13 times as fast at 1×1 and 2×2 positions,
+1.1–1.9 times at 4×4, hardly or not from 8×8 on (`MOST_POSITIONS`; 3×3 kernels of 64 to 512 channels, two threads, PyTorch 2.15 on AVX2). A step of ResNet-18
+on images of 32 pixels is 1.85 times as fast, with a stem for small images 1.28 times (benchmarks/train_step.py).
 """
 
 from __future__ import annotations
