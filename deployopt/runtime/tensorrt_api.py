@@ -1,7 +1,8 @@
-"""The part of NVIDIA's Python API that is called here, in its own types: `make types` holds every call to the stubs of TensorRT 10.13.
+"""The part of NVIDIA's Python API that is called here, in its own types.
 
 TensorRT 8.5 to 11 and TensorRT-RTX share this part; what only some of them have is told apart in `runtime/tensorrt_versions.py`. At run time the vendor
-module is an argument (`trt`), and nothing is imported here.
+module is an argument (`trt`), and nothing is imported here. tests/runtime/test_tensorrt_types.py runs mypy over every call with the stubs of TensorRT
+10.13; elsewhere these names are `Any`, since the stubs are no valid Python as they are published.
 """
 
 from typing import TYPE_CHECKING, List, Optional, Protocol, Tuple, Type

@@ -3,7 +3,7 @@
 import ctypes
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -18,9 +18,6 @@ from deployopt.runtime.tensorrt_api import Vendor
 from deployopt.runtime.tensorrt_layers import Layer
 from deployopt.runtime.tensorrt_vendor import load_vendor, make_logger, make_profiler
 from deployopt.runtime.tensorrt_versions import is_rtx
-
-if TYPE_CHECKING:
-    pass
 
 _TO_DEVICE, _TO_HOST, _NON_BLOCKING = 1, 2, 1  # cudaMemcpyKind, cudaStreamNonBlocking
 Shape = Tuple[int, ...]
