@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 WIDE, NARROW = 1100, 350
 CHARACTER = 6.6  # mean advance of a 12 px sans-serif character in px; for spacing only
+FEW = 8  # values on an axis that all have room for a tick
 COLOURS = 8  # --c0 … --c7 of the page
 SHAPES = 6
 
@@ -197,11 +198,13 @@ def _axes(
     *,
     show_x: Callable[[float], str],
     show_y: Callable[[float], str],
+    at_x: Sequence[float] = (),
 ) -> list[Markup]:
+    """Lines and ticks; those of x stand at round values, or where `at_x` says."""
     (width, height), (left, right, top, bottom) = extent, margins
     about = 6 if width > 500 else 3
     parts = [line(left, height - bottom, width - right, height - bottom, "base")]
-    for tick in x.ticks(about):
+    for tick in at_x or x.ticks(about):
         parts += [line(x(tick), top, x(tick), height - bottom), text(x(tick), height - bottom + 16, show_x(tick), anchor="middle", css="tick")]
     for tick in y.ticks(5):
         parts += [line(left, y(tick), width - right, y(tick)), text(left - 6, y(tick) + 4, show_y(tick), anchor="end", css="tick")]
@@ -303,14 +306,16 @@ def curves(
 
     Args:
         bounds: the first epoch of each stage and its name.
-        x_log_from: x is logarithmic if it spans more than this factor; None keeps it linear.
+        x_log_from: x is logarithmic if it spans more than this factor, with ticks at the values measured if they are few; None keeps it linear.
     """
     height = 270.0
     left, right, top, bottom = 58.0, 12.0, 40.0, 40.0
     points = [p for s in series for p in s.points if p is not None]
     x = Scale([p[0] for p in points], left, width - right, margin=0.03, log_from=x_log_from)
     y = Scale([p[1] for p in points], height - bottom, top, margin=0.08, log_from=30)
-    parts = _axes(x, y, (width, height), (left, right, top, bottom), show_x=lambda v: f"{v:g}" if v == int(v) else "", show_y=show_y)
+    measured = sorted({p[0] for p in points}) if x_log_from is not None else []
+    at_x = measured if len(measured) <= FEW else []
+    parts = _axes(x, y, (width, height), (left, right, top, bottom), show_x=lambda v: f"{v:g}" if v == int(v) else "", show_y=show_y, at_x=at_x)
     starts = [*(first for first, _ in bounds), math.inf]
     for index, (first, name) in enumerate(bounds):
         edge = left if index == 0 else x(first - 0.5)

@@ -1,8 +1,9 @@
+import re
 from typing import Any
 
 import pytest
 
-from deployopt.report import html, markdown, render, summary, sweeps, verdict
+from deployopt.report import charts, html, markdown, render, summary, sweeps, verdict
 
 
 @pytest.fixture
@@ -119,3 +120,10 @@ def test_the_contract_names_offline_streams(swept: dict[str, Any]) -> None:
     offline["contract"] = {**offline["contract"], "scenario": "offline", "streams": 2}
     assert "offline 2 streams" in summary.contract_lines([offline])[0]
     assert "stream" not in summary.contract_lines(summary.own(swept["rows"]))[0]
+
+
+def test_ticks_stand_at_the_batch_sizes_that_were_measured() -> None:
+    series = charts.Series("torch fp32", 0, False, [(1.0, 3.0, ""), (8.0, 5.0, "")])
+    drawn = charts.curves([series], [], 500, y_title="images/s", show_y=charts.tick_label, label="throughput", x_log_from=4)
+    ticks = re.findall(r'text-anchor="middle"[^>]*>([^<]+)<', drawn)
+    assert ticks == ["1", "8"]
