@@ -4,6 +4,7 @@ import ctypes
 import glob
 import importlib.util
 import os
+import re
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -16,6 +17,8 @@ _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 _THREAD_LOCAL = 1  # cudaStreamCaptureMode: what other threads do meanwhile does not spoil a capture
 SPIN, _SCHEDULE_MASK = 1, 7  # cudaDeviceScheduleSpin, cudaDeviceScheduleMask
 _SCHEDULES = {0: "auto", SPIN: "spin", 2: "yield", 4: "block"}  # cudaDeviceSchedule…
+# https://github.com/NVIDIA/TensorRT/issues/948, https://github.com/marcoslucianops/DeepStream-Yolo/issues/366: from 7 and 8
+_OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|could not be allocated", re.IGNORECASE)
 _POINTER, _OUT = ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
 
 FUNCTIONS: Dict[str, List[Any]] = {  # of the CUDA runtime, with their arguments; all are there from 11.4 on, those for graphs not before
@@ -169,6 +172,11 @@ def runtime_version() -> Optional[str]:
         library.cudaRuntimeGetVersion(ctypes.byref(version))
         return _dotted(version.value)
     return None
+
+
+def is_out_of_memory(said: str) -> bool:
+    """Whether a message of CUDA or TensorRT tells that a GPU's memory is taken."""
+    return _OUT_OF_MEMORY.search(said) is not None
 
 
 class Cuda:

@@ -69,9 +69,14 @@ def set_optimization_level(config: "api.IBuilderConfig", level: int) -> bool:
     return level == _LEVEL or hasattr(config, "builder_optimization_level")
 
 
+def refuses_cache_misses(trt: Vendor) -> bool:
+    """Whether a build can be ended where it would have to time a kernel; before 10 only the cache tells it afterwards."""
+    return hasattr(trt.BuilderFlag, "ERROR_ON_TIMING_CACHE_MISS")
+
+
 def refuse_cache_misses(trt: Vendor, config: "api.IBuilderConfig") -> None:
-    """Have a build end where it would have to time a kernel; before 10, which lacks the flag, only the cache tells it afterwards."""
-    if hasattr(trt.BuilderFlag, "ERROR_ON_TIMING_CACHE_MISS"):
+    """Have a build end where it would have to time a kernel, if this version can."""
+    if refuses_cache_misses(trt):
         config.set_flag(trt.BuilderFlag.ERROR_ON_TIMING_CACHE_MISS)
 
 
