@@ -1,5 +1,6 @@
 """The few CUDA calls that finding a GPU and running an engine need, through ctypes: no torch, no cuda-python."""
 
+import contextlib
 import ctypes
 import glob
 import importlib.util
@@ -304,7 +305,13 @@ class Graph:
         self._cuda = cuda
         captured = ctypes.c_void_p()
         cuda.call("cudaStreamBeginCapture", stream, _THREAD_LOCAL)
-        enqueued = enqueue()
+        try:
+            enqueued = enqueue()
+        except BaseException:  # Ctrl-C too: a stream that goes on capturing runs nothing any more
+            with contextlib.suppress(BackendUnavailable):
+                cuda.call("cudaStreamEndCapture", stream, ctypes.byref(captured))
+                cuda.call("cudaGraphDestroy", captured)
+            raise
         cuda.call("cudaStreamEndCapture", stream, ctypes.byref(captured))  # an invalidated capture ends with an error
         try:
             if not enqueued:

@@ -312,9 +312,9 @@ def _refused(trt: Vendor, said: str) -> ArtifactMismatch:
     )
 
 
-def new_context(engine: "api.ICudaEngine", logger: "Logger") -> "api.IExecutionContext":
+def new_context(trt: Vendor, engine: "api.ICudaEngine", logger: "Logger") -> "api.IExecutionContext":
     """An execution context. Raises ArtifactMismatch where there is none, as on a GPU whose memory is taken."""
-    context = engine.create_execution_context()
+    context = versions.create_context(trt, engine)
     if context is None:
         raise ArtifactMismatch(
             f"no execution context for the engine: {clean(' '.join(logger.errors())) or 'no reason was given'}",
@@ -340,7 +340,7 @@ def _verify(trt: Vendor, network: Network, logger: "Logger", plan: bytes, ranges
         if is_rtx(trt):
             return execution(network, layers_of_log(logger.messages)), None
         engine, runtime = load_engine(trt, plan, logger)
-        context = new_context(engine, logger)
+        context = new_context(trt, engine, logger)
         for name, bounds in ranges.items():
             context.set_input_shape(name, bounds["opt"])
         layers = inspect(trt, engine, context)

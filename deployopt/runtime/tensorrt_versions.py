@@ -85,6 +85,25 @@ def has_monitor(trt: Vendor) -> bool:
     return hasattr(trt, "IProgressMonitor")
 
 
+def specializes_kernels(trt: Vendor) -> bool:
+    """Whether kernels for the shapes that come are compiled when an engine runs; only TensorRT-RTX does it."""
+    return hasattr(trt, "DynamicShapesKernelSpecializationStrategy")
+
+
+def create_context(trt: Vendor, engine: "api.ICudaEngine") -> "Optional[api.IExecutionContext]":
+    """An execution context, None where the library makes none.
+
+    TensorRT-RTX has kernels for a shape compiled before it runs. It would else run slower ones until a compilation beside is done (LAZY, NVIDIA's reference
+    of DynamicShapesKernelSpecializationStrategy), and nobody knew which of them was timed.
+    """
+    if not specializes_kernels(trt):
+        return engine.create_execution_context()
+    rtx: Any = trt
+    config: Any = engine.create_runtime_config()
+    config.dynamic_shapes_kernel_specialization_strategy = rtx.DynamicShapesKernelSpecializationStrategy.EAGER
+    return engine.create_execution_context(config)
+
+
 def node_of(error: "api.ParserError", nodes: Sequence[Tuple[str, str]]) -> Tuple[str, str]:
     """(name, operator) of the node that a parser error is about; both are empty for one that is about none.
 
