@@ -243,7 +243,7 @@ class Cuda:
         code = function(*arguments)
         if code:
             self._library.cudaGetLastError()  # or who asks for the last error next would take it for its own
-            raise BackendUnavailable(f"{name}: CUDA error {code} ({self._library.cudaGetErrorString(code).decode()})", "see `nvidia-smi` for the GPU's state")
+            raise BackendUnavailable(f"{name}: CUDA error {code} ({self._library.cudaGetErrorString(code).decode()})", "see what `nvidia-smi` says of the GPU")
 
     def make(self, name: str, *arguments: Any) -> ctypes.c_void_p:
         """What a function writes through its first argument: an address, a stream, an event."""

@@ -112,7 +112,8 @@ def _started(trt: Vendor, kind: Callable[["Logger"], T], logger: "Logger") -> T:
         texts = dict.fromkeys(text for severity, text in logger.messages if severity in ("WARNING", "ERROR", "INTERNAL_ERROR"))  # it repeats itself
         said = clean(" ".join(texts))
         raise BackendUnavailable(
-            f"{product(trt)} cannot start: {said or exc}", "update the NVIDIA driver, or install a TensorRT for the CUDA version that it serves (`nvidia-smi`)"
+            f"{product(trt)} cannot start: {said or exc}",
+            "update the NVIDIA driver, or install a TensorRT for the CUDA that it serves: see `nvidia-smi`",
         ) from exc
 
 
@@ -304,7 +305,7 @@ def _refused(trt: Vendor, said: str) -> ArtifactMismatch:
     """Why an engine cannot be loaded, and what helps."""
     found = list(_NO_PLUGIN.finditer(said))
     if not found:
-        return ArtifactMismatch(f"{product(trt)} cannot load the engine: {said}", f"{manifest.REBUILD} (on this machine)")
+        return ArtifactMismatch(f"{product(trt)} cannot load the engine: {said}", f"{manifest.REBUILD}  # on this machine")
     names = ", ".join(f"'{match['name']}'" for match in found if match["name"]) or "that it does not name"
     return ArtifactMismatch(
         f"{product(trt)} cannot load the engine: it wants the plugin {names}, which is not loaded here ({said})",
@@ -318,7 +319,7 @@ def new_context(trt: Vendor, engine: "api.ICudaEngine", logger: "Logger") -> "ap
     if context is None:
         raise ArtifactMismatch(
             f"no execution context for the engine: {clean(' '.join(logger.errors())) or 'no reason was given'}",
-            f"free memory of the GPU (see `nvidia-smi`), or build again: {manifest.REBUILD}",
+            f"{FREE_MEMORY}; {manifest.REBUILD}",
         )
     return context
 
