@@ -132,6 +132,7 @@ def test_the_contract_says_how(results):
         "load_average",
         "gpu_power_w",
         "own_gpu",
+        "core_clock_mhz",
         "frequency_mhz",
         "gpus",
     } == set(contract["load"])
