@@ -92,7 +92,7 @@ def layers_by_precision(optimized: Path) -> dict[str, int]:
 
     def precision(layer: NodeProto) -> str:
         dequantizer = graph.producer(layer.input[1], "DequantizeLinear")
-        weight = graph.constant(layer.input[1] if dequantizer is None else dequantizer.input[1])
-        return "float" if weight is None else _FLOATS.get(weight.dtype.name, weight.dtype.name)
+        dtype = graph.constant_dtype(layer.input[1] if dequantizer is None else dequantizer.input[1])
+        return "float" if dtype is None else _FLOATS.get(dtype, dtype)
 
     return dict(Counter("int8" if PRODUCTS[layer.op_type] == "int8" else precision(layer) for layer in graph.nodes(*PRODUCTS)))

@@ -11,7 +11,7 @@ from deployopt import backends
 from deployopt.bench import artifacts as bench_files
 from deployopt.bench.artifacts import bench_artifacts
 from deployopt.bench.images import SYNTHETIC
-from deployopt.bench.targets import precision_of
+from deployopt.bench.targets import precision_of, resolve
 from deployopt.errors import ArtifactCorrupt, ArtifactMismatch, BuildFailed, UsageError
 from deployopt.graph.canonical import canonicalize
 from deployopt.runtime.hashing import sha256_file
@@ -74,6 +74,26 @@ def test_a_row_of_a_run_is_found_and_verified(tmp_path, model):
     model.write_bytes(model.read_bytes() + b"x")
     with pytest.raises(ArtifactCorrupt):
         bench(f"{tmp_path}:qat/onnxruntime/int8/b1")
+
+
+def test_weights_beside_an_onnx_file_belong_to_it(tmp_path, model):
+    """Of a file and of a row, whose bytes the report vouches for; also where the runtime is asked what it executes."""
+    typed = onnx.load(quantizing_its_input_alone(model, tmp_path / "typed.onnx"))
+    split, weights = tmp_path / "split.onnx", tmp_path / "split.data"
+    onnx.save(typed, str(split), save_as_external_data=True, location=weights.name, size_threshold=100)
+    (found,) = bench(split)
+    assert found.artifact["bytes"] == split.stat().st_size + weights.stat().st_size
+    assert found.verified["executed"] == {"fp32": 3}
+    row = {"variant": "v", "backend": "onnxruntime", "precision": "int8", "batch": 1, "status": "ok", "artifact": found.artifact}
+    (tmp_path / "report.json").write_text(json.dumps({"schema": 1, "variants": [], "rows": [row]}))
+    address = f"{tmp_path}:v/onnxruntime/int8/b1"
+    assert resolve(address).path == split
+    weights.write_bytes(bytes(weights.stat().st_size))
+    with pytest.raises(ArtifactCorrupt, match="wanted sha256"):
+        resolve(address)
+    weights.unlink()
+    with pytest.raises(ArtifactCorrupt, match=r"split\.onnx: it keeps weights in split\.data, missing"):
+        bench(split)
 
 
 @pytest.fixture
