@@ -82,11 +82,9 @@ class Graph:
         return None if stored is None else helper.tensor_dtype_to_np_dtype(stored.data_type).name
 
     def _stored(self, tensor: str) -> TensorProto | None:
-        if tensor in self.initializers:
-            return self.initializers[tensor]
         node = self.producer(tensor, "Constant")
-        value: TensorProto | None = attribute(node, "value", None) if node is not None else None
-        return value
+        stored: TensorProto | None = self.initializers.get(tensor) or (attribute(node, "value", None) if node is not None else None)
+        return stored
 
     def add_node(self, op_type: str, inputs: list[str], outputs: list[str], name: str, **attributes: Any) -> NodeProto:
         self.proto.node.append(helper.make_node(op_type, inputs, outputs, name, **attributes))
