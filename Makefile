@@ -50,12 +50,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deployopt needs Python 3.11 or later: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[all]'
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,tensorrt-rtx,test,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt tensorrt-stubs
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[all,tensorrt-rtx,test,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps -c constraints.txt tensorrt-stubs
 	touch $@
 
 clean:

@@ -31,7 +31,7 @@ import onnx
 from numpy.typing import NDArray
 
 from deployopt.bench.environment import environment
-from deployopt.bench.harness import Settings, Subject
+from deployopt.bench.harness import Subject
 from deployopt.bench.rerun import Plan, half_width, measure_pair
 from deployopt.bench.targets import opener
 from deployopt.runtime.files import atomic_write
@@ -44,6 +44,8 @@ STORED = RESULTS / "gate.json"
 QUICK_S = 60  # a comparison that finds 5 % may take
 COUNTS = ("aa", "slow", "longer", "resamples")  # options that may differ between calls
 Lifetime = tuple[list[float], list[float]]  # block medians in ms: base, new
+Timed = tuple[Lifetime, float]  # with the wall time that it took in seconds
+How = tuple[int, float, float]  # least lifetimes, precision, budget: of a `Plan`
 
 
 def subjects(model: Path, threads: int, slowdown: float) -> tuple[Subject, Subject]:
@@ -71,11 +73,17 @@ def interval(lifetimes: Sequence[Lifetime]) -> Ratio:
     return ratio_over_lifetimes([paired_ratio(new, base) for base, new in lifetimes])
 
 
-def until_narrow(lifetime: Callable[[], Lifetime], least: int, precision: float) -> Ratio:
-    """As `measure_pair` stops: from `least` lifetimes on when the interval is narrow, at twice as many in any case."""
-    drawn = [lifetime() for _ in range(least)]
-    while len(drawn) < 2 * least and half_width(interval(drawn)) > precision:
-        drawn.append(lifetime())
+def until_narrow(lifetime: Callable[[], Timed], how: How) -> Ratio:
+    """As `measure_pair` stops: from the least lifetimes on when the interval is narrow or the budget used, at twice as many in any case."""
+    least, precision, budget = how
+    drawn: list[Lifetime] = []
+    seconds = 0.0
+    while len(drawn) < 2 * least:
+        blocks, took = lifetime()
+        drawn.append(blocks)
+        seconds += took
+        if len(drawn) >= least and (half_width(interval(drawn)) <= precision or seconds * (len(drawn) + 1) / len(drawn) > budget):
+            break
     return interval(drawn)
 
 
@@ -87,22 +95,22 @@ class Replay:
     """Comparisons drawn from recorded lifetimes."""
 
     def __init__(self, trials: Sequence[dict[str, Any]], seed: int) -> None:
-        self._pool: list[Lifetime] = [lifetime for t in trials for lifetime in t["lifetimes"]]
+        self._pool: list[Timed] = [(lifetime, t["seconds"] / len(t["lifetimes"])) for t in trials for lifetime in t["lifetimes"]]
         self._rng = np.random.default_rng(seed)
 
     def __len__(self) -> int:
         return len(self._pool)
 
-    def draw(self, least: int, precision: float, *, swapped: bool) -> Ratio:
+    def draw(self, how: How, *, swapped: bool) -> Ratio:
         """`swapped`: the sides change places at random, as they may where both are the same artifact."""
-        return until_narrow(lambda: self._lifetime(swapped), least, precision)
+        return until_narrow(lambda: self._lifetime(swapped), how)
 
-    def _lifetime(self, swapped: bool) -> Lifetime:
-        base, new = self._pool[self._rng.integers(len(self._pool))]
-        return (new, base) if swapped and self._rng.random() < 0.5 else (base, new)
+    def _lifetime(self, swapped: bool) -> Timed:
+        (base, new), took = self._pool[self._rng.integers(len(self._pool))]
+        return ((new, base) if swapped and self._rng.random() < 0.5 else (base, new)), took
 
 
-def simulated(least: int, precision: float, resamples: int, layout: float, noise: float, seed: int) -> list[bool]:
+def simulated(how: How, resamples: int, layout: float, noise: float, seed: int) -> list[bool]:
     """Whether intervals cover, for lifetimes with a bias of their own (standard deviation of its logarithm: `layout`) and blocks with noise and outliers."""
     rng = np.random.default_rng(seed)
 
@@ -111,11 +119,11 @@ def simulated(least: int, precision: float, resamples: int, layout: float, noise
         disturbed = rng.random(len(mood)) < 0.05
         return list(np.where(disturbed, clean * (1 + rng.exponential(0.5, len(mood))), clean))
 
-    def lifetime() -> Lifetime:
+    def lifetime() -> Timed:
         mood = np.exp(rng.normal(0, 0.05, 20))
-        return blocks(mood), blocks(mood * np.exp(rng.normal(0, layout)))
+        return (blocks(mood), blocks(mood * np.exp(rng.normal(0, layout)))), 0.0
 
-    found = [until_narrow(lifetime, least, precision) for _ in range(resamples)]
+    found = [until_narrow(lifetime, how) for _ in range(resamples)]
     return [ratio.low <= 1 <= ratio.high for ratio in found]
 
 
@@ -146,11 +154,12 @@ def evaluate(recorded: dict[str, list[dict[str, Any]]], arguments: argparse.Name
     beyond: Callable[[Sequence[float]], bool] = lambda ratio: ratio[1] > 1 + arguments.gate  # noqa: E731
     covers: Callable[[Ratio], bool] = lambda ratio: ratio.low <= 1 <= ratio.high  # noqa: E731
     aa, slow, longer = (recorded[name] for name in ("aa", "slow", "longer"))
-    quick, patient = (arguments.lifetimes, arguments.precision), (arguments.longer_lifetimes, arguments.longer_precision)
+    quick = (arguments.lifetimes, arguments.precision, QUICK_S)
+    patient = (arguments.longer_lifetimes, arguments.longer_precision, arguments.longer_budget)
 
-    def resampled(trials: Sequence[dict[str, Any]], how: tuple[int, float], *, swapped: bool = False) -> list[Ratio]:
+    def resampled(trials: Sequence[dict[str, Any]], how: How, *, swapped: bool = False) -> list[Ratio]:
         replay = Replay(trials, seed=1)
-        return [replay.draw(*how, swapped=swapped) for _ in range(arguments.resamples if len(replay) else 0)]
+        return [replay.draw(how, swapped=swapped) for _ in range(arguments.resamples if len(replay) else 0)]
 
     swapped, as_recorded = resampled(aa, quick, swapped=True), resampled(aa, quick)
     rows = [
@@ -165,7 +174,7 @@ def evaluate(recorded: dict[str, list[dict[str, Any]]], arguments: argparse.Name
         Finding("A/A, resampled: the interval over lifetimes covers 1", [covers(r) for r in swapped], **COVERAGE),
     ]
     for layout, noise in ((0.0, 0.02), (0.01, 0.02), (0.02, 0.05)):
-        covered = simulated(arguments.lifetimes, arguments.precision, arguments.resamples, layout, noise, seed=2)
+        covered = simulated(quick, arguments.resamples, layout, noise, seed=2)
         rows.append(Finding(f"simulated (lifetimes {100 * layout:g} %, blocks {100 * noise:g} %): the interval covers", covered, **COVERAGE))
     once = [bootstrap_ratio(new, base, paired=True) for t in aa for base, new in t["lifetimes"]]
     rows.append(Finding("A/A, live, in one lifetime alone, as `run` and `bench` have it: the bootstrap over blocks covers 1", [covers(r) for r in once]))
@@ -184,8 +193,8 @@ def table(rows: Sequence[Finding], document: dict[str, Any]) -> str:
 
 def record(document: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Make the comparisons that `document` still lacks; it is stored after each."""
-    plan = Plan(arguments.lifetimes, arguments.precision, arguments.seconds, arguments.threads)
-    longer = Plan(arguments.longer_lifetimes, arguments.longer_precision, arguments.longer_seconds, arguments.threads)
+    plan = Plan(arguments.lifetimes, arguments.precision, QUICK_S, arguments.seconds, arguments.threads)
+    longer = Plan(arguments.longer_lifetimes, arguments.longer_precision, arguments.longer_budget, arguments.longer_seconds, arguments.threads)
     # kinds take turns, so that a noisy hour hits all of them
     kinds = [("aa", 0.0, plan, arguments.aa), ("slow", 0.05, plan, arguments.slow), ("longer", 0.03, longer, arguments.longer)]
     recorded: dict[str, list[dict[str, Any]]] = document["recorded"]
@@ -195,7 +204,7 @@ def record(document: dict[str, Any], arguments: argparse.Namespace) -> None:
         for number in range(max(wanted for *_, wanted in kinds)):
             for name, slowdown, how, wanted in kinds:
                 if len(recorded[name]) <= number < wanted:
-                    recorded[name].append(trial(model, slowdown, replace(how, settings=Settings(seed=1000 * number))))
+                    recorded[name].append(trial(model, slowdown, replace(how, settings=replace(how.settings, seed=1000 * number))))
                     atomic_write(STORED, json.dumps(document).encode() + b"\n")
                     print(name, {k: v for k, v in recorded[name][-1].items() if k != "lifetimes"}, flush=True)
 
@@ -222,6 +231,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="timed for each side and lifetime")
     parser.add_argument("--longer-lifetimes", type=int, default=10)
     parser.add_argument("--longer-precision", type=float, default=0.004)
+    parser.add_argument("--longer-budget", type=float, default=150.0, help="seconds of wall time of such a comparison")
     parser.add_argument("--longer-seconds", type=float, default=2.0)
     parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=1)

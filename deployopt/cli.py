@@ -423,6 +423,7 @@ def compare(
     precision: Annotated[
         str | None, typer.Option(metavar="PERCENT", help="With --rerun: add lifetimes until the interval reaches no further to either side (1%).")
     ] = None,
+    budget: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="With --rerun: after it a row gets only its least lifetimes (60).")] = None,
     seconds: Annotated[float | None, typer.Option(min=0.1, help="With --rerun: timed for each artifact and lifetime (1).")] = None,
     data: Annotated[
         str | None,
@@ -453,8 +454,9 @@ def compare(
         allow_missing,
     )
     _finite("--seconds", seconds)
+    _finite("--budget", budget)
     narrow = None if precision is None else _quantity("--precision", precision, "%", 0.01)
-    how = {"lifetimes": lifetimes, "precision": narrow, "seconds": seconds, "threads": threads}
+    how = {"lifetimes": lifetimes, "precision": narrow, "budget": budget, "seconds": seconds, "threads": threads}
     chosen = {name: value for name, value in how.items() if value is not None}
     if not rerun and (idle := [f"--{name}" for name in (*chosen, *(["data"] if data is not None else []))]):
         raise UsageError(f"{', '.join(idle)} would do nothing: stored reports are compared as they are", "add --rerun to measure again")

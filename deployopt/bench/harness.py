@@ -39,7 +39,7 @@ Images = NDArray[np.uint8]
 
 OUTLYING, MANY_OUTLIERS = 2.0, 0.01  # times the median; share of the runs that is worth a flag
 HEADLINE_RUNS, HEADLINE_SECONDS = 1000, 3.0  # a row is long enough after either
-PAUSE_S = 0.02  # before each block: spin-waiting threads of the session before go to sleep
+PAUSE_S = 0.02  # before each block where a session has several threads: spin-waiting ones of the session before go to sleep
 RUNS_OF_A_STREAM = 4  # in a block, at least: at its end streams wait for the last of them
 LEAD_IN_MS, LEAD_IN_RUNS = 10.0, 10  # untimed runs at the head of a block: about so long, at most so many, at least one
 
@@ -75,6 +75,7 @@ class Settings:
     Attributes:
         min_seconds: timed for each subject; if the warm-up's estimate was off, 1,000 runs do too.
         blocks: at least so many for each subject; 20 are needed for an interval of a ratio.
+        block_s: a block is timed about so long at most, if it is more than one run; None: as long as `blocks` of them need to be for `min_seconds`.
         max_seconds: a subject stops after so many timed seconds, with fewer blocks and a flag; None: a minute, or twice `min_seconds` if that is more.
         limits: above which a row is invalid.
         buffers: of different images, rotated.
@@ -84,6 +85,7 @@ class Settings:
 
     min_seconds: float = 3.0
     blocks: int = MINIMUM_BLOCKS
+    block_s: float | None = None
     max_seconds: float | None = None
     limits: Limits = field(default_factory=Limits)
     buffers: int = 8
@@ -94,6 +96,12 @@ class Settings:
     def longest_s(self) -> float:
         """Of timed seconds."""
         return max(60.0, 2 * self.min_seconds) if self.max_seconds is None else self.max_seconds
+
+    @property
+    def wanted_block_s(self) -> float:
+        """Of timed seconds."""
+        longest = self.min_seconds / self.blocks
+        return longest if self.block_s is None else min(longest, self.block_s)
 
 
 @dataclass(frozen=True)
@@ -288,13 +296,14 @@ class Group:
                 except DeployoptError as exc:
                     results[key] = self._fail(key, exc)
                 bar.advance(1, key)
+        pause_s = PAUSE_S if any(run.subject.threads > 1 for run in runs.values()) else 0.0
         before = Condition.now()  # after the warm-up: an idle machine's clocks say nothing
-        with self._progress.track(f"measure, batch {batch}", settings.blocks * len(runs)) as bar:
-            results.update(self._rounds(runs, rng, bar))
+        with self._progress.track(f"measure, batch {batch}", self._expected_rounds(runs) * len(runs)) as bar:
+            results.update(self._rounds(runs, pause_s, rng, bar))
         after = Condition.now()
         for key, run in runs.items():
             if key not in results:
-                results[key] = self._finish(run, batch, started, (before, after), sorted(runs.keys() - {key}))
+                results[key] = self._finish(run, batch, pause_s, started, (before, after), sorted(runs.keys() - {key}))
         return {key: found for key in self._subjects if (found := results.get(key) or self.failures.get(key)) is not None}
 
     def _opened(self, key: str, worker: Worker, opening: Future[Opened]) -> None:
@@ -324,18 +333,22 @@ class Group:
         warm_up = worker.warm_up()
         streams = self.opened[key].streams
         fewest = RUNS_OF_A_STREAM * streams if streams > 1 else 1
-        iterations = max(fewest, math.ceil(settings.min_seconds * 1e3 / (warm_up.estimate_ms * settings.blocks)))
+        iterations = max(fewest, math.ceil(settings.wanted_block_s * 1e3 / warm_up.estimate_ms))
         lead_in = min(LEAD_IN_RUNS, max(1, math.ceil(LEAD_IN_MS / warm_up.estimate_ms)))
         gpu = None if self.opened[key].provider.startswith("CPU") else host.nvml_index(device_index(self._subjects[key].options.device))
         return _Run(self._subjects[key], worker, self.opened[key], inputs, first_ms, warm_up, iterations, lead_in, gpu, self._meter)
 
-    def _rounds(self, runs: Mapping[str, _Run], rng: np.random.Generator, bar: Bar) -> dict[str, Failure]:
+    def _expected_rounds(self, runs: Mapping[str, _Run]) -> int:
+        enough = (math.ceil(self._settings.min_seconds * 1e3 / (run.iterations * run.warm_up.estimate_ms)) for run in runs.values())
+        return max([self._settings.blocks, *enough])
+
+    def _rounds(self, runs: Mapping[str, _Run], pause_s: float, rng: np.random.Generator, bar: Bar) -> dict[str, Failure]:
         """Time blocks until every subject has enough; who failed on the way, and why."""
         failed: dict[str, Failure] = {}
         active = list(runs)
-        for _ in range(2 * self._settings.blocks):  # the warm-up's estimate may be off, not without bound
+        for _ in range(2 * self._expected_rounds(runs)):  # the warm-up's estimate may be off, not without bound
             for key in rng.permutation(active).tolist():
-                time.sleep(PAUSE_S)
+                time.sleep(pause_s)
                 try:
                     runs[key].time_block()
                 except DeployoptError as exc:
@@ -348,7 +361,7 @@ class Group:
                 break
         return failed
 
-    def _finish(self, run: _Run, batch: int, started: str, conditions: tuple[Condition, Condition], others: list[str]) -> Measured:
+    def _finish(self, run: _Run, batch: int, pause_s: float, started: str, conditions: tuple[Condition, Condition], others: list[str]) -> Measured:
         settings = self._settings
         samples_ns = np.concatenate([b.host_ns for b in run.blocks])
         host_summary, medians = _summarize([b.host_ns for b in run.blocks], settings.seed)
@@ -377,6 +390,7 @@ class Group:
             "p50_and_throughput": "medians of the blocks' own",
             "interleaved_with": others,
             "shuffled": True,
+            "pause_ms": 1e3 * pause_s,
             "inputs": run.inputs,
             "seed": settings.seed,
             "scenario": run.subject.scenario,

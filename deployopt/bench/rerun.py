@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,9 @@ from deployopt.runtime import host
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.statistics import Ratio, paired_ratio, ratio_over_lifetimes
 
+# Of sessions with one thread, between whose blocks nothing has to wait. A machine's mood wanders over tens of milliseconds, and what two blocks share of it
+# cancels in their ratio: lifetimes of two seconds in blocks of 100 ms had ratios that spread by 2.0 %, in these by 1.1 % (benchmarks/gate.py).
+BLOCK_S = 0.012
 MINIMUM_LIFETIMES = 3  # Student's interval of two is 4.5 times as wide
 
 
@@ -34,6 +38,7 @@ class Plan:
         precision: half of that interval's width, as a share of the ratio, down to which more lifetimes are added, at most as many again. Stopping
             by width favours intervals that came out narrow by chance: in simulation they cover the true ratio in 93 % of cases or more, not in 95 %
             (tests/bench/test_rerun.py). Stopping by the verdict would cost far more.
+        budget: seconds of wall time for a row: beyond `lifetimes`, none is begun that would not end in it if it took as long as the others.
         seconds: timed for each artifact and lifetime.
         threads: of both sides; None takes the base row's.
         settings: of each lifetime otherwise.
@@ -41,6 +46,7 @@ class Plan:
 
     lifetimes: int = 5
     precision: float = 0.01
+    budget: float = 60.0
     seconds: float = 1.0
     threads: int | None = None
     settings: Settings = field(default_factory=Settings)
@@ -110,10 +116,12 @@ def measure_pair(subjects: tuple[Subject, Subject], batch: int, plan: Plan, prog
         (base, new) of each lifetime.
     """
     pairs: list[Pair] = []
+    block_s = BLOCK_S if all(s.threads == 1 for s in subjects) else None
+    begun = time.monotonic()
     for attempt in range(2 * plan.lifetimes):
         # who is opened first changes: it may get the better place in memory
         ordered = subjects if attempt % 2 == 0 else subjects[::-1]
-        settings = replace(plan.settings, min_seconds=plan.seconds, seed=plan.settings.seed + attempt)
+        settings = replace(plan.settings, min_seconds=plan.seconds, block_s=block_s, seed=plan.settings.seed + attempt)
         with Group(ordered, settings, progress) as group:
             given = {key: images_for(opened.inputs, batch, settings.seed) if images is None else images for key, opened in group.opened.items()}
             timed = group.measure(given, batch, SYNTHETIC if images is None else "images that were given")
@@ -122,9 +130,14 @@ def measure_pair(subjects: tuple[Subject, Subject], batch: int, plan: Plan, prog
         if isinstance(base, Failure) or isinstance(new, Failure):
             return "; ".join(f"{s.key}: {_on_one_line(r.reason)}" for s, r in zip(subjects, (base, new), strict=True) if isinstance(r, Failure))
         pairs.append((base, new))
-        if len(pairs) >= plan.lifetimes and half_width(_judged(pairs)) <= plan.precision:
+        if len(pairs) >= plan.lifetimes and (half_width(_judged(pairs)) <= plan.precision or _next_ends(begun, len(pairs)) > plan.budget):
             break
     return pairs
+
+
+def _next_ends(begun: float, done: int) -> float:
+    """Seconds after `begun` at which one more lifetime would end."""
+    return (time.monotonic() - begun) * (done + 1) / done
 
 
 def _on_one_line(reason: str) -> str:

@@ -98,6 +98,16 @@ def test_figures_come_from_all_blocks(results):
     assert found.device is None
 
 
+def test_short_blocks_are_more_blocks_and_one_thread_waits_for_none(model):
+    short = replace(SETTINGS, min_seconds=0.4, block_s=0.002)
+    one = measure([subject("a", model)], IMAGES, short, SilentProgress())["a"]
+    two = measure([Subject("a", "worker_openers:OnnxRuntimeSession", model, SessionOptions(2))], IMAGES, short, SilentProgress())["a"]
+    for found, pause_ms in ((one, 0), (two, 20)):
+        assert found.contract["pause_ms"] == pause_ms
+        assert len(found.block_medians_ms) == found.contract["blocks"] > 20
+        assert found.contract["duration_s"] >= 0.4 or found.host["n"] >= 1000
+
+
 def test_a_figure_lies_inside_its_interval_where_some_blocks_were_disturbed(model, monkeypatch):
     """A few blocks so slow that the time of all together is theirs: images of all blocks / their time would lie outside the interval."""
     measure_block, slow = Worker.block, iter([20.0] * 3 + [1.0] * 200)

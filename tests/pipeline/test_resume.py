@@ -16,10 +16,10 @@ from cli_runs import Finished, cached, logged, run, start, wait_for, weights
 LESS = ("--set", "stages.build.backends=[onnxruntime]", "--set", "stages.benchmark.accuracy=false")  # the models do not depend on it
 
 
-@pytest.mark.slow  # a run killed at four points
+@pytest.mark.slow  # a run killed at three points
 def test_killed_at_any_moment_a_run_goes_on_and_ends_with_the_same_weights(recipe: Path, finished: Finished, tmp_path: Path) -> None:
     folder, cache = tmp_path / "run", tmp_path / "cache"
-    for step in ("00-finetune", "02-qat", "03-export-qat", "05-benchmark"):
+    for step in ("02-qat", "03-export-qat", "05-benchmark"):
         done_before = finished_steps(folder)
         with start(recipe, folder, cache, *LESS) as process:
             wait_for(logged(folder / "log.txt", f"{step}: started"), process)
