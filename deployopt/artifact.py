@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from deployopt.errors import ArtifactCorrupt, ArtifactError, ArtifactMismatch
+from deployopt.errors import ArtifactCorrupt, ArtifactError, ArtifactMismatch, MissingDependency
 from deployopt.runtime.hashing import sha256_file, sha256_json
 from deployopt.runtime.session import TensorSpec
+
+if TYPE_CHECKING:
+    from onnx import NodeProto, TensorProto
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int8_fp16"]
 FLOAT_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
@@ -23,10 +26,62 @@ DESCRIPTION_SCHEMA = 1
 
 
 def digest(kind: ArtifactKind, path: Path) -> str:
-    """sha256 of an artifact's file; of a torch model, whose weights mean nothing without their description, over both files' sha256 by name."""
-    if kind != "torch":
-        return sha256_file(path)
-    return sha256_json({name: sha256_file(path.with_name(name)) for name in (WEIGHTS, DESCRIPTION)})
+    """sha256 of an artifact's file; where it has others beside it without which it means nothing, over all files' sha256 by name.
+
+    Those are a torch model's description, and the files of weights that an ONNX refers to.
+
+    Raises:
+        ArtifactCorrupt: a file of weights is missing. MissingDependency: onnx is not installed.
+    """
+    return _digest(_files(kind, path))
+
+
+def _digest(files: Mapping[str, Path]) -> str:
+    hashes = {name: sha256_file(file) for name, file in files.items()}
+    return next(iter(hashes.values())) if len(hashes) == 1 else sha256_json(hashes)
+
+
+def _files(kind: ArtifactKind, path: Path) -> dict[str, Path]:
+    """All that an artifact consists of, by name."""
+    if kind == "torch":
+        return {name: path.with_name(name) for name in (WEIGHTS, DESCRIPTION)}
+    return {path.name: path, **(external_weights(path) if kind == "onnx" else {})}
+
+
+def external_weights(path: Path) -> dict[str, Path]:
+    """Files that hold tensors of an ONNX file, by the names that it has for them, sorted; {} where it holds all itself, or is no ONNX: who opens it says so.
+
+    Source: onnx.proto, TensorProto.external_data: "location" is relative to the ONNX file's folder.
+
+    Raises:
+        ArtifactCorrupt: one is missing. MissingDependency: onnx is not installed.
+    """
+    try:
+        import onnx
+    except ImportError:
+        raise MissingDependency("onnx", "runtimes", "to read which files an ONNX file refers to") from None
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # comes with onnx
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except DecodeError:
+        return {}
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    stored = [tensor for tensor in (*model.graph.initializer, *_attribute_tensors(nodes)) if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    names = sorted({entry.value for tensor in stored for entry in tensor.external_data if entry.key == "location"})
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        raise ArtifactCorrupt(f"{path.name}: it keeps weights in {', '.join(missing)}, missing from its folder", f"put {missing[0]} beside {path.name}")
+    return {name: path.parent / name for name in names}
+
+
+def _attribute_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
+    """Tensors in the attributes of nodes, and in the graphs that are attributes."""
+    for attribute in (a for node in nodes for a in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from graph.initializer
+            yield from _attribute_tensors(graph.node)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -54,7 +109,7 @@ class Artifact:
     Attributes:
         path: where it lies now.
         sha256: see `digest`.
-        size_bytes: of the file; for "torch" of model.safetensors.
+        size_bytes: of the file, with the files of weights that an ONNX refers to; for "torch" of model.safetensors.
         inputs, outputs: specs with named dynamic axes.
         metadata: facts recorded by the maker (precision, opset, verified layers, build seconds …).
     """
@@ -69,8 +124,10 @@ class Artifact:
 
     @staticmethod
     def of(kind: ArtifactKind, path: Path, **facts: Any) -> Artifact:
-        """Reference a file that exists: hashes it and takes its size."""
-        return Artifact(kind, path, digest(kind, path), path.stat().st_size, **facts)
+        """Reference a file that exists: hashes it and takes its size. Raises as `digest`."""
+        files = _files(kind, path)
+        sized = [path] if kind == "torch" else files.values()
+        return Artifact(kind, path, _digest(files), sum(file.stat().st_size for file in sized), **facts)
 
     def verified(self) -> Artifact:
         """This artifact, after its bytes were hashed again.

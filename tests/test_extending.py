@@ -38,6 +38,7 @@ TINY = DATA + overrides(
     "stages.benchmark.max_drift=100",
     "stages.benchmark.max_pressure=100",
     "stages.benchmark.max_steal_percent=100",
+    "stages.benchmark.max_clock_drop=100",
 )
 AGAIN = overrides("data.held_out=0.3", "stages.prune.if_not_faster=ignore", "stages.ptq.calibration_images=64", "stages.export.precisions=[int8]")
 

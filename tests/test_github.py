@@ -27,6 +27,15 @@ def action(request: pytest.FixtureRequest) -> Any:
     return document(request.config.rootpath / ".github/actions/compare/action.yml")
 
 
+DEPLOYOPT = f'exec "{sys.executable}" -m deployopt "$@"'
+GH = 'if [ "$1" = api ]; then exec jq -r "$5" artifacts.json; fi\necho "$@" >> asked'
+
+
+def put(tool: Path, script: str) -> None:
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+
+
 class Runner:
     """What GitHub gives a composite action's shell steps: inputs through `env`, its files, and `deployopt` on the path."""
 
@@ -36,8 +45,7 @@ class Runner:
         self.folder = folder
         tools = folder / "bin"
         tools.mkdir()
-        (tools / "deployopt").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m deployopt "$@"\n')
-        (tools / "deployopt").chmod(0o755)
+        put(tools / "deployopt", DEPLOYOPT)
         self.files = {name: folder / name for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")}
         self.path = f"{tools}:{os.environ['PATH']}"
 
@@ -81,19 +89,19 @@ def test_the_action_installs_this_checkout(repository: Path, action: Any) -> Non
 
 
 class GitHub:
-    """What the gate's steps get on GitHub: `gh` answers from `artifacts.json` as the real one does, by jq, and writes down what else it is asked."""
+    """What the gate's steps get on GitHub, in run 20: `deployopt`, and `gh`, which answers from `artifacts.json` as the real one does, by jq, and writes
+    down what else it is asked."""
 
     def __init__(self, folder: Path, repository: Path, artifacts: list[dict[str, Any]]) -> None:
         self.folder, self.steps = folder, {step.get("name"): step for step in _steps(document(repository / ".github/workflows/gate.yml"))}
         (folder / "artifacts.json").write_text(json.dumps({"artifacts": artifacts}))
         (folder / "bin").mkdir()
-        stub = folder / "bin/gh"
-        stub.write_text('#!/bin/sh\nif [ "$1" = api ]; then exec jq -r "$5" artifacts.json; fi\necho "$@" >> asked\n')
-        stub.chmod(0o755)
+        put(folder / "bin/gh", GH)
+        put(folder / "bin/deployopt", DEPLOYOPT)
         self.files = {name: folder / name for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")}
 
     def run(self, name: str, **given: str) -> None:
-        environment = {**os.environ, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "GITHUB_REPOSITORY": "us/project", **given}
+        environment = {**os.environ, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "GITHUB_REPOSITORY": "us/project", "GITHUB_RUN_ID": "20", **given}
         environment |= {key: str(path) for key, path in self.files.items()}
         shell = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c"]
         subprocess.run([*shell, self.steps[name]["run"]], cwd=self.folder, env=environment, timeout=60, check=True)
@@ -107,22 +115,77 @@ def artifact(run: int, *, branch: str = "main", repository: int = 1, expired: bo
     return {"expired": expired, "workflow_run": {"id": run, "repository_id": 1, "head_repository_id": repository, "head_branch": branch}}
 
 
-@pytest.mark.skipif(shutil.which("jq") is None, reason="the stub of gh filters by jq")
+NEEDS_JQ = pytest.mark.skipif(shutil.which("jq") is None, reason="the stub of gh filters by jq")
+FETCH = "Fetch the baseline and the history"
+
+
+def download(run: int, name: str, folder: str) -> str:
+    return f"run download {run} --repo us/project --name {name} --dir {folder}\n"
+
+
+@NEEDS_JQ
 def test_the_baseline_is_the_newest_of_our_own_default_branch(tmp_path: Path, repository: Path) -> None:
-    found = [artifact(9, branch="feature"), artifact(8, repository=2), artifact(7, expired=True), artifact(6), artifact(5)]
+    found = [artifact(20), artifact(9, branch="feature"), artifact(8, repository=2), artifact(7, expired=True), artifact(6), artifact(5)]
     github = GitHub(tmp_path, repository, found)
-    github.run("Fetch the baseline", BRANCH="main", NAME="deployopt-run")
-    assert github.asked() == "run download 6 --repo us/project --name deployopt-run --dir deployopt-runs/base\n"
+    github.run(FETCH, BRANCH="main", NAME="deployopt-run", GITHUB_EVENT_NAME="pull_request")
+    history = download(6, "deployopt-run-history", "deployopt-runs")
+    assert github.asked() == download(6, "deployopt-run", "deployopt-runs/base") + history
     assert github.files["GITHUB_OUTPUT"].read_text() == "found=true\n"
 
 
-@pytest.mark.skipif(shutil.which("jq") is None, reason="the stub of gh filters by jq")
+@NEEDS_JQ
+def test_a_run_of_the_default_branch_continues_the_history_of_the_one_before(tmp_path: Path, repository: Path) -> None:
+    github = GitHub(tmp_path, repository, [artifact(20), artifact(6)])
+    github.run(FETCH, BRANCH="main", NAME="deployopt-run", GITHUB_EVENT_NAME="push")
+    assert github.asked() == download(6, "deployopt-run-history", "deployopt-runs")
+    assert not github.files["GITHUB_OUTPUT"].exists()
+
+
+@NEEDS_JQ
 def test_without_a_baseline_nothing_is_compared_and_the_summary_says_so(tmp_path: Path, repository: Path) -> None:
     github = GitHub(tmp_path, repository, [artifact(8, repository=2)])
-    github.run("Fetch the baseline", BRANCH="main", NAME="deployopt-run")
+    github.run(FETCH, BRANCH="main", NAME="deployopt-run", GITHUB_EVENT_NAME="pull_request")
     assert github.asked() == ""
     assert not github.files["GITHUB_OUTPUT"].exists()
     assert "no run named deployopt-run on main yet" in github.files["GITHUB_STEP_SUMMARY"].read_text()
+
+
+def test_github_that_does_not_answer_fails_the_step(tmp_path: Path, repository: Path) -> None:
+    """A history taken for a first one would lose every line before it."""
+    github = GitHub(tmp_path, repository, [])
+    put(tmp_path / "bin/gh", "exit 1")
+    for event in ("pull_request", "push"):
+        with pytest.raises(subprocess.CalledProcessError):
+            github.run(FETCH, BRANCH="main", NAME="deployopt-run", GITHUB_EVENT_NAME=event)
+
+
+def test_the_history_grows_by_a_line_a_run_and_its_trend_is_shown(tmp_path: Path, repository: Path) -> None:
+    github = GitHub(tmp_path, repository, [])
+    github.run("Show the history")  # on the first pull request there is none
+    assert not github.files["GITHUB_STEP_SUMMARY"].exists()
+    folder = tmp_path / "deployopt-runs"
+    for p50_ms in (1.0, 1.3):
+        shutil.rmtree(folder / "new", ignore_errors=True)
+        stored_runs.write(folder / "new", p50_ms)
+        github.run("Add to the history")
+    github.run("Show the history")
+    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert [line["rows"][stored_runs.KEY]["p50_ms"] for line in lines] == [1.0, 1.3]
+    assert "2 runs on CPU A" in github.files["GITHUB_STEP_SUMMARY"].read_text()
+    assert "+30.0 %" in github.files["GITHUB_STEP_SUMMARY"].read_text()
+    kept = github.steps["Keep the history"]["with"]
+    assert kept["path"].split() == ["deployopt-runs/history.jsonl", "deployopt-runs/history.html"]
+    assert all((tmp_path / name).is_file() for name in kept["path"].split())
+    assert kept["name"] == "${{ inputs.run-artifact }}-history"
+
+
+def test_only_runs_of_the_default_branch_write_the_history(repository: Path) -> None:
+    """One after the other, or two would continue the same file and one line would be lost."""
+    (gate,) = document(repository / ".github/workflows/gate.yml")["jobs"].values()
+    steps = {step.get("name"): step for step in gate["steps"]}
+    assert steps["Add to the history"]["if"] == "${{ success() && github.ref == format('refs/heads/{0}', github.event.repository.default_branch) }}"
+    assert steps["Keep the history"]["if"] == "${{ !cancelled() && steps.history.outcome == 'success' }}"
+    assert gate["concurrency"] == {"group": "gate-${{ inputs.run-artifact }}-${{ github.ref }}"}
 
 
 def test_a_comment_is_made_of_what_was_compared(tmp_path: Path, repository: Path) -> None:

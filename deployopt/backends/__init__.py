@@ -39,11 +39,12 @@ class BuildRequest:
 class Backend(Protocol):
     """The attributes of a backend module.
 
-    Four more are optional: `Options`, the pydantic model of its build options; `builds_onnx`, True if what it builds is ONNX files that the runtime reads,
+    Five more are optional: `Options`, the pydantic model of its build options; `builds_onnx`, True if what it builds is ONNX files that the runtime reads,
     so no engine that must be held to ONNX Runtime's outputs; `builds_on_opening`, True if `open` builds an engine whose kernels are chosen by timing them, so
-    that nothing else may go on meanwhile; and `providers`, the other devices or libraries that the runtime computes
-    with, by name. Each is a module that is a backend of its own. A recipe asks for them with the build option `providers`; their rows are called
-    NAME-PROVIDER, so that they are compared with their own FP32 row.
+    that nothing else may go on meanwhile; `verify(path, options: SessionOptions, progress, timeout_s) -> Verified`, which tells of any ONNX file what the
+    runtime really executes, and raises as `build`: so `deployopt bench` can show it of files that no build stage has seen; and `providers`, the other devices
+    or libraries that the runtime computes with, by name. Each is a module that is a backend of its own. A recipe asks for them with the build option
+    `providers`; their rows are called NAME-PROVIDER, so that they are compared with their own FP32 row.
 
     Attributes:
         __name__: of the module; a session's child process imports it to call `open`.

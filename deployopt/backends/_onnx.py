@@ -46,10 +46,10 @@ def build(
     options: Mapping[str, Any] | None = None,
     unverified: str | None = None,
 ) -> Artifact:
-    """Store the ONNX and count in a child process, where a crash ends nothing else, what the runtime compiles it to.
+    """Store the ONNX and have the runtime tell what it compiles it to.
 
     Args:
-        counter: "module:function" that takes `path`, `precision` and `arguments` and returns layers by executed precision.
+        counter, arguments: as of `verify`.
         options: that sessions on it are opened with, in their `extra`.
         unverified: why what it returns says nothing of what is executed, if so.
 
@@ -62,10 +62,8 @@ def build(
     path = out / "model.onnx"
     model = load(prepared)
     atomic_write(path, prepared.read_bytes())
-    given = {"path": str(path), "precision": request.precision, **(arguments or {})}
     with progress.track(f"compile for {provider}", None):
-        executed = run_in_child(counter, given, progress, f"compiling {path.name} to see what runs", request.timeout_s)
-    verified = Verified(executed.get("int8", 0), sum(executed.values()), executed)
+        verified = verify(path, request.precision, progress, request.timeout_s, counter=counter, arguments=arguments)
     metadata = {
         "precision": request.precision,
         "provider": provider,
@@ -75,6 +73,20 @@ def build(
         "verified_reason": unverified,
     }
     return Artifact.of("onnx", path, inputs=specs(model.graph.input), outputs=specs(model.graph.output), metadata=metadata)
+
+
+def verify(path: Path, precision: str, progress: Progress, timeout_s: float, *, counter: str, arguments: Mapping[str, Any] | None = None) -> Verified:
+    """What the runtime executes of an ONNX file, counted in a child process, where a crash ends nothing else.
+
+    Args:
+        counter: "module:function" that takes `path`, `precision` and `arguments` and returns layers by executed precision.
+
+    Raises:
+        BuildFailed, BackendUnavailable, ProviderFallback, ArtifactMismatch: the runtime does not take the model.
+    """
+    given = {"path": str(path), "precision": precision, **(arguments or {})}
+    executed = run_in_child(counter, given, progress, f"compiling {path.name} to see what runs", timeout_s)
+    return Verified(executed.get("int8", 0), sum(executed.values()), executed)
 
 
 def specs(values: Iterable[ValueInfoProto]) -> tuple[TensorSpec, ...]:

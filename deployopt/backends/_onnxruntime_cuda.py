@@ -6,7 +6,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from deployopt.artifact import FLOAT_PRECISIONS, Artifact
+from deployopt.artifact import FLOAT_PRECISIONS, Artifact, Verified
 from deployopt.backends import BuildRequest, _onnx, _onnxruntime_gpu
 from deployopt.backends.onnxruntime import layers_by_precision
 from deployopt.runtime.onnxruntime_gpu import CUDA, CUDA_NOT_OFFERED, create, open_session
@@ -17,6 +17,8 @@ distributions = ("onnxruntime-gpu", "onnx")
 build_depends_on_machine = False
 builds_onnx = True
 
+_COUNTER = f"{__name__}:count_layers"
+
 probe = partial(_onnxruntime_gpu.probe, CUDA, {**dict.fromkeys(FLOAT_PRECISIONS), **CUDA_NOT_OFFERED})
 
 
@@ -25,7 +27,11 @@ def prepare(canonical: Path, precision: str, out: Path) -> Path:
 
 
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:
-    return _onnx.build(prepared, out, request, progress, counter=f"{__name__}:count_layers", provider=CUDA, arguments={"device": request.device})
+    return _onnx.build(prepared, out, request, progress, counter=_COUNTER, provider=CUDA, arguments={"device": request.device})
+
+
+def verify(path: Path, options: SessionOptions, progress: Progress, timeout_s: float) -> Verified:
+    return _onnx.verify(path, options.precision, progress, timeout_s, counter=_COUNTER, arguments={"device": options.device})
 
 
 def open(path: Path, options: SessionOptions) -> Session:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from deployopt.artifact import Artifact, Availability
+from deployopt.artifact import Artifact, Availability, Verified
 from deployopt.backends import BuildRequest, _onnx, _shared
 from deployopt.config import Strict
 from deployopt.runtime import host
@@ -25,6 +25,7 @@ build_depends_on_machine = False
 builds_onnx = True
 providers = {name: f"{__package__}._onnxruntime_{name}" for name in ("cuda", "tensorrt")}
 
+_COUNTER = f"{__name__}:count_layers"
 _FLOATS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -58,7 +59,11 @@ def prepare(canonical: Path, precision: str, out: Path) -> Path:
 
 
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:
-    return _onnx.build(prepared, out, request, progress, counter=f"{__name__}:count_layers", provider=PROVIDER)
+    return _onnx.build(prepared, out, request, progress, counter=_COUNTER, provider=PROVIDER)
+
+
+def verify(path: Path, options: SessionOptions, progress: Progress, timeout_s: float) -> Verified:
+    return _onnx.verify(path, options.precision, progress, timeout_s, counter=_COUNTER)
 
 
 def open(path: Path, options: SessionOptions) -> Session:
@@ -87,7 +92,7 @@ def layers_by_precision(optimized: Path) -> dict[str, int]:
 
     def precision(layer: NodeProto) -> str:
         dequantizer = graph.producer(layer.input[1], "DequantizeLinear")
-        weight = graph.constant(layer.input[1] if dequantizer is None else dequantizer.input[1])
-        return "float" if weight is None else _FLOATS.get(weight.dtype.name, weight.dtype.name)
+        dtype = graph.constant_dtype(layer.input[1] if dequantizer is None else dequantizer.input[1])
+        return "float" if dtype is None else _FLOATS.get(dtype, dtype)
 
     return dict(Counter("int8" if PRODUCTS[layer.op_type] == "int8" else precision(layer) for layer in graph.nodes(*PRODUCTS)))

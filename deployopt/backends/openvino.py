@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact, Availability
+from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact, Availability, Verified
 from deployopt.backends import BuildRequest, _onnx, _shared
 from deployopt.runtime.openvino_session import DEVICE, compile_model, executed_layers, load_vendor, not_offered, open_session
 from deployopt.runtime.progress import Progress
@@ -17,6 +17,7 @@ distributions = ("openvino", "onnx")
 build_depends_on_machine = False
 builds_onnx = True
 
+_COUNTER = f"{__name__}:count_layers"
 _LAYERS = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul"})  # CPU plugin's layerType
 
 
@@ -40,7 +41,11 @@ def prepare(canonical: Path, precision: str, out: Path) -> Path:
 
 
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:
-    return _onnx.build(prepared, out, request, progress, counter=f"{__name__}:count_layers", provider=DEVICE)
+    return _onnx.build(prepared, out, request, progress, counter=_COUNTER, provider=DEVICE)
+
+
+def verify(path: Path, options: SessionOptions, progress: Progress, timeout_s: float) -> Verified:
+    return _onnx.verify(path, options.precision, progress, timeout_s, counter=_COUNTER)
 
 
 def open(path: Path, options: SessionOptions) -> Session:

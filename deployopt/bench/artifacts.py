@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deployopt import backends
-from deployopt.artifact import Row
+from deployopt.artifact import INT8_PRECISIONS, NOT_VERIFIED, Row
 from deployopt.bench import profiles
-from deployopt.bench.environment import environment
+from deployopt.bench.environment import environment, reason_of
 from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject, speedup, with_figures
 from deployopt.bench.images import SYNTHETIC, images_for
 from deployopt.bench.scenarios import Scenario, ScenarioName
 from deployopt.bench.targets import TORCH_OPENERS, Target, measured_rows, opener, resolve
-from deployopt.errors import UsageError
+from deployopt.errors import DeployoptError, UsageError
 from deployopt.runtime import host
 from deployopt.runtime.progress import Progress
 
@@ -51,7 +51,7 @@ def bench_artifacts(
         A row for each artifact and batch size, artifact by artifact. `variant` is the file's name without suffix or the row's address, numbered
         where it is not unique: the same file twice is an A/A comparison. Status "failed" where it cannot be opened, does not take the batch or
         computes NaN, "unavailable" where this machine lacks the runtime or the device. What was measured has the machine and its software in its
-        contract, as "environment".
+        contract, as "environment", and of an INT8 .onnx what the runtime executes in INT8, as `verified`.
 
     Raises:
         UsageError: an address names another batch size, scenario or number of threads than was asked for, or than another address; layers are to be timed
@@ -71,6 +71,8 @@ def bench_artifacts(
         given = {batch: _given(group, batch, images, seed) for batch in sizes}
         results = {batch: _measure(group, batch, given[batch], source) for batch in sizes}
         profiled = {batch: profiles.take(group, given[batch], batch, results[batch], progress) for batch in sizes if profile}
+    timed = {key for found in results.values() for key, result in found.items() if isinstance(result, Measured)}
+    _verify([(rows[t.name], t) for t in targets if t.name in timed], asked.threads, device, progress)  # when nothing is timed any more
     measured = [_row(rows[key], batch, results[batch], subjects[0].key) for key in rows for batch in sizes]
     where = _environment(targets)
     for row in measured:
@@ -107,6 +109,28 @@ def _environment(targets: Sequence[Target]) -> dict[str, Any]:
     """The machine, and the versions of what opens these artifacts."""
     runtimes = {d for t in targets for d in (("torch",) if t.backend in TORCH_OPENERS else backends.find(t.backend).distributions)}
     return environment(sorted({"deployopt", "numpy", *runtimes}))
+
+
+def _verify(timed: Sequence[tuple[Row, Target]], threads: int, device: str, progress: Progress) -> None:
+    """Have the runtimes tell of the INT8 files what they execute in INT8, and write it into their rows; why not, where it fails.
+
+    That a file has Q/DQ nodes says nothing of it: a runtime may have no kernel for them, or fuse them in other places.
+    """
+    files: dict[tuple[Path, str], list[Row]] = {}
+    for row, target in timed:
+        if target.kind == "onnx" and target.precision in INT8_PRECISIONS and hasattr(backends.find(target.backend), "verify"):
+            files.setdefault((target.path, target.backend), []).append(row)
+    options = {(target.path, target.backend): target.session_options(threads, device) for _, target in timed}
+    with progress.track("see what runs in INT8", len(files)) as bar:
+        for (path, backend), rows in files.items():
+            module: Any = backends.find(backend)
+            try:
+                verified, notes = asdict(module.verify(path, options[path, backend], progress, Settings().timeout_s)), []
+            except DeployoptError as exc:
+                verified, notes = None, [f"{NOT_VERIFIED}: {reason_of(exc, path.parent)}"]
+            for row in rows:
+                row.verified, row.notes = verified, [*row.notes, *notes]
+            bar.advance(1, path.name)
 
 
 def _given(group: Group, batch: int, images: NDArray[np.uint8] | None, seed: int) -> dict[str, NDArray[np.uint8]]:

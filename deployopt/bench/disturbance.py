@@ -26,7 +26,8 @@ class Limits:
         max_contention: share of its threads for which others left no core.
         max_pressure: share of the time in which something that could run waited for a CPU.
         max_steal_percent: CPU time that the hypervisor gave to other guests, percent of the cores.
-        max_clock_drop: fall of the SM clock of the row's GPU from the first to the last third of its blocks, relative.
+        max_clock_drop: fall of the SM clock of the row's GPU, or of the clock of the CPU core that a row on the CPU is timed on, from the first to the last
+            third of its blocks, relative.
     """
 
     max_spread: float = 0.25
@@ -56,15 +57,17 @@ class Load:
 
     Attributes:
         gpu: the row's GPU at the end of each block; empty for a row on the CPU, and where it cannot be told which GPU it is.
+        core_mhz: clock of the core that the block was timed on, at its end; empty where Linux does not tell.
     """
 
     def __init__(self) -> None:
         self.gpu: list[GpuReading] = []
+        self.core_mhz: list[float] = []
         self._wall_s = self._other_s = self._stolen_s = self._waited_s = self._energy_j = 0.0
         self._cpu_known = self._pressure_known = self._energy_known = True
 
-    def add(self, before: Counters, after: Counters, own_cpu_s: float) -> None:
-        """One block: counters on either side, and the CPU time of the timed process."""
+    def add(self, before: Counters, after: Counters, own_cpu_s: float, core_mhz: float | None = None) -> None:
+        """One block: counters on either side, the CPU time of the timed process, and its core's clock."""
         self._wall_s += (after.at_ns - before.at_ns) * 1e-9
         if before.cpu is None or after.cpu is None:
             self._cpu_known = False
@@ -77,6 +80,8 @@ class Load:
             self._waited_s += after.pressure_s - before.pressure_s
         if after.gpu is not None:
             self.gpu.append(after.gpu)
+        if core_mhz is not None:
+            self.core_mhz.append(core_mhz)
         if before.gpu is None or after.gpu is None or before.gpu.energy_j is None or after.gpu.energy_j is None:
             self._energy_known = False
         else:
@@ -159,9 +164,11 @@ def faults(seen: Observed, limits: Limits, cores: int) -> list[str]:
     """Reasons why a row is invalid, one sentence each; [] for a quiet machine."""
     if seen.device == "cpu":
         found = ["the CPU throttled for heat"] if (seen.after.throttles or 0) > (seen.before.throttles or 0) else []
+        if len(seen.load.core_mhz) >= DRIFT_BLOCKS:
+            found += _clock_drop("the clock of the CPU core that it was timed on", seen.load.core_mhz, limits)
     else:
         found = [f"throttled: {reason}" for reason in _gpu_throttling(seen)]
-        found += _clock_drops(seen, limits)
+        found += [fall for gpu in seen.watched for fall in _clock_drop(f"the SM clock of {gpu.name}", [c for c in gpu.clocks_mhz if c], limits)]
     steal = _percent(seen.load.stolen_cores, cores)
     if steal is not None and steal > limits.max_steal_percent:
         found.append(f"the hypervisor took {steal:.0f} % of the CPU time (limit {limits.max_steal_percent:g} %)")
@@ -192,7 +199,8 @@ def flags(seen: Observed, limits: Limits, cores: int) -> list[str]:
 
 def contract(seen: Observed, cores: int) -> dict[str, Any]:
     """The contract's `load`: what else used the machine, and its clocks, temperatures and power before and after; `gpu_power_w` and
-    `own_gpu` are of the row's own GPU during its blocks."""
+    `own_gpu` are of the row's own GPU during its blocks, `core_clock_mhz` of the CPU core that it was timed on: at first, at its lowest and at last, None where
+    the machine does not tell, and then no fall of it is found."""
     pressure, moved, before, after = seen.load.pressure, drift(seen.block_medians), seen.before, seen.after
     power = seen.load.gpu_power_w
     return {
@@ -202,6 +210,7 @@ def contract(seen: Observed, cores: int) -> dict[str, Any]:
         "drift_percent": None if moved is None else round(100 * moved, 2),
         "load_average": [before.load_average, after.load_average],
         "gpu_power_w": None if power is None or seen.device == "cpu" else round(power, 2),
+        "core_clock_mhz": [clocks[0], min(clocks), clocks[-1]] if (clocks := seen.load.core_mhz) else None,
         "own_gpu": _during(seen.load.gpu) if seen.load.gpu else None,
         "frequency_mhz": [before.frequency_mhz, after.frequency_mhz],
         "gpus": [{"name": gpu["name"], "before": _state(gpu), "after": _state(late)} for gpu, late in zip(before.gpus, after.gpus, strict=True)],
@@ -213,15 +222,13 @@ def _gpu_throttling(seen: Observed) -> list[str]:
     return sorted({f"{gpu.name}: {reason}" for gpu in seen.watched for reason in gpu.throttled})
 
 
-def _clock_drops(seen: Observed, limits: Limits) -> list[str]:
-    found = []
-    for gpu in seen.watched:
-        known = [clock for clock in gpu.clocks_mhz if clock]
-        third = max(1, len(known) // 3)
-        first, last = (float(np.median(part)) for part in (known[:third], known[-third:])) if known else (0.0, 0.0)
-        if first and 1 - last / first > limits.max_clock_drop:
-            found.append(f"the SM clock of {gpu.name} fell from {first:g} to {last:g} MHz (limit {100 * limits.max_clock_drop:g} %)")
-    return found
+def _clock_drop(name: str, clocks_mhz: Sequence[float], limits: Limits) -> list[str]:
+    """That a clock fell from the first to the last third of its readings, [] if it did not or nothing was read."""
+    third = max(1, len(clocks_mhz) // 3)
+    first, last = (float(np.median(part)) for part in (clocks_mhz[:third], clocks_mhz[-third:])) if clocks_mhz else (0.0, 0.0)
+    if first and 1 - last / first > limits.max_clock_drop:
+        return [f"{name} fell from {first:g} to {last:g} MHz (limit {100 * limits.max_clock_drop:g} %)"]
+    return []
 
 
 def _during(readings: Sequence[GpuReading]) -> dict[str, Any]:

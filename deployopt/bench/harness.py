@@ -176,7 +176,7 @@ class _Run:
         block = self.worker.block(self.iterations, self.runs, self.lead_in)
         after = Counters.now(self.meter, self.gpu)
         self.blocks.append(block)
-        self.load.add(before, after, block.process_cpu_s)
+        self.load.add(before, after, block.process_cpu_s, block.core_clock_mhz)
         self.runs += self.iterations
         self.seconds += block.wall_s
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper, shape_inference
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
 from deployopt.errors import ExportFailed
 
@@ -73,11 +73,18 @@ class Graph:
 
     def constant(self, tensor: str) -> NDArray[Any] | None:
         """What an initializer or Constant node holds, None for a computed tensor."""
-        if tensor in self.initializers:
-            return numpy_helper.to_array(self.initializers[tensor])
+        stored = self._stored(tensor)
+        return None if stored is None else numpy_helper.to_array(stored)
+
+    def constant_dtype(self, tensor: str) -> str | None:
+        """NumPy's name for the type of what `constant` gives, also where another file holds the values; None for a computed tensor."""
+        stored = self._stored(tensor)
+        return None if stored is None else helper.tensor_dtype_to_np_dtype(stored.data_type).name
+
+    def _stored(self, tensor: str) -> TensorProto | None:
         node = self.producer(tensor, "Constant")
-        value = attribute(node, "value", None) if node is not None else None
-        return None if value is None else numpy_helper.to_array(value)
+        stored: TensorProto | None = self.initializers.get(tensor) or (attribute(node, "value", None) if node is not None else None)
+        return stored
 
     def add_node(self, op_type: str, inputs: list[str], outputs: list[str], name: str, **attributes: Any) -> NodeProto:
         self.proto.node.append(helper.make_node(op_type, inputs, outputs, name, **attributes))

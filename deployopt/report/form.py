@@ -116,7 +116,7 @@ class Row(TypedDict, total=False):
     reason: str | None
     notes: list[str] | None
     options: dict[str, Any] | None
-    threads: int | None
+    threads: PositiveInt | None
     accuracy: dict[str, Any] | None
     artifact: File | None
     verified: Verified | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from deployopt.report import summary, units
 from deployopt.report.summary import JsonRow
@@ -22,8 +22,9 @@ class Curve(NamedTuple):
 
 
 def scenario_name(row: JsonRow) -> str:
-    """ "single stream, 2 threads"."""
-    return f"{str(row.get('scenario') or 'single_stream').replace('_', ' ')}, {units.plural(int(row.get('threads') or 1), 'thread')}"
+    """ "single stream, 2 threads"; "threads unknown" where the report does not tell."""
+    threads = row.get("threads")
+    return f"{str(row.get('scenario') or 'single_stream').replace('_', ' ')}, {'threads unknown' if threads is None else units.plural(threads, 'thread')}"
 
 
 def table(rows: Sequence[JsonRow]) -> tuple[list[str], list[list[str]]] | None:
@@ -88,6 +89,7 @@ def curves(rows: Iterable[JsonRow], axis: Axis, figure: Figure) -> Mapping[str, 
     """By variant: each session measured at two batch sizes, or numbers of threads, or more.
 
     Over batch sizes with the run's own threads; over threads at the largest batch size. Latency is single stream's: under load it is not of interest.
+    A row that does not tell its threads, or the figure, has no point.
     """
     valid = summary.measured(rows)
     own = {r.get("threads") for r in summary.own(valid)}
@@ -101,16 +103,16 @@ def curves(rows: Iterable[JsonRow], axis: Axis, figure: Figure) -> Mapping[str, 
         sessions.setdefault((row["variant"], f"{row['backend']} {row['precision']}", offline), []).append(row)
     found: dict[str, list[Curve]] = {}
     for (variant, session, offline), members in sessions.items():
-        points = sorted(((int(r[axis]), _value(r, figure), _tip(r, session)) for r in members), key=lambda p: p[0])
+        known = ((r.get(axis), _value(r, figure), _tip(r, session)) for r in members)
+        points = sorted(((x, y, tip) for x, y, tip in known if x is not None and y is not None), key=lambda p: p[0])
         if len(points) >= 2:
             found.setdefault(variant, []).append(Curve(session, offline, points))
     return found
 
 
-def _value(row: JsonRow, figure: Figure) -> float:
-    value: Any = summary.p50_ms(row) if figure == "latency" else row["throughput_per_s"]
-    return float(value)
+def _value(row: JsonRow, figure: Figure) -> float | None:
+    return summary.p50_ms(row) if figure == "latency" else row.get("throughput_per_s")
 
 
 def _tip(row: JsonRow, session: str) -> str:
-    return f"{session}\nbatch {row['batch']}, {scenario_name(row)}\np50 {units.milliseconds(summary.p50_ms(row))}\n{throughput(row)} images/s"
+    return f"{session}\nbatch {row['batch']}, {scenario_name(row)}\np50 {units.milliseconds(summary.p50_ms(row))}\n{throughput(row) or '?'} images/s"

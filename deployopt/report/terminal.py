@@ -295,11 +295,13 @@ def _bench_columns(rows: Sequence[JsonRow]) -> list[Column]:
         text = units.interval(bounds, decimals)
         return f"[{text}]" if text else ""
 
+    quantized = each(summary.quantized_cell)
     return spaced(
         [
             Column("artifact", each(lambda r: r["variant"]), right=False),
             Column("backend", each(lambda r: r["backend"]), 5, right=False),
             Column("prec", each(lambda r: r["precision"]), 3, right=False),
+            Column("INT8", quantized if set(quantized) != {units.UNKNOWN} else [""] * len(rows), 1),
             Column("p50", each(lambda r: units.significant(summary.p50_ms(r)) if summary.host(r) else r["status"])),
             Column("[95 %]", each(lambda r: bracketed(summary.host(r).get("p50_ci95"))), 2),
             Column("device", each(lambda r: units.significant(summary.device(r).get("p50")) if summary.device(r) else ""), 8),

@@ -93,6 +93,21 @@ def frequency_mhz() -> Optional[float]:
     return None if shown is None else float(shown)
 
 
+def core_clock_mhz() -> Optional[float]:
+    """Clock of the core that the calling thread runs on: of a core that has been busy until now, whatever a governor does with idle ones.
+
+    Source: Documentation/admin-guide/pm/cpufreq.rst, scaling_cur_freq: on x86 measured by the hardware over the last few milliseconds (APERF/MPERF), elsewhere
+    mostly what the governor asked for, which falls with the limits that heat sets. None without cpufreq, as in virtual machines, where /proc/cpuinfo
+    repeats a constant.
+    """
+    own = _read("/proc/thread-self/stat")
+    if own is None:
+        return None
+    core = own.rpartition(")")[2].split()[36]  # proc(5): field 39, "processor"; the name before may hold spaces
+    khz = _read(f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq")
+    return int(khz) / 1000 if khz is not None and khz.isdigit() else None
+
+
 def throttle_count() -> Optional[int]:
     """Times that the allowed cores have throttled for heat since boot."""
     read = [_read(f"/sys/devices/system/cpu/cpu{core}/thermal_throttle/core_throttle_count") for core in sorted(cores())]

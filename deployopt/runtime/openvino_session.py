@@ -134,6 +134,7 @@ class OpenVINOSession:
         self._tensor = load_vendor().Tensor
         self._request = compiled.create_infer_request()
         self.streams = options.streams
+        self._threads = compiled.get_property("INFERENCE_NUM_THREADS") // options.streams  # fewer than asked for where the process may use fewer cores
         self.inputs = [_spec(port) for port in compiled.inputs]  # type: Sequence[TensorSpec]
         self.outputs = [_spec(port) for port in compiled.outputs]  # type: Sequence[TensorSpec]
         self.provider = DEVICE
@@ -145,7 +146,7 @@ class OpenVINOSession:
 
     def load(self, feeds: Sequence[Feed]) -> Loaded:
         check_feeds(feeds, self.inputs)
-        return _Loaded(self._tensor, self._compiled.create_infer_request(), self.inputs, feeds)
+        return _Loaded(self._tensor, self._compiled.create_infer_request(), self.inputs, feeds, self._threads)
 
     def profile(self, feeds: Sequence[Feed], runs: int) -> List[LayerTime]:
         """As `session.Profiling`. Layers are timed by OpenVINO's performance counters, in whole microseconds.
@@ -179,10 +180,13 @@ class _Loaded:
 
     Every inference of a session goes through here: OpenVINO copies an array that is not shared into the input it used last, and that may be
     the caller's.
+
+    Args:
+        threads: that one inference uses, the caller's among them.
     """
 
-    def __init__(self, tensor: Any, request: Any, inputs: Sequence[TensorSpec], feeds: Sequence[Mapping[str, Array]]) -> None:
-        self._request = request
+    def __init__(self, tensor: Any, request: Any, inputs: Sequence[TensorSpec], feeds: Sequence[Mapping[str, Array]], threads: int = 1) -> None:
+        self._request, self._threads = request, threads
         self._arrays = [[np.ascontiguousarray(feed[spec.name]) for spec in inputs] for feed in feeds]
         self._feeds = [[tensor(array, shared_memory=True) for array in arrays] for arrays in self._arrays]
 
@@ -196,6 +200,14 @@ class _Loaded:
 
     def device_ms(self) -> Optional[float]:
         return None
+
+    def execution(self) -> Dict[str, str]:
+        """As `session.Explained`. The caller computes too, in oneTBB's arena of its stream, and there is no option: whoever of an arena finds no work pauses
+        and yields about a hundred times (the caller more often), then sleeps until there is some.
+
+        Source: OpenVINO's iasync_infer_request.cpp (ImmediateStreamsExecutor); oneTBB 2021.13's scheduler_common.h (stealing_loop_backoff) and waiters.h.
+        """
+        return {"waiting_threads": "spin, then block"} if self._threads > 1 else {}
 
 
 def _totals_us(loaded: _Loaded, request: Any, done: int, until: int) -> Dict[str, float]:

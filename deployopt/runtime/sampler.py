@@ -10,6 +10,7 @@ from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tup
 
 import numpy as np
 
+from deployopt.runtime import host
 from deployopt.runtime.clock import cpu_ns, now_ns, seconds_since
 from deployopt.runtime.session import Loaded
 from deployopt.runtime.statistics import moving_median_settled
@@ -38,12 +39,14 @@ class Block(NamedTuple):
         device_ms: float64 [n] without copies, None where the runtime has no such clock.
         wall_s: the timed loop took.
         process_cpu_s: CPU time of this process (all threads) of the whole call, lead-in included.
+        core_clock_mhz: as `host.core_clock_mhz`, of the core that timed the last run; the median of all streams'.
     """
 
     host_ns: np.ndarray
     device_ms: Optional[np.ndarray]
     wall_s: float
     process_cpu_s: float
+    core_clock_mhz: Optional[float] = None
 
 
 @contextmanager
@@ -118,8 +121,9 @@ def time_block(loaded: Loaded, iterations: int, first_index: int = 0, lead_in: i
                 samples[i] = read() - before
                 keep(device_clock())
             wall = read() - start
+    clock = host.core_clock_mhz()
     device = np.array(on_device, dtype=np.float64) if on_device else None
-    return Block(np.array(samples, dtype=np.int64), device, wall * 1e-9, (cpu_ns() - cpu) * 1e-9)
+    return Block(np.array(samples, dtype=np.int64), device, wall * 1e-9, (cpu_ns() - cpu) * 1e-9, clock)
 
 
 class _Abreast:
@@ -163,7 +167,7 @@ def time_streams(streams: Sequence[Loaded], iterations: int, first_index: int = 
         for index in range(first_index - lead_in, first_index):
             stream.run(index)
 
-    def keep_busy(stream: Loaded) -> Tuple[int, int, List[int]]:
+    def keep_busy(stream: Loaded) -> Tuple[int, int, List[int], Optional[float]]:
         run, read = stream.run, now_ns
         durations: List[int] = []
         ready.wait()
@@ -175,11 +179,12 @@ def time_streams(streams: Sequence[Loaded], iterations: int, first_index: int = 
             run(first_index + index)
             end = read()
             durations.append(end - before)
-        return start, end, durations
+        return start, end, durations, host.core_clock_mhz()
 
     with _no_garbage_collection(), ThreadPoolExecutor(len(streams)) as pool:
         list(pool.map(lead, streams))  # what fails mostly fails here, and not where others wait for it
         done = [busy.result() for busy in [pool.submit(keep_busy, stream) for stream in streams]]
-    wall = max(end for _, end, _ in done) - min(start for start, _, _ in done)
-    host = np.concatenate([np.array(durations, dtype=np.int64) for _, _, durations in done])
-    return Block(host, None, wall * 1e-9, (cpu_ns() - cpu) * 1e-9)
+    wall = max(end for _, end, _, _ in done) - min(start for start, *_ in done)
+    host_ns = np.concatenate([np.array(durations, dtype=np.int64) for _, _, durations, _ in done])
+    clocks = [clock for *_, clock in done if clock is not None]
+    return Block(host_ns, None, wall * 1e-9, (cpu_ns() - cpu) * 1e-9, float(np.median(clocks)) if clocks else None)

@@ -74,8 +74,8 @@ class Explained(Protocol):
     """A `Loaded` whose runtime may execute it in one way or another."""
 
     def execution(self) -> Dict[str, str]:
-        """How it was executed so far, for the row's contract: {"cuda_graph": "off", "on" or "refused: why"}, {"waiting_threads": "spin"},
-        {"shape_specialization": "eager"} (TensorRT-RTX)."""
+        """How it was executed so far, for the row's contract: {"cuda_graph": "off", "on" or "refused: why"}, {"waiting_threads": "spin", "block" or
+        "spin, then block"}; nothing of threads where one inference has only one. {"shape_specialization": "eager"} of TensorRT-RTX."""
 
 
 class Session(Protocol):

@@ -289,7 +289,7 @@ class _Service:
         answer = {"host_ns": timed.host_ns}
         if timed.device_ms is not None:
             answer["device_ms"] = timed.device_ms
-        return {"wall_s": timed.wall_s, "process_cpu_s": timed.process_cpu_s}, answer
+        return {"wall_s": timed.wall_s, "process_cpu_s": timed.process_cpu_s, "core_clock_mhz": timed.core_clock_mhz}, answer
 
     def profile(self, arrays: Arrays, runs: int) -> Answer:
         session = self._opened()

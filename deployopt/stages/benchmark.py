@@ -67,7 +67,8 @@ class Config(StageConfig):
     """Measure every valid row against itself so many times more, each time in two new processes, and store how far it differed: the noise floor of
     `deployopt compare` between two stored reports. 3 give a usable one."""
     max_clock_drop: PositiveFloat = 0.1
-    """Relative fall of a GPU's SM clock during the measurement above which its rows are marked invalid."""
+    """Fall of the clock of a row's GPU, or of the CPU core that it is timed on where Linux tells it, from the first to the last third of its blocks,
+    relative, above which it is marked invalid."""
     cuda_graph: bool = False
     """Launch engines of the backend tensorrt as one CUDA graph each, which saves the host's time between kernels; where one cannot be captured, kernels are
     launched one by one. Each row's contract says which. Not yet tried on a GPU."""

@@ -3,14 +3,17 @@ import json
 import numpy as np
 import onnx
 import pytest
+import residual_onnx
 import stored_runs
 import tiny_onnx
 
+from deployopt import backends
 from deployopt.bench import artifacts as bench_files
 from deployopt.bench.artifacts import bench_artifacts
 from deployopt.bench.images import SYNTHETIC
-from deployopt.bench.targets import precision_of
-from deployopt.errors import ArtifactCorrupt, ArtifactMismatch, UsageError
+from deployopt.bench.targets import precision_of, resolve
+from deployopt.errors import ArtifactCorrupt, ArtifactMismatch, BuildFailed, UsageError
+from deployopt.graph.canonical import canonicalize
 from deployopt.runtime.hashing import sha256_file
 from deployopt.runtime.progress import SilentProgress
 
@@ -71,6 +74,26 @@ def test_a_row_of_a_run_is_found_and_verified(tmp_path, model):
     model.write_bytes(model.read_bytes() + b"x")
     with pytest.raises(ArtifactCorrupt):
         bench(f"{tmp_path}:qat/onnxruntime/int8/b1")
+
+
+def test_weights_beside_an_onnx_file_belong_to_it(tmp_path, model):
+    """Of a file and of a row, whose bytes the report vouches for; also where the runtime is asked what it executes."""
+    typed = onnx.load(quantizing_its_input_alone(model, tmp_path / "typed.onnx"))
+    split, weights = tmp_path / "split.onnx", tmp_path / "split.data"
+    onnx.save(typed, str(split), save_as_external_data=True, location=weights.name, size_threshold=100)
+    (found,) = bench(split)
+    assert found.artifact["bytes"] == split.stat().st_size + weights.stat().st_size
+    assert found.verified["executed"] == {"fp32": 3}
+    row = {"variant": "v", "backend": "onnxruntime", "precision": "int8", "batch": 1, "status": "ok", "artifact": found.artifact}
+    (tmp_path / "report.json").write_text(json.dumps({"schema": 1, "variants": [], "rows": [row]}))
+    address = f"{tmp_path}:v/onnxruntime/int8/b1"
+    assert resolve(address).path == split
+    weights.write_bytes(bytes(weights.stat().st_size))
+    with pytest.raises(ArtifactCorrupt, match="wanted sha256"):
+        resolve(address)
+    weights.unlink()
+    with pytest.raises(ArtifactCorrupt, match=r"split\.onnx: it keeps weights in split\.data, missing"):
+        bench(split)
 
 
 @pytest.fixture
@@ -150,6 +173,42 @@ def test_precision_is_read_from_the_graph(tmp_path):
     (tmp_path / "d.onnx").write_bytes(b"not a model")
     with pytest.raises(ArtifactMismatch, match="not an ONNX model"):
         precision_of(tmp_path / "d.onnx")
+
+
+def quantizing_its_input_alone(model, path):
+    """The model of `tiny_onnx.convolution` behind Q/DQ of its input: typed as INT8, with every weight in float; returns `path`."""
+    typed = onnx.load(model)
+    operands = [onnx.numpy_helper.from_array(np.float32(1 / 127), "scale"), onnx.numpy_helper.from_array(np.int8(0), "zero")]
+    typed.graph.initializer.extend(operands)
+    typed.graph.node[0].input[0] = "dequantized"
+    typed.graph.node.insert(0, onnx.helper.make_node("QuantizeLinear", ["input", "scale", "zero"], ["quantized"]))
+    typed.graph.node.insert(1, onnx.helper.make_node("DequantizeLinear", ["quantized", "scale", "zero"], ["dequantized"]))
+    onnx.save(typed, path)
+    return path
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_int8_files_tell_what_the_runtime_executes_in_int8(tmp_path, model, backend):
+    quantized, scales = residual_onnx.quantized()
+    onnx.save(canonicalize(quantized, scales=scales), tmp_path / "canonical.onnx")
+    whole = backends.find(backend).prepare(tmp_path / "canonical.onnx", "int8", tmp_path / "whole.onnx")
+    typed = quantizing_its_input_alone(model, tmp_path / "typed.onnx")
+    rows = bench(whole, typed, model, backend=backend, batch_sizes=(1, 2))
+    told = [None if row.verified is None else (row.verified["quantized_layers"], row.verified["quantizable_layers"]) for row in rows]
+    assert told == [(residual_onnx.LAYERS,) * 2] * 2 + [(0, 3)] * 2 + [None] * 2
+    assert [row.precision for row in rows] == ["int8"] * 4 + ["fp32"] * 2
+
+
+def test_int8_that_cannot_be_verified_is_noted(tmp_path, model, monkeypatch):
+    def verify(*arguments):
+        raise BuildFailed("compiling it to see what runs: the child crashed (SIGSEGV)", "report it")
+
+    monkeypatch.setattr(backends.find("onnxruntime"), "verify", verify)
+    typed, plain = bench(quantizing_its_input_alone(model, tmp_path / "typed.onnx"), model)
+    assert typed.status != "failed"
+    assert (typed.verified, len(typed.notes)) == (None, 1)
+    assert typed.notes[0].startswith("INT8 is not verified: compiling it to see what runs: the child crashed (SIGSEGV)")
+    assert plain.notes == []
 
 
 def test_engines_are_known_by_their_manifest(tmp_path):

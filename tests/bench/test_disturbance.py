@@ -105,6 +105,39 @@ def test_a_gpu_that_is_known_is_judged_by_its_own_blocks():
     assert faults(load=falling, device="cuda:0", gpu=0) == ["the SM clock of GPU fell from 1500 to 1200 MHz (limit 10 %)"]
 
 
+def on_core(*clocks_mhz):
+    """Of blocks after which the clock of the core that timed them was read."""
+    found = Load()
+    for second, clock in enumerate(clocks_mhz):
+        found.add(Counters(None, None, second * 10**9), Counters(None, None, (second + 1) * 10**9), 0.0, clock)
+    return found
+
+
+def test_a_cpu_is_judged_by_the_core_that_timed_the_blocks():
+    falling = on_core(3400.0, 3400.0, 3300.0, 3000.0, 1200.0, 3000.0, 2800.0, 2900.0, 2900.0)
+    assert faults(load=falling) == ["the clock of the CPU core that it was timed on fell from 3400 to 2900 MHz (limit 10 %)"]
+    assert disturbance.contract(observed(load=falling), cores=2)["core_clock_mhz"] == [3400.0, 1200.0, 2900.0]
+    assert faults(load=falling, device="cuda:0") == []
+
+
+@pytest.mark.parametrize(
+    "clocks_mhz",
+    [
+        [3400.0] * 4 + [1200.0] + [3400.0] * 4,  # one reading of a core that a governor had just let idle
+        [1200.0] * 4 + [3400.0] * 5,  # it rose
+        [3400.0, 1200.0, 1200.0],  # too few for thirds
+        [3400.0, 3200.0] * 10,
+    ],
+)
+def test_clocks_that_waver_or_rise_are_no_fault(clocks_mhz):
+    assert faults(load=on_core(*clocks_mhz)) == []
+
+
+def test_a_machine_without_clocks_says_that_they_are_unknown():
+    assert faults(load=on_core(*[None] * 20)) == []
+    assert disturbance.contract(observed(load=on_core(None)), cores=2)["core_clock_mhz"] is None
+
+
 def test_power_is_the_energy_of_its_blocks_by_their_time():
     found = Load()
     for seconds, joules in (((0, 2), (100.0, 500.0)), ((5, 7), (9000.0, 9600.0))):

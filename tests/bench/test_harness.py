@@ -20,7 +20,7 @@ from deployopt.runtime.worker import Worker
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
 # tests share the machine with anything: what they assert is the bookkeeping and the ratios, not the quiet
-LENIENT = Limits(max_spread=100.0, max_drift=100.0, max_contention=100.0, max_pressure=100.0, max_steal_percent=100.0)
+LENIENT = Limits(max_spread=100.0, max_drift=100.0, max_contention=100.0, max_pressure=100.0, max_steal_percent=100.0, max_clock_drop=100.0)
 SETTINGS = Settings(min_seconds=0.2, limits=LENIENT, timeout_s=60.0)
 
 
@@ -142,6 +142,7 @@ def test_the_contract_says_how(results):
         "load_average",
         "gpu_power_w",
         "own_gpu",
+        "core_clock_mhz",
         "frequency_mhz",
         "gpus",
     } == set(contract["load"])
@@ -210,6 +211,15 @@ def test_a_row_that_falls_short_says_so(model, monkeypatch):
     assert found.contract["blocks"] == 40
     (flag,) = [flag for flag in found.contract["flags"] if flag.startswith("too short for a headline: ")]
     assert flag.endswith("s of 3 s, 40 of 1000 runs")
+
+
+def test_a_row_whose_core_slowed_down_is_invalid(model, monkeypatch):
+    clocks, block = iter(np.linspace(3000.0, 1000.0, 60).tolist()), Worker.block
+    monkeypatch.setattr(Worker, "block", lambda *arguments: block(*arguments)._replace(core_clock_mhz=next(clocks)))
+    found = measure([subject("a", model)], IMAGES, replace(SETTINGS, limits=replace(LENIENT, max_clock_drop=0.1)), SilentProgress())["a"]
+    first, lowest, last = found.contract["load"]["core_clock_mhz"]
+    assert (first, lowest) == (3000.0, last)
+    assert "the clock of the CPU core that it was timed on fell from" in found.invalid
 
 
 def test_batch_that_an_artifact_cannot_run_fails_only_that_row(tmp_path, model):

@@ -20,7 +20,9 @@ from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
 from deployopt.runtime.statistics import ratio_over_lifetimes
 
-ANY = Limits(max_spread=100.0, max_drift=100.0, max_contention=100.0, max_pressure=100.0, max_steal_percent=100.0)  # quiet is not what is tested
+ANY = Limits(
+    max_spread=100.0, max_drift=100.0, max_contention=100.0, max_pressure=100.0, max_steal_percent=100.0, max_clock_drop=100.0
+)  # quiet is not what is tested
 LOUD = Settings(min_seconds=0.05, limits=ANY)
 IMAGES = natural_noise(8, 16, 16, 3, 0)
 QUICK = Plan(lifetimes=3, precision=100.0, seconds=0.05, settings=LOUD)

@@ -72,6 +72,8 @@ def test_a_stored_figure_that_is_not_finite_is_refused(report: dict[str, Any], t
         (("rows", 1, "latency_ms", "host"), {}, r"rows\[1\]\.latency_ms\.host has no 'p50'"),
         (("rows", 1, "latency_ms", "host", "p50"), 0, r"host\.p50: wanted greater than 0, found 0"),
         (("rows", 1, "latency_ms", "host", "p50_ci95"), [1.0], r"host\.p50_ci95: .* found \[1\.0\]"),
+        (("rows", 1, "threads"), 0, r"rows\[1\]\.threads: wanted greater than 0, found 0"),
+        (("rows", 1, "threads"), "two", r"rows\[1\]\.threads: wanted a valid integer, found 'two'"),
         (("rows", 1, "accuracy", "top1"), "high", r"rows\[1\]\.accuracy\.top1: wanted a number, found 'high'"),
         (("rows", 1, "contract", "blocks"), "many", r"contract\.blocks: wanted a valid integer, found 'many'"),
         (("variants", 0, "curves", 0, "validation_top1"), [], r"variants\[0\]\.curves\[0\]\.validation_top1: wanted a number"),

@@ -45,6 +45,19 @@ def test_curves_over_threads_need_several_numbers_of_them(swept: dict[str, Any],
     assert "batch 8" in curve.points[0][2]
 
 
+@pytest.mark.parametrize("lack", ["threads", "throughput_per_s"])
+@pytest.mark.parametrize("missing", [True, False])
+def test_rows_that_do_not_tell_a_figure_have_no_point(swept: dict[str, Any], lack: str, missing: bool) -> None:
+    untold = next(r for r in swept["rows"] if (r["variant"], r["batch"], r.get("sweep")) == ("qat", 8, "offline-t1"))
+    untold[lack] = None
+    if missing:
+        del untold[lack]
+    assert sweeps.curves(swept["rows"], "threads", "throughput").keys() == {"finetune", "prune"}
+    for format in ("html", "terminal", "markdown"):
+        text = render(swept, format)
+        assert ("offline, threads unknown" in text) == (lack == "threads"), format
+
+
 def test_the_table_shows_what_is_known(swept: dict[str, Any]) -> None:
     row = summary.measured(swept["rows"])[0]
     row["contract"] |= {"load_ms": 12.34, "first_inference_ms": 7.89}

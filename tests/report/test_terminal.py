@@ -94,6 +94,18 @@ def test_bench_says_who_is_faster_who_is_not_and_who_failed() -> None:
     assert line.split() == ["qat", "onnxruntime", "fp32", "0.770", "[0.762–0.778]", "0.847", "1.00", "1299", "5.20x", "[5.10–5.30]"]
 
 
+def test_bench_shows_what_runs_in_int8() -> None:
+    """Of what is typed as INT8 only; where nothing is, there is no column."""
+    verified = {"quantized_layers": 19, "quantizable_layers": 21, "executed": {"int8": 19, "fp32": 2}}
+    rows = [
+        bench_row("a", 4.0, 1.0, [1.0, 1.0]),
+        *(bench_row(n, 2.0, 2.0, [1.9, 2.1], precision="int8", verified=v) for n, v in (("b", verified), ("c", None))),
+    ]
+    lines = benched(rows).splitlines()
+    assert [next(line for line in lines if line.startswith(f"{name} ")).split()[2:4] for name in "abc"] == [["fp32", "–"], ["int8", "19/21"], ["int8", "?"]]
+    assert "INT8" not in benched(rows[:1])
+
+
 def test_bench_says_where_and_what_the_device_clock_showed() -> None:
     where = {
         "cpu": {"model": "CPU A", "cores": 2, "isa": ["avx2"]},

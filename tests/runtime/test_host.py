@@ -3,6 +3,7 @@ import json
 import os
 import socket
 import time
+from contextlib import contextmanager
 from typing import ClassVar
 
 import numpy as np
@@ -11,6 +12,16 @@ import pytest
 from deployopt.runtime import host
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="reads Linux's /proc")
+
+
+@contextmanager
+def pinned_to(core):
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def test_cpu_names_model_cores_and_instructions():
@@ -27,6 +38,20 @@ def test_own_work_shows_as_busy_time():
     after = host.cpu_times()
     assert after.busy_s - before.busy_s > 0.2
     assert after.stolen_s >= before.stolen_s
+
+
+def test_the_clock_is_of_the_core_that_this_thread_runs_on(monkeypatch):
+    """Where the kernel tells none, as in most virtual machines, there is none, though /proc/cpuinfo has a figure."""
+    core, read = min(os.sched_getaffinity(0)), host._read
+    told = {}
+    monkeypatch.setattr(host, "_read", lambda path: told.get(path) if path.startswith("/sys/") else read(path))
+    with pinned_to(core):
+        assert host.core_clock_mhz() is None
+        told[f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq"] = "3412000"
+        told[f"/sys/devices/system/cpu/cpu{core + 1}/cpufreq/scaling_cur_freq"] = "800000"
+        assert host.core_clock_mhz() == 3412.0
+        told[f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq"] = "<unknown>"
+        assert host.core_clock_mhz() is None
 
 
 def test_peak_memory_rises_and_can_be_reset():

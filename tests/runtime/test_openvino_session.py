@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import time
 
 import numpy as np
 import onnx
@@ -9,6 +10,7 @@ from residual_onnx import images, quantized, residual, run
 from deployopt.errors import ArtifactMismatch, BackendUnavailable, UsageError
 from deployopt.graph.canonical import canonicalize
 from deployopt.graph.dialects import to_openvino
+from deployopt.runtime import host
 from deployopt.runtime.openvino_session import compile_model, load_vendor, not_offered, open_session
 from deployopt.runtime.sampler import time_streams
 from deployopt.runtime.session import SessionOptions, TensorSpec
@@ -114,6 +116,19 @@ def test_streams_are_what_was_asked_for_and_run_at_once(path):
         assert session.streams == 2
         streams = [session.load([{"image": images(2, seed)}]) for seed in (1, 2)]
         assert len(time_streams(streams, 20).host_ns) == 20
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_how_threads_wait_is_told(path, threads):
+    with open_session(path, SessionOptions(threads=threads)) as session:
+        loaded = session.load([{"image": images(8)}])
+        # one core alone has no threads that wait for each other
+        assert loaded.execution() == ({"waiting_threads": "spin, then block"} if min(threads, len(host.cores())) > 1 else {})
+        for _ in range(20):
+            loaded.run(0)
+        before = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - before < 0.1  # had its threads gone on spinning, half a second each
 
 
 def test_a_profile_leaves_the_first_runs_out(path):

@@ -1,9 +1,11 @@
 import gc
 import time
+from threading import get_ident
 
 import numpy as np
 import pytest
 
+from deployopt.runtime import host
 from deployopt.runtime.sampler import time_block, time_once, time_streams, warm_up, warm_up_streams
 
 
@@ -105,6 +107,19 @@ def test_streams_run_at_once_and_share_the_runs():
     assert (block.host_ns >= 10_000_000).all()
     assert block.wall_s < 0.9 * block.host_ns.sum() * 1e-9
     assert not any(streams[0].collecting)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_block_tells_the_clock_of_the_core_that_timed_it(monkeypatch, count):
+    """It is read on the thread that runs inferences, after its last one; what only some cores tell counts."""
+    loaded = [Steps(0.001) for _ in range(count)]
+    clocks, readers, ran = iter([3000.0, None]), [], []
+    monkeypatch.setattr(host, "core_clock_mhz", lambda: (readers.append(get_ident()), ran.append(sum(len(s.indices) for s in loaded)), next(clocks))[-1])
+    block = time_streams(loaded, 10)
+    assert block.core_clock_mhz == 3000.0
+    assert len(readers) == count
+    assert (get_ident() in readers) == (count == 1)
+    assert ran[-1] == 10
 
 
 def test_one_stream_is_a_block():
