@@ -62,6 +62,7 @@ def test_engine_computes_what_onnxruntime_computes(backend, tmp_path, precision,
         assert loaded.device_ms() is None
         loaded.run(0)
         assert loaded.device_ms() > 0
+        assert loaded.execution().get("shape_specialization") == ("eager" if backend is tensorrt_rtx else None)
         with pytest.raises(UsageError, match="outside the engine's"):
             session.infer({"input": np.zeros((5, 3, SIZE, SIZE), np.float32)})
 
