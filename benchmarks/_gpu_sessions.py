@@ -11,13 +11,13 @@ from _gpu_rows import read_samples
 
 from deployopt.errors import BackendUnavailable
 from deployopt.runtime import manifest
-from deployopt.runtime.cuda import Cuda, Device, Pinned
+from deployopt.runtime.cuda import Cuda, Device, Pinned, number_of
 from deployopt.runtime.preprocessing import to_feed
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.sampler import time_block, warm_up
 from deployopt.runtime.session import Session, SessionOptions, TensorSpec
 from deployopt.runtime.statistics import bootstrap_ratio
-from deployopt.runtime.tensorrt import load_engine
+from deployopt.runtime.tensorrt import load_engine, new_context, sizes
 from deployopt.runtime.tensorrt_session import open_session
 from deployopt.runtime.tensorrt_vendor import load_vendor, make_logger
 
@@ -89,10 +89,10 @@ class BareLoop:
         trt = load_vendor(vendor)
         self._cuda, self._logger = Cuda(), make_logger(trt)
         self._engine, self._runtime = load_engine(trt, plan, self._logger)
-        self._context = self._engine.create_execution_context()
+        self._context = new_context(trt, self._engine, self._logger)
         source, result = described.inputs[0].name, described.outputs[0].name
         self._context.set_input_shape(source, feed.shape)
-        self._sizes = feed.nbytes, 4 * int(np.prod(tuple(self._context.get_tensor_shape(result))))  # float32
+        self._sizes = feed.nbytes, 4 * int(np.prod(sizes(self._context.get_tensor_shape(result))))  # float32
         self._host = [Pinned(self._cuda, size) for size in self._sizes]
         self._device = [Device(self._cuda, size) for size in self._sizes]
         self._host[0].view(feed.shape, feed.dtype)[...] = feed
@@ -106,7 +106,7 @@ class BareLoop:
         for _ in range(iterations):
             call("cudaMemcpyAsync", self._device[0].address, self._host[0].address, self._sizes[0], _TO_DEVICE, stream)
             call("cudaEventRecord", self._events[0], stream)
-            self._context.execute_async_v3(stream.value)
+            self._context.execute_async_v3(number_of(stream))
             call("cudaEventRecord", self._events[1], stream)
             call("cudaMemcpyAsync", self._host[1].address, self._device[1].address, self._sizes[1], _TO_HOST, stream)
             call("cudaStreamSynchronize", stream)
@@ -150,7 +150,7 @@ def listing(*, vendor: str, engine: str, progress: Progress) -> str:
     trt = load_vendor(vendor)
     logger = make_logger(trt)
     loaded, runtime = load_engine(trt, plan, logger)
-    inspector, context = loaded.create_engine_inspector(), loaded.create_execution_context()
+    inspector, context = loaded.create_engine_inspector(), new_context(trt, loaded, logger)
     for name, bounds in described.profiles[0].items():
         context.set_input_shape(name, bounds["max"])
     inspector.execution_context = context

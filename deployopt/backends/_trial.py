@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from deployopt.errors import BackendUnavailable, DeployoptError
 from deployopt.runtime.child import run_in_child
+from deployopt.runtime.cuda import is_out_of_memory
 from deployopt.runtime.progress import SilentProgress
 
 LIMIT_S = 120.0  # the library alone may take seconds to start
@@ -35,8 +36,8 @@ def take(vendor: str, index: int, compute_capabilities: tuple[str, ...], install
     try:
         fault = run_in_child("deployopt.runtime.tensorrt_trial:try_out", asked, SilentProgress(), f"trying {vendor} out", LIMIT_S)
     except BackendUnavailable as exc:
-        return Trial(False, False, exc.message, "; ".join(remedy for remedy in (exc.remedy, install) if remedy))
+        other = None if is_out_of_memory(exc.message) else install
+        return Trial(False, False, exc.message, "; ".join(remedy for remedy in (exc.remedy, other) if remedy))
     except DeployoptError as exc:
-        other = f"install a version of {vendor} that serves this GPU: NVIDIA's support matrix lists them"
-        return Trial(False, False, f"no engine can be built for this GPU: {exc.message}", other)
+        return Trial(False, False, exc.message, exc.remedy)
     return Trial(True, True) if fault is None else Trial(True, False, f"engines are built and do not run: {fault['message']}", fault["remedy"])

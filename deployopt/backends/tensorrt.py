@@ -72,8 +72,8 @@ def _install(gpus: Sequence[Gpu], instead_of: str = "") -> str:
     served = gpus[0].cuda_driver
     major = int(served.partition(".")[0])
     if major < 12:
-        return f"update the NVIDIA driver: it serves CUDA {served}, and TensorRT's packages are for 12 and 13; then {_INSTALL}"
-    return f"{instead_of}{_INSTALL_CUDA_12} (the driver serves CUDA {served})" if major == 12 else _INSTALL
+        return f"update the NVIDIA driver; {_INSTALL}  # it serves CUDA {served}, and TensorRT's packages are for 12 and 13"
+    return f"{instead_of}{_INSTALL_CUDA_12}  # the driver serves CUDA {served}" if major == 12 else _INSTALL
 
 
 def _offered(trt: Vendor) -> Availability:

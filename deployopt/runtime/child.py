@@ -24,7 +24,7 @@ from deployopt.runtime.progress import Bar, ContextManagerOfBar, Progress, Silen
 
 GRACE_SECONDS = 0.8  # with the time it takes to end a process, Ctrl-C is honoured within a second
 Message = Dict[str, Any]
-_OVERDUE = "allow it more time (in a recipe: build.timeout_minutes), or a faster build"
+_OVERDUE = "allow it more time, in a recipe by build.timeout_minutes, or a faster build"
 _FOREIGN = "the log has the traceback; what it does not explain, as memory that ran out, is a fault to report"
 
 
@@ -220,7 +220,7 @@ def _relay(lines: IO[str], progress: Progress) -> Any:
 
 def _remedy(returncode: int) -> str:
     if returncode == -signal.SIGKILL:
-        return "SIGKILL is most often the kernel's out-of-memory killer: free memory or choose smaller batch sizes, then run the same command again"
+        return "SIGKILL is most often of the out-of-memory killer: free memory or choose smaller batch sizes, then run the same command again"
     return "native code crashed, of the runtime or of PyTorch: try another version of it; running the same command again tries once more"
 
 

@@ -1,9 +1,11 @@
 """The few CUDA calls that finding a GPU and running an engine need, through ctypes: no torch, no cuda-python."""
 
+import contextlib
 import ctypes
 import glob
 import importlib.util
 import os
+import re
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -16,6 +18,8 @@ _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 _THREAD_LOCAL = 1  # cudaStreamCaptureMode: what other threads do meanwhile does not spoil a capture
 SPIN, _SCHEDULE_MASK = 1, 7  # cudaDeviceScheduleSpin, cudaDeviceScheduleMask
 _SCHEDULES = {0: "auto", SPIN: "spin", 2: "yield", 4: "block"}  # cudaDeviceSchedule…
+# https://github.com/NVIDIA/TensorRT/issues/948, https://github.com/marcoslucianops/DeepStream-Yolo/issues/366: from 7 and 8
+_OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|could not be allocated", re.IGNORECASE)
 _POINTER, _OUT = ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
 
 FUNCTIONS: Dict[str, List[Any]] = {  # of the CUDA runtime, with their arguments; all are there from 11.4 on, those for graphs not before
@@ -171,6 +175,11 @@ def runtime_version() -> Optional[str]:
     return None
 
 
+def is_out_of_memory(said: str) -> bool:
+    """Whether a message of CUDA or TensorRT tells that a GPU's memory is taken."""
+    return _OUT_OF_MEMORY.search(said) is not None
+
+
 class Cuda:
     """The CUDA runtime: 11, 12 or 13, whichever is installed and served by the driver.
 
@@ -234,7 +243,7 @@ class Cuda:
         code = function(*arguments)
         if code:
             self._library.cudaGetLastError()  # or who asks for the last error next would take it for its own
-            raise BackendUnavailable(f"{name}: CUDA error {code} ({self._library.cudaGetErrorString(code).decode()})", "see `nvidia-smi` for the GPU's state")
+            raise BackendUnavailable(f"{name}: CUDA error {code} ({self._library.cudaGetErrorString(code).decode()})", "see what `nvidia-smi` says of the GPU")
 
     def make(self, name: str, *arguments: Any) -> ctypes.c_void_p:
         """What a function writes through its first argument: an address, a stream, an event."""
@@ -296,7 +305,13 @@ class Graph:
         self._cuda = cuda
         captured = ctypes.c_void_p()
         cuda.call("cudaStreamBeginCapture", stream, _THREAD_LOCAL)
-        enqueued = enqueue()
+        try:
+            enqueued = enqueue()
+        except BaseException:  # Ctrl-C too: a stream that goes on capturing runs nothing any more
+            with contextlib.suppress(BackendUnavailable):
+                cuda.call("cudaStreamEndCapture", stream, ctypes.byref(captured))
+                cuda.call("cudaGraphDestroy", captured)
+            raise
         cuda.call("cudaStreamEndCapture", stream, ctypes.byref(captured))  # an invalidated capture ends with an error
         try:
             if not enqueued:

@@ -1,6 +1,7 @@
 """Atomic writes: a reader sees the old file or the whole new one, also after a power cut."""
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -56,6 +57,18 @@ def _write(path: Path, raw: bytes) -> None:
             os.unlink(temporary)
         raise
     fsync_directory(path.parent)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """While a file is read, changed and replaced: one process and thread at a time. The lock is a file beside it, and ends with whoever holds it.
+
+    Raises:
+        OSError: it cannot be locked.
+    """
+    with open(path.with_name(f"{path.name}.lock"), "ab") as beside:
+        fcntl.flock(beside, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

@@ -7,6 +7,7 @@ manifest does not vouch for.
 import json
 import platform
 from pathlib import Path
+from shlex import quote
 from typing import Any, Dict, Mapping, NamedTuple, Optional, Tuple
 
 from deployopt.errors import ArtifactCorrupt, ArtifactMismatch
@@ -83,7 +84,7 @@ def this_platform() -> str:
 def rebuild(engine: Path) -> str:
     """The command that builds it again where it is: what has not changed since comes from the cache."""
     recipes = [folder / "recipe.yaml" for folder in (engine.parent, engine.parent.parent)]  # of the run folder, if it lies in one
-    return f"deployopt run {next((recipe for recipe in recipes if recipe.is_file()), 'RECIPE')} --until build"
+    return f"deployopt run {next((quote(str(recipe)) for recipe in recipes if recipe.is_file()), 'RECIPE')} --until build"
 
 
 def path_of(engine: Path) -> Path:
@@ -153,8 +154,8 @@ def check_version(engine: Path, manifest: Manifest, vendor: str, version: str) -
     """
     wanted, here = f"{manifest.vendor} {manifest.version} on {manifest.platform}", f"{vendor} {version} on {this_platform()}"
     if wanted != here:
-        install = f"; or pip install '{_package(manifest)}=={manifest.version}'" if manifest.platform == this_platform() else ""
-        raise ArtifactMismatch(f"{engine.name} was built by {wanted}; here is {here}", f"{rebuild(engine)} (on this machine){install}")
+        install = f", or: pip install '{_package(manifest)}=={manifest.version}'" if manifest.platform == this_platform() else ""
+        raise ArtifactMismatch(f"{engine.name} was built by {wanted}; here is {here}", f"{rebuild(engine)}  # on this machine{install}")
 
 
 def check_gpu(engine: Path, manifest: Manifest, gpu: Gpu) -> None:
@@ -167,10 +168,10 @@ def check_gpu(engine: Path, manifest: Manifest, gpu: Gpu) -> None:
         raise ArtifactMismatch(
             f"{engine.name} was built for compute capability {', '.join(manifest.compute_capabilities)}; "
             f"here is {gpu.name} with compute capability {gpu.compute_capability}",
-            f"{rebuild(engine)} (on this machine, whose GPU is then the target)",
+            f"{rebuild(engine)}  # on this machine, whose GPU is then the target",
         )
     if manifest.vendor == "tensorrt" and manifest.gpu is not None and manifest.gpu.name != gpu.name:
         raise ArtifactMismatch(
             f"{engine.name} was built and timed on {manifest.gpu.name}; here is {gpu.name}, also of compute capability {gpu.compute_capability}",
-            f"{rebuild(engine)} (on this machine, whose GPU is then the target)",
+            f"{rebuild(engine)}  # on this machine, whose GPU is then the target",
         )

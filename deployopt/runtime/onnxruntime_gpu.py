@@ -60,11 +60,11 @@ def require(provider: str, device: str = "cpu") -> Gpu:
 
 def _install(ort: Any, provider: str) -> str:
     """The command that brings a provider with the libraries it is linked to."""
-    command = f"pip install 'onnxruntime-gpu[cuda,cudnn]=={ort.__version__}' (with the CUDA and cuDNN that it was built for)"
-    if provider != TENSORRT:
-        return command
-    major = str(getattr(ort, "cuda_version", "")).partition(".")[0]  # "" where ONNX Runtime is built for CPUs alone
-    return f"{command}; pip install 'tensorrt{f'-cu{major}' if major else ''}{_TENSORRT_VERSIONS}'"
+    command = f"pip install 'onnxruntime-gpu[cuda,cudnn]=={ort.__version__}'"
+    if provider == TENSORRT:
+        major = str(getattr(ort, "cuda_version", "")).partition(".")[0]  # "" where ONNX Runtime is built for CPUs alone
+        command += f"; pip install 'tensorrt{f'-cu{major}' if major else ''}{_TENSORRT_VERSIONS}'"
+    return f"{command}  # with the CUDA and cuDNN that it was built for"
 
 
 def _require_libraries(ort: Any, provider: str) -> None:

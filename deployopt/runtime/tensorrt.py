@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NamedTuple
 from deployopt.errors import ArtifactMismatch, BackendUnavailable, BuildFailed
 from deployopt.runtime import manifest
 from deployopt.runtime import tensorrt_versions as versions
-from deployopt.runtime.cuda import Cuda, Gpu, device_index, find_gpu, runtime_version
+from deployopt.runtime.cuda import Cuda, Gpu, device_index, find_gpu, is_out_of_memory, runtime_version
 from deployopt.runtime.files import atomic_write, built_onto
 from deployopt.runtime.hashing import sha256_bytes
 from deployopt.runtime.preprocessing import Preprocessing
@@ -37,6 +37,7 @@ Ranges = Dict[str, Dict[str, Shape]]  # input → {"min", "opt", "max"}: shape
 
 # https://github.com/NVIDIA/TensorRT/issues/263 and /1913, https://github.com/laugh12321/TensorRT-YOLO/issues/118: from 6, 7 and 10
 _NO_PLUGIN = re.compile(r"PluginCreator\w* not found in Plugin Registry|(?:could not|cannot) find plugin:? *(?P<name>[^\s,]*)", re.IGNORECASE)
+FREE_MEMORY = "free memory of the GPU: `nvidia-smi` lists what holds it"
 _REMEDY_MISS = "build once without error_on_timing_cache_miss, which fills the cache"
 
 
@@ -111,7 +112,8 @@ def _started(trt: Vendor, kind: Callable[["Logger"], T], logger: "Logger") -> T:
         texts = dict.fromkeys(text for severity, text in logger.messages if severity in ("WARNING", "ERROR", "INTERNAL_ERROR"))  # it repeats itself
         said = clean(" ".join(texts))
         raise BackendUnavailable(
-            f"{product(trt)} cannot start: {said or exc}", "update the NVIDIA driver, or install a TensorRT for the CUDA version that it serves (`nvidia-smi`)"
+            f"{product(trt)} cannot start: {said or exc}",
+            "update the NVIDIA driver, or install a TensorRT for the CUDA that it serves: see `nvidia-smi`",
         ) from exc
 
 
@@ -190,7 +192,7 @@ def build_engine(
     ranges = ranges_of(inputs, options.batch_sizes)
     config = _configure(trt, builder, logger, options, precision)
     _add_profile(trt, builder, config, logger, ranges)
-    timing = TimingCache(config, path_of(Path(options.timing_cache), trt, gpu)) if options.timing_cache and gpu else None
+    timing = TimingCache(config, logger, path_of(Path(options.timing_cache), trt, gpu)) if options.timing_cache and gpu else None
     start = time.monotonic()
     with ExitStack() as stack:
         bar = stack.enter_context(progress.track(description, 1.0))
@@ -205,19 +207,25 @@ def build_engine(
         raise monitor.raised
     if plan is None:
         said = clean(" ".join(logger.errors()))
-        missed = options.error_on_timing_cache_miss and "timing cache" in said.lower()
-        raise BuildFailed(f"{product(trt)} built no engine: {said or 'it gave no reason'}", _REMEDY_MISS if missed else LEAVE_OUT)
+        raise BuildFailed(f"{product(trt)} built no engine: {said or 'it gave no reason'}", _remedy(said, options))
     if timing is not None:
-        _keep(timing, options, progress)
+        _keep(trt, timing, options, progress)
     data = bytes(memoryview(plan))
     ran, reason = _verify(trt, network_of(trt, network), logger, data, ranges)
     del parser
     return Build(data, seconds, ranges, inputs, outputs, ran, reason, timing.use if timing is not None else None)
 
 
-def _keep(timing: TimingCache, options: BuildOptions, progress: Progress) -> None:
-    """Store what was timed, or refuse that anything was."""
-    if timing.missed and options.error_on_timing_cache_miss:
+def _remedy(said: str, options: BuildOptions) -> str:
+    """What to do where the builder built nothing."""
+    if is_out_of_memory(said):
+        return FREE_MEMORY
+    return _REMEDY_MISS if options.error_on_timing_cache_miss and "timing cache" in said.lower() else LEAVE_OUT
+
+
+def _keep(trt: Vendor, timing: TimingCache, options: BuildOptions, progress: Progress) -> None:
+    """Store what was timed, or refuse that anything was, unless the builder itself did that."""
+    if options.error_on_timing_cache_miss and not versions.refuses_cache_misses(trt) and timing.missed:
         raise BuildFailed(
             f"kernels were timed that the timing cache lacks ({timing.path.name} was {timing.use}), so other ones may have been chosen than before",
             _REMEDY_MISS,
@@ -297,7 +305,7 @@ def _refused(trt: Vendor, said: str) -> ArtifactMismatch:
     """Why an engine cannot be loaded, and what helps."""
     found = list(_NO_PLUGIN.finditer(said))
     if not found:
-        return ArtifactMismatch(f"{product(trt)} cannot load the engine: {said}", f"{manifest.REBUILD} (on this machine)")
+        return ArtifactMismatch(f"{product(trt)} cannot load the engine: {said}", f"{manifest.REBUILD}  # on this machine")
     names = ", ".join(f"'{match['name']}'" for match in found if match["name"]) or "that it does not name"
     return ArtifactMismatch(
         f"{product(trt)} cannot load the engine: it wants the plugin {names}, which is not loaded here ({said})",
@@ -305,13 +313,13 @@ def _refused(trt: Vendor, said: str) -> ArtifactMismatch:
     )
 
 
-def new_context(engine: "api.ICudaEngine", logger: "Logger") -> "api.IExecutionContext":
+def new_context(trt: Vendor, engine: "api.ICudaEngine", logger: "Logger") -> "api.IExecutionContext":
     """An execution context. Raises ArtifactMismatch where there is none, as on a GPU whose memory is taken."""
-    context = engine.create_execution_context()
+    context = versions.create_context(trt, engine)
     if context is None:
         raise ArtifactMismatch(
             f"no execution context for the engine: {clean(' '.join(logger.errors())) or 'no reason was given'}",
-            f"free memory of the GPU (see `nvidia-smi`), or build again: {manifest.REBUILD}",
+            f"{FREE_MEMORY}; {manifest.REBUILD}",
         )
     return context
 
@@ -333,7 +341,7 @@ def _verify(trt: Vendor, network: Network, logger: "Logger", plan: bytes, ranges
         if is_rtx(trt):
             return execution(network, layers_of_log(logger.messages)), None
         engine, runtime = load_engine(trt, plan, logger)
-        context = new_context(engine, logger)
+        context = new_context(trt, engine, logger)
         for name, bounds in ranges.items():
             context.set_input_shape(name, bounds["opt"])
         layers = inspect(trt, engine, context)

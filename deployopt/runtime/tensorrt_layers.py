@@ -174,8 +174,10 @@ def _layer_of_json(entry: Mapping[str, Any]) -> Layer:
         return tuple(Tensor(str(t.get("Name", "?")), tuple(map(str, t.get("Dimensions", ()))), _precision_of_json(t)) for t in entry.get(key, ()))
 
     name, kind = str(entry.get("Name", "?")), str(entry.get("ParameterType") or entry.get("LayerType") or "?")
-    nodes = nodes_of(str(entry.get("Metadata", ""))) or tuple(_JOINTS.split(name))  # 8.5 has no metadata
-    return Layer(name, kind, tensors("Inputs"), tensors("Outputs"), nodes)
+    layer = Layer(name, kind, tensors("Inputs"), tensors("Outputs"), nodes_of(str(entry.get("Metadata", ""))))
+    if "Metadata" in entry or layer.is_reformat:  # a reformat's name only says beside which layers it stands
+        return layer
+    return layer._replace(nodes=tuple(_JOINTS.split(name)))  # 8.5 has no metadata
 
 
 def _precision_of_json(tensor: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import ctypes
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -17,8 +18,9 @@ from deployopt.runtime.tensorrt import inspect, load_engine, new_context, sizes
 from deployopt.runtime.tensorrt_api import Vendor
 from deployopt.runtime.tensorrt_layers import Layer
 from deployopt.runtime.tensorrt_vendor import load_vendor, make_logger, make_profiler
-from deployopt.runtime.tensorrt_versions import is_rtx
+from deployopt.runtime.tensorrt_versions import is_rtx, specializes_kernels
 
+_NOT_CAPTURED = "refused: TensorRT-RTX's engines are not captured"
 _TO_DEVICE, _TO_HOST, _NON_BLOCKING = 1, 2, 1  # cudaMemcpyKind, cudaStreamNonBlocking
 Shape = Tuple[int, ...]
 
@@ -28,7 +30,7 @@ def open_session(vendor: str, path: Path, options: SessionOptions) -> "TensorRTS
 
     Args:
         vendor: "tensorrt" or "tensorrt_rtx".
-        options: `extra` may have "cuda_graph": True, which TensorRT heeds.
+        options: `extra` may have "cuda_graph": True, which TensorRT heeds; TensorRT-RTX's sessions say that they do not.
 
     Raises:
         ArtifactCorrupt, ArtifactMismatch, BackendUnavailable, DeviceUnavailable.
@@ -44,7 +46,7 @@ def open_session(vendor: str, path: Path, options: SessionOptions) -> "TensorRTS
             f"{path.name} needs a GPU of compute capability {', '.join(described.compute_capabilities)}: {exc.message}", exc.remedy
         ) from exc
     manifests.check_gpu(path, described, gpu)
-    return TensorRTSession(trt, plan, described, gpu.name, index, bool(options.extra.get("cuda_graph")) and not is_rtx(trt))
+    return TensorRTSession(trt, plan, described, gpu.name, index, bool(options.extra.get("cuda_graph")))
 
 
 class TensorRTSession:
@@ -72,24 +74,50 @@ class TensorRTSession:
         self.provider = provider
         self.streams = 1
         self._trt = trt
-        self.cuda_graph = "on" if cuda_graph else "off"
+        self.cuda_graph = "off" if not cuda_graph else _NOT_CAPTURED if is_rtx(trt) else "on"
         self._graph: Optional[Graph] = None
         self._cuda = Cuda(device)
         self._logger = make_logger(trt)
-        self._engine, self._runtime = load_engine(trt, plan, self._logger)
-        self._context = new_context(self._engine, self._logger)
-        self._stream = self._cuda.make("cudaStreamCreateWithFlags", _NON_BLOCKING)
-        self._start, self._stop = self._cuda.make("cudaEventCreate"), self._cuda.make("cudaEventCreate")
-        self._limits = {s.name: [sizes(dims) for dims in self._engine.get_tensor_profile_shape(s.name, 0)] for s in self.inputs}
         self._dtypes = {s.name: np.dtype(s.dtype) for s in (*self.inputs, *self.outputs)}
         self._shapes: Dict[str, Shape] = {}
-        self._set_shapes({name: limits[2] for name, limits in self._limits.items()})
-        self._device = {name: Device(self._cuda, self._size(name)) for name in self._shapes}
-        self._host = {name: Pinned(self._cuda, self._size(name)) for name in self._shapes}
-        for name, buffer in self._device.items():
-            self._context.set_tensor_address(name, buffer.pointer)
+        self._device: Dict[str, Device] = {}
+        self._host: Dict[str, Pinned] = {}
         self._bound: "weakref.WeakSet[_Loaded]" = weakref.WeakSet()  # whoever loaded them owns them
-        self._closed = False
+        with ExitStack() as acquired:  # what there is already is freed where the rest cannot be had
+            self._acquire(plan, acquired)
+            self._acquired = acquired.pop_all()
+
+    def _acquire(self, plan: bytes, acquired: ExitStack) -> None:
+        """Stream, events, engine and buffers of the largest shapes, in this order, each with what frees it; they are freed in the opposite one."""
+        cuda = self._cuda
+        self._stream = cuda.make("cudaStreamCreateWithFlags", _NON_BLOCKING)
+        acquired.callback(cuda.call, "cudaStreamDestroy", self._stream)
+        self._start = cuda.make("cudaEventCreate")
+        acquired.callback(cuda.call, "cudaEventDestroy", self._start)
+        self._stop = cuda.make("cudaEventCreate")
+        acquired.callback(cuda.call, "cudaEventDestroy", self._stop)
+        acquired.callback(self._let_go)
+        self._engine, self._runtime = load_engine(self._trt, plan, self._logger)
+        self._context = new_context(self._trt, self._engine, self._logger)
+        self._limits = {s.name: [sizes(dims) for dims in self._engine.get_tensor_profile_shape(s.name, 0)] for s in self.inputs}
+        self._set_shapes({name: limits[2] for name, limits in self._limits.items()})
+        acquired.callback(self._free_buffers)
+        for name in self._shapes:
+            self._device[name] = Device(cuda, self._size(name))
+            self._host[name] = Pinned(cuda, self._size(name))
+            self._context.set_tensor_address(name, self._device[name].pointer)
+
+    def _free_buffers(self) -> None:
+        while self._device:
+            self._device.popitem()[1].close()
+        while self._host:
+            self._host.popitem()[1].close()
+
+    def _let_go(self) -> None:
+        """Of the graph, and of the engine with its context and runtime, in this order."""
+        self._drop_graph()
+        for name in ("_context", "_engine", "_runtime"):
+            self.__dict__.pop(name, None)
 
     def infer(self, feed: Feed) -> Dict[str, Array]:
         """Outputs by name, as copies that the caller owns.
@@ -123,9 +151,9 @@ class TensorRTSession:
         """
         loaded, measured, cuda_graph = self.load(feeds), self._context, self.cuda_graph
         profiler = make_profiler(self._trt)
-        self.cuda_graph = "off"
-        self._context, self._shapes = new_context(self._engine, self._logger), {}  # no shape is set in it yet
         try:
+            self.cuda_graph = "off"
+            self._context, self._shapes = new_context(self._trt, self._engine, self._logger), {}  # no shape is set in it yet
             self._context.profiler = profiler
             for name, buffer in self._device.items():
                 self._context.set_tensor_address(name, buffer.pointer)
@@ -142,18 +170,12 @@ class TensorRTSession:
     def close(self) -> None:
         for loaded in list(self._bound):
             loaded.close()
-        for memory in self._device.values():
-            memory.close()
-        for mirror in self._host.values():
-            mirror.close()
-        self._device, self._host = {}, {}
-        if not self._closed:
-            self._closed = True
-            self._drop_graph()
-            del self._context, self._engine, self._runtime  # in this order, before their stream
-            for event in (self._start, self._stop):
-                self._cuda.call("cudaEventDestroy", event)
-            self._cuda.call("cudaStreamDestroy", self._stream)
+        self._acquired.close()
+
+    def execution(self) -> Dict[str, str]:
+        """As `session.Explained`."""
+        specialized = {"shape_specialization": "eager"} if specializes_kernels(self._trt) else {}
+        return {"cuda_graph": self.cuda_graph, "waiting_threads": self._cuda.waiting_threads, **specialized}
 
     def __enter__(self) -> "TensorRTSession":
         return self
@@ -270,7 +292,7 @@ class _Loaded:
         return self._session._device_ms() if self._ran else None
 
     def execution(self) -> Dict[str, str]:
-        return {"cuda_graph": self._session.cuda_graph, "waiting_threads": self._session._cuda.waiting_threads}
+        return self._session.execution()
 
     def close(self) -> None:
         self._free()

@@ -8,11 +8,12 @@ from typing import Any, Dict, Optional, Sequence
 
 import numpy as np
 
-from deployopt.errors import DeployoptError
+from deployopt.errors import BuildFailed, DeployoptError
+from deployopt.runtime.cuda import is_out_of_memory
 from deployopt.runtime.process import error_to_json
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import SessionOptions
-from deployopt.runtime.tensorrt import BuildOptions, build_file
+from deployopt.runtime.tensorrt import FREE_MEMORY, BuildOptions, build_file
 from deployopt.runtime.tensorrt_session import open_session
 
 RELU = (  # as ONNX, opset 13: y [1, 2] = Relu(x [1, 2]) in FP32; all versions read it, and the package onnx is not needed
@@ -34,21 +35,25 @@ def try_out(*, vendor: str, device: str, compute_capabilities: Sequence[str], pr
 
     Raises:
         BackendUnavailable: the library is lacking or cannot start, as with a driver too old for it.
-        BuildFailed: it starts and builds nothing, as for a GPU that it does not serve.
+        BuildFailed: it starts and builds nothing, as for a GPU that it does not serve, or whose memory is taken.
     """
     with tempfile.TemporaryDirectory() as folder:
         source, engine = Path(folder) / "relu.onnx", Path(folder) / "relu.engine"
         source.write_bytes(RELU)
-        build_file(
-            vendor=vendor,
-            onnx=str(source),
-            engine=str(engine),
-            precision="fp32",
-            device=device,
-            options=BuildOptions(compute_capabilities=tuple(compute_capabilities)).to_json(),
-            preprocessing=None,
-            progress=progress,
-        )
+        try:
+            build_file(
+                vendor=vendor,
+                onnx=str(source),
+                engine=str(engine),
+                precision="fp32",
+                device=device,
+                options=BuildOptions(compute_capabilities=tuple(compute_capabilities)).to_json(),
+                preprocessing=None,
+                progress=progress,
+            )
+        except BuildFailed as exc:
+            remedy = FREE_MEMORY if is_out_of_memory(exc.message) else f"install a version of {vendor} that serves this GPU, by the support matrix of NVIDIA"
+            raise BuildFailed(f"no engine can be built for this GPU: {exc.message}", remedy) from exc
         try:
             with open_session(vendor, engine, SessionOptions(device=device)) as session:
                 session.infer({"x": np.array([[-1, 2]], np.float32)})

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DRIVER_NOISE = "CUDA driver version is insufficient"  # follows every error on a machine without a driver, whatever the error
 _JETSON = Path("/etc/nv_tegra_release")  # there on every Jetson
 _JETPACK = (
-    "sudo apt install nvidia-jetpack, with which TensorRT comes on a Jetson: on JetPack 7 (Python 3.12), in a virtual environment made with "
+    "sudo apt install nvidia-jetpack  # TensorRT comes with it on a Jetson: on JetPack 7 (Python 3.12), in a virtual environment made with "
     "--system-site-packages; those of JetPack 5 and 6 are for Python 3.8 and 3.10, where deployopt.runtime works and these commands, which need 3.11, do not"
 )
 
@@ -46,7 +46,7 @@ def load_vendor(name: str) -> Vendor:
         raise BackendUnavailable(f"package {name} is not installed (only its type stubs are)", install)
     if not versions.is_served(trt):
         raise BackendUnavailable(
-            f"{product(trt)} is not served: it has no named tensors", f"install TensorRT {'.'.join(map(str, versions.OLDEST))} or later (JetPack 5.1 or later)"
+            f"{product(trt)} is not served: it has no named tensors", f"install TensorRT {'.'.join(map(str, versions.OLDEST))} or later, as JetPack 5.1 has it"
         )
     return cast("Vendor", trt)
 

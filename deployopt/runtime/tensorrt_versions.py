@@ -69,15 +69,39 @@ def set_optimization_level(config: "api.IBuilderConfig", level: int) -> bool:
     return level == _LEVEL or hasattr(config, "builder_optimization_level")
 
 
+def refuses_cache_misses(trt: Vendor) -> bool:
+    """Whether a build can be ended where it would have to time a kernel; before 10 only the cache tells it afterwards."""
+    return hasattr(trt.BuilderFlag, "ERROR_ON_TIMING_CACHE_MISS")
+
+
 def refuse_cache_misses(trt: Vendor, config: "api.IBuilderConfig") -> None:
-    """Have a build end where it would have to time a kernel; before 10, which lacks the flag, only the cache tells it afterwards."""
-    if hasattr(trt.BuilderFlag, "ERROR_ON_TIMING_CACHE_MISS"):
+    """Have a build end where it would have to time a kernel, if this version can."""
+    if refuses_cache_misses(trt):
         config.set_flag(trt.BuilderFlag.ERROR_ON_TIMING_CACHE_MISS)
 
 
 def has_monitor(trt: Vendor) -> bool:
     """Whether a build can tell its progress (from 10 on)."""
     return hasattr(trt, "IProgressMonitor")
+
+
+def specializes_kernels(trt: Vendor) -> bool:
+    """Whether kernels for the shapes that come are compiled when an engine runs; only TensorRT-RTX does it."""
+    return hasattr(trt, "DynamicShapesKernelSpecializationStrategy")
+
+
+def create_context(trt: Vendor, engine: "api.ICudaEngine") -> "Optional[api.IExecutionContext]":
+    """An execution context, None where the library makes none.
+
+    TensorRT-RTX has kernels for a shape compiled before it runs. It would else run slower ones until a compilation beside is done (LAZY, NVIDIA's reference
+    of DynamicShapesKernelSpecializationStrategy), and nobody knew which of them was timed.
+    """
+    if not specializes_kernels(trt):
+        return engine.create_execution_context()
+    rtx: Any = trt
+    config: Any = engine.create_runtime_config()
+    config.dynamic_shapes_kernel_specialization_strategy = rtx.DynamicShapesKernelSpecializationStrategy.EAGER
+    return engine.create_execution_context(config)
 
 
 def node_of(error: "api.ParserError", nodes: Sequence[Tuple[str, str]]) -> Tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -9,15 +10,17 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from deployopt.artifact import Precision
-from deployopt.data import ImageSet
+from deployopt.data import ImageSet, Leading
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from deployopt.bench.accuracy import Infer
     from deployopt.tasks import Task
 
 PARITY_IMAGES = 128
+SMALLEST_IMAGES = 16  # of them, in an engine's smallest batch size too
 BATCHES = (1, 2, 7, 64)  # the rest in one batch
 WIDENED: dict[Precision, str] = {
     "bf16": "ONNX Runtime has no BF16 convolution on CPUs and ran the file widened to FP32: with weights as BF16 rounds them, and activations not rounded"
@@ -74,6 +77,23 @@ def compare(outputs: NDArray[np.float32], reference: NDArray[np.float32], limit:
     if found["max_abs_diff"] <= largest and found["agreement"] >= limit.agreement:
         return figures, None
     return figures, (f"largest difference {found['max_abs_diff']:.3g} (limit {largest:.3g}), agreement {found['agreement']:.3f} (limit {limit.agreement})")
+
+
+def outputs_by_batch(infer: Infer, images: ImageSet, batch_sizes: Sequence[int]) -> dict[int, NDArray[np.float32]]:
+    """An engine's outputs [N, K] in batches of the largest size, and of the smallest, for which it may run other kernels.
+
+    Of the smallest only the first images, which cost little; the others' are those of the largest, so that limits for N images hold for both.
+    """
+    import numpy as np
+
+    from deployopt.bench.accuracy import outputs_of
+
+    smallest, largest = min(batch_sizes), max(batch_sizes)
+    outputs = {largest: outputs_of(infer, images, largest)}
+    if smallest < largest:
+        first = outputs_of(infer, Leading(images, max(SMALLEST_IMAGES, smallest)), smallest)
+        outputs[smallest] = np.concatenate([first, outputs[largest][len(first) :]])
+    return outputs
 
 
 def onnx_outputs(path: Path, precision: Precision, images: ImageSet, threads: int) -> NDArray[np.float32]:

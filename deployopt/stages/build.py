@@ -5,6 +5,7 @@ A backend that fails costs its own rows, never the run.
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import traceback
@@ -24,9 +25,9 @@ from deployopt.errors import BuildFailed, DeployoptError, UsageError
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import SessionOptions
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
-from deployopt.stages._parity import PARITY_IMAGES, WIDENED, compare, limit_of, onnx_outputs
+from deployopt.stages._parity import PARITY_IMAGES, WIDENED, compare, limit_of, onnx_outputs, outputs_by_batch
 
-version = 9
+version = 10
 not_after: frozenset[str] = frozenset()
 after = frozenset({"export"})
 cacheable = True
@@ -109,6 +110,7 @@ def _parameters(name: str, config: Config, probed: Availability | None) -> dict[
         return parameters
     backend = backends.find(name)
     parameters |= {"runtime": probed.version, "distributions": versions(backend.distributions)}
+    parameters["runs"] = probed.runs  # what does not run where it is built is not compared, and its record says why
     parameters["on_unverified"] = config.on_unverified  # the policy decides whether what was built is kept
     if not getattr(backend, "builds_onnx", False):  # what is no engine is not compared
         parameters["on_mismatch"] = config.on_mismatch
@@ -204,17 +206,17 @@ def _shortfall(artifact: Artifact, precision: str, verified: Mapping[str, Any] |
 
 
 def _parity(context: StageContext, name: str, artifact: Artifact, canonical: Path, request: BuildRequest) -> tuple[dict[str, Any], str | None]:
-    """An engine's outputs, on this machine, held to those of ONNX Runtime, which runs the exported ONNX as it is written.
+    """An engine's outputs, on this machine, held to those of ONNX Runtime, which runs the exported ONNX as it is written: in batches of the largest size, and
+    some in batches of the smallest one too.
 
     Returns:
-        {"checked", "reference", "widened" (how that ran a type which ONNX Runtime lacks, None if it lacks none), "n", "agreement", "max_abs_diff" and their
-        limits}; and the mismatch, None if rounding explains it.
+        {"checked", "reference", "widened" (how that ran a type which ONNX Runtime lacks, None if it lacks none), "batches", "n", "agreement", "max_abs_diff"
+        and their limits}, of the batch size that is wrong, or differs more; and the mismatch, None if rounding explains it.
 
     Raises:
         DeployoptError: the engine cannot be opened or run.
     """
     from deployopt.backends._shared import load
-    from deployopt.bench.accuracy import outputs_of
     from deployopt.bench.targets import opener
     from deployopt.graph import macs
     from deployopt.runtime.worker import Worker
@@ -224,13 +226,15 @@ def _parity(context: StageContext, name: str, artifact: Artifact, canonical: Pat
     session = SessionOptions(request.threads, request.device, request.precision, options)
     with context.progress.track(f"compare {name} with ONNX Runtime", None), Worker(opener(name), artifact.path, session, request.timeout_s) as worker:
         output = worker.start().outputs[0].name
-        outputs = outputs_of(lambda pixels: worker.infer(pixels)[output], images, max(request.batch_sizes))
+        outputs = outputs_by_batch(lambda pixels: worker.infer(pixels)[output], images, request.batch_sizes)
     precision = cast(Precision, request.precision)
     reference = onnx_outputs(canonical, precision, images, request.threads)[: len(images)]
     rounding: Precision = "fp16" if options.get("tf32") and precision == "fp32" else precision  # TF32 has FP16's mantissa
-    figures, fault = compare(outputs, reference, limit_of(rounding, len(macs.by_node(load(canonical)))), context.task)
-    mismatch = f"its outputs on {len(images)} validation images are not those of ONNX Runtime: {fault}" if fault else None
-    return {"checked": True, "reference": "onnxruntime", "widened": WIDENED.get(precision), "n": len(images), **figures}, mismatch
+    limit = limit_of(rounding, len(macs.by_node(load(canonical))))
+    found = [(*compare(scored, reference, limit, context.task), size) for size, scored in outputs.items()]
+    figures, fault, size = next((item for item in found if item[1]), max(found, key=lambda item: item[0].get("max_abs_diff", math.inf)))
+    mismatch = f"its outputs on {len(images)} validation images, in batches of {size}, are not those of ONNX Runtime: {fault}" if fault else None
+    return {"checked": True, "reference": "onnxruntime", "widened": WIDENED.get(precision), "batches": list(outputs), "n": len(images), **figures}, mismatch
 
 
 def _notes(artifact: Artifact, precision: str, shortfall: str | None, mismatch: str | None) -> list[str]:

@@ -66,23 +66,37 @@ def test_rtx_still_builds_for_other_machines(monkeypatch):
 
 @pytest.mark.parametrize(
     ("fault", "reason", "remedy"),
-    [("no_engine", "no engine can be built for this GPU: .*no kernel image fits", "serves this GPU"), ("crash", "was ended by SIGSEGV", "serves this GPU")],
+    [
+        ("no_engine", "^no engine can be built for this GPU: .*no kernel image fits", "serves this GPU"),
+        ("no_memory", "^no engine can be built for this GPU: .*OutOfMemory", "^free memory of the GPU: `nvidia-smi`"),
+        ("crash", "^trying tensorrt_rtx out: the process was ended by SIGSEGV", "^native code crashed"),
+        ("hang", "^trying tensorrt_rtx out: not done within", "^allow it more time"),
+    ],
 )
 def test_a_library_that_fails_or_crashes_costs_the_trial_alone(monkeypatch, fault, reason, remedy):
     monkeypatch.syspath_prepend(str(FAULTY))
     monkeypatch.setenv("FAULT", fault)
+    monkeypatch.setattr(_trial, "LIMIT_S", 5.0 if fault == "hang" else 60.0)
     tried = _trial.take("tensorrt_rtx", 0, ("8.6",), NEW)
     assert (tried.builds, tried.runs) == (False, False)
     assert re.search(reason, tried.reason)
-    assert remedy in tried.remedy
+    assert re.search(remedy, tried.remedy)
+
+
+def test_a_gpu_without_free_memory_is_not_told_to_install_another_library(monkeypatch):
+    def full(*arguments):
+        raise BackendUnavailable("cudaSetDevice: CUDA error 2 (out of memory)", "see what `nvidia-smi` says of the GPU")
+
+    monkeypatch.setattr(_trial, "run_in_child", full)
+    assert _trial.take("tensorrt", 0, (), NEW).remedy == "see what `nvidia-smi` says of the GPU"
 
 
 @pytest.mark.parametrize(
     ("served", "remedy"),
     [
         ("13.0", NEW),
-        ("12.4", "pip install 'deployopt[tensorrt-cu12]' (the driver serves CUDA 12.4)"),
-        ("11.4", f"update the NVIDIA driver: it serves CUDA 11.4, and TensorRT's packages are for 12 and 13; then {NEW}"),
+        ("12.4", "pip install 'deployopt[tensorrt-cu12]'  # the driver serves CUDA 12.4"),
+        ("11.4", f"update the NVIDIA driver; {NEW}  # it serves CUDA 11.4, and TensorRT's packages are for 12 and 13"),
     ],
 )
 def test_what_to_install_fits_the_driver(monkeypatch, served, remedy):

@@ -1,13 +1,28 @@
 """What `deployopt doctor` shows, at the widths of usual terminals."""
 
+import ast
 import io
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+import deployopt
+from deployopt import backends
+from deployopt.backends import tensorrt
 from deployopt.report import doctor
+from deployopt.runtime import child, manifest, onnxruntime_gpu, tensorrt_vendor
+from deployopt.runtime.cuda import Gpu
+from deployopt.runtime.tensorrt import FREE_MEMORY
 
-INSTALL = "pip uninstall onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]==1.31.1', which brings the CUDA and cuDNN it was built for"
+ORT = SimpleNamespace(__version__="1.31.1", cuda_version="12.8")
+INSTALL = f"pip uninstall onnxruntime; {onnxruntime_gpu._install(ORT, onnxruntime_gpu.TENSORRT)}"
+PACKAGE = Path(deployopt.__file__).parent
+UNAVAILABLE = ("BackendUnavailable", "DeviceUnavailable")  # whose remedies doctor shows
 NO_INT8 = "no INT8 convolution"
 
 
@@ -74,3 +89,39 @@ def test_precisions_are_explained_where_the_backend_works():
 def test_packages_that_are_not_there_are_not_listed():
     assert "packages: torch 2.15.0\n" in shown(80)
     assert "missing for 'train': torchao  → pip install 'deployopt[train]'" in shown(80)
+
+
+def said(node):
+    """A string in the source, with X for what is filled in; None for anything else."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+def written():
+    """Remedies with which runtimes and backends say that something is lacking."""
+    for folder in ("runtime", "backends"):
+        for path in sorted((PACKAGE / folder).glob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in UNAVAILABLE and len(node.args) > 1:
+                    yield said(node.args[1])
+
+
+def composed():
+    """Those that are put together."""
+    for cuda_driver in ("11.4", "12.4", "13.0"):
+        yield tensorrt._install([Gpu("NVIDIA L4", "8.9", cuda_driver)], f"pip uninstall {tensorrt._OTHERS}; ")
+    for provider in onnxruntime_gpu.PROVIDERS:
+        yield onnxruntime_gpu._install(ORT, provider)
+    yield from (tensorrt_vendor._JETPACK, INSTALL, FREE_MEMORY, f"{manifest.REBUILD}  # on this machine")
+    yield from (child._OVERDUE, child._FOREIGN, child._remedy(-signal.SIGKILL), child._remedy(-signal.SIGSEGV))  # of a trial
+    yield from (backends.find(name).probe().remedy for name in backends.names())
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+def test_every_remedy_can_be_pasted_into_a_shell():
+    remedies = sorted({remedy for remedy in (*written(), *composed()) if remedy})
+    assert len(remedies) > 20
+    refused = [remedy for remedy in remedies if subprocess.run(["bash", "-n"], input=remedy, text=True, capture_output=True, check=False).returncode]
+    assert refused == []
+    assert subprocess.run(["bash", "-n"], input="pip install 'a' (with b)", text=True, capture_output=True, check=False).returncode

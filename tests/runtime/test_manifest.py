@@ -120,7 +120,7 @@ def test_an_engine_for_another_machine_is_refused(tmp_path, changes, message):
     engine = put(folder, **changes)
     with pytest.raises(ArtifactMismatch, match=message) as caught:
         opened(engine)
-    assert "deployopt run RECIPE --until build (on this machine" in caught.value.remedy
+    assert "deployopt run RECIPE --until build  # on this machine" in caught.value.remedy
 
 
 def test_tensorrts_kernels_were_chosen_by_timing_one_gpu_model(tmp_path):
@@ -130,6 +130,12 @@ def test_tensorrts_kernels_were_chosen_by_timing_one_gpu_model(tmp_path):
     with pytest.raises(ArtifactMismatch, match=r"built and timed on NVIDIA GeForce RTX 3090; here is NVIDIA A10, also of compute capability 8\.6"):
         manifest.check_gpu(engine, found, AMPERE._replace(name="NVIDIA A10"))
     manifest.check_gpu(engine, found._replace(vendor="tensorrt_rtx"), AMPERE._replace(name="NVIDIA A10"))  # chooses its kernels where it runs
+
+
+def test_a_recipes_folder_may_have_a_space(tmp_path):
+    (tmp_path / "my runs").mkdir()
+    (tmp_path / "my runs" / "recipe.yaml").write_text("name: a")
+    assert manifest.rebuild(tmp_path / "my runs" / "a.engine") == f"deployopt run '{tmp_path}/my runs/recipe.yaml' --until build"
 
 
 def test_in_a_run_folder_the_remedy_is_the_very_command(tmp_path):
@@ -159,4 +165,4 @@ def test_the_package_of_another_version_is_the_one_for_the_engines_cuda(tmp_path
     described = describe(b"plan", vendor=vendor, cuda=cuda, version="11.2.1")
     with pytest.raises(ArtifactMismatch) as caught:
         manifest.check_version(tmp_path / "a.engine", described, vendor, "11.4.0")
-    assert caught.value.remedy.endswith(f"; or pip install '{package}==11.2.1'")
+    assert caught.value.remedy.endswith(f"  # on this machine, or: pip install '{package}==11.2.1'")

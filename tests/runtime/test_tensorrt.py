@@ -306,7 +306,7 @@ def test_any_other_refusal_of_an_engine_says_to_build_it_again(old):
     old.REFUSED = ("Error Code 6: The engine plan file is generated on an incompatible device",)
     with pytest.raises(ArtifactMismatch, match="incompatible device") as caught:
         rt.load_engine(old, b"plan", vendor.make_logger(old))
-    assert "--until build (on this machine)" in caught.value.remedy
+    assert "--until build  # on this machine" in caught.value.remedy
 
 
 def test_an_engine_without_memory_for_a_context_is_kept_with_the_reason(old):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from deployopt.errors import BackendUnavailable, UsageError
+from deployopt.errors import ArtifactMismatch, BackendUnavailable, UsageError
 from deployopt.runtime import cuda, tensorrt_session
 from deployopt.runtime.manifest import Manifest
 from deployopt.runtime.session import Explained, TensorSpec
@@ -24,6 +24,7 @@ class HostCuda:
 
     def __init__(self, refuses=()):
         self.refuses, self.calls, self.kept, self.capturing, self.graph = refuses, [], [], False, None
+        self.out_of_memory = False
 
     def call(self, name, *arguments):
         self.calls.append(name)
@@ -52,6 +53,7 @@ class Context:
     """An engine's execution context: y = 2 x."""
 
     def __init__(self, host_cuda, accepts_capture):
+        self.interrupted = False
         self.cuda, self.accepts_capture, self.addresses, self.shape, self.runs = host_cuda, accepts_capture, {}, None, 0
 
     def set_input_shape(self, name, shape):
@@ -66,6 +68,8 @@ class Context:
 
     def execute_async_v3(self, stream):
         self.runs += 1
+        if self.cuda.capturing and self.interrupted:
+            raise KeyboardInterrupt
         if not self.cuda.capturing:
             self.double()
         elif self.accepts_capture:
@@ -81,12 +85,25 @@ class Context:
 def opened(monkeypatch):
     """Opens a session; returns it with its CUDA and its context."""
 
-    def opened(cuda_graph=True, accepts_capture=True, refuses=()):
-        host_cuda = HostCuda(refuses)
+    def opened(cuda_graph=True, accepts_capture=True, refuses=(), rtx=False):
+        monkeypatch.setattr(opened, "cuda", HostCuda(refuses), raising=False)
+        host_cuda = opened.cuda
         context = Context(host_cuda, accepts_capture)
-        engine = SimpleNamespace(create_execution_context=lambda: context, get_tensor_profile_shape=lambda name, profile: (LOW, HIGH, HIGH))
+        engine = SimpleNamespace(
+            create_execution_context=lambda config=None: None if host_cuda.out_of_memory else context,
+            create_runtime_config=SimpleNamespace,
+            get_tensor_profile_shape=lambda name, profile: (LOW, HIGH, HIGH),
+        )
         runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: engine)
-        vendor = SimpleNamespace(__name__="tensorrt", __version__="10.13.0", ILogger=type("ILogger", (), {}), Runtime=lambda logger: runtime)
+        vendor = SimpleNamespace(
+            __name__="tensorrt_rtx" if rtx else "tensorrt",
+            __version__="1.7.1" if rtx else "10.13.0",
+            ILogger=type("ILogger", (), {}),
+            IProfiler=type("IProfiler", (), {}),
+            Runtime=lambda logger: runtime,
+        )
+        if rtx:
+            vendor.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
         monkeypatch.setattr(tensorrt_session, "Cuda", lambda device: host_cuda)
         unused = (None,) * (len(Manifest._fields) - 2)
         manifest = Manifest(*unused, *SPECS)._replace(inputs=SPECS[0], outputs=SPECS[1])
@@ -178,6 +195,63 @@ def test_nothing_is_captured_unless_it_was_asked_for(opened):
     assert (outputs_of(session, loaded, 0, 2) == 2).all()
     assert loaded.execution() == {"cuda_graph": "off", "waiting_threads": "spin"}
     assert "cudaStreamBeginCapture" not in host_cuda.calls
+
+
+def test_rtx_is_not_captured_and_says_so_where_it_was_asked_to(opened):
+    session, host_cuda, _ = opened(rtx=True)
+    loaded = session.load([feed(2)])
+    assert (outputs_of(session, loaded, 0, 2) == 2).all()
+    assert loaded.execution() == {
+        "cuda_graph": "refused: TensorRT-RTX's engines are not captured",
+        "waiting_threads": "spin",
+        "shape_specialization": "eager",
+    }
+    assert "cudaStreamBeginCapture" not in host_cuda.calls
+    assert opened(rtx=True, cuda_graph=False)[0].execution()["cuda_graph"] == "off"
+
+
+def test_ctrl_c_ends_the_capture_and_the_stream_runs_on(opened):
+    session, host_cuda, context = opened()
+    loaded, context.interrupted = session.load([feed(2)]), True
+    with pytest.raises(KeyboardInterrupt):
+        loaded.run(0)
+    assert not host_cuda.capturing
+    assert "cudaGraphDestroy" in host_cuda.calls
+    context.interrupted = False
+    assert (outputs_of(session, loaded, 0, 2) == 2).all()
+    assert loaded.execution()["cuda_graph"] == "on"
+
+
+def test_a_profile_that_gets_no_context_leaves_the_session_as_it_was(opened):
+    session, host_cuda, _ = opened()
+    host_cuda.out_of_memory = True
+    with pytest.raises(ArtifactMismatch, match="no execution context"):
+        session.profile([feed(2)], 1)
+    host_cuda.out_of_memory = False
+    loaded = session.load([feed(2)])
+    assert (outputs_of(session, loaded, 0, 2) == 2).all()
+    assert loaded.execution()["cuda_graph"] == "on"
+
+
+FREED = {"cudaMalloc": "cudaFree", "cudaHostAlloc": "cudaFreeHost", "cudaEventCreate": "cudaEventDestroy", "cudaStreamCreateWithFlags": "cudaStreamDestroy"}
+
+
+@pytest.mark.parametrize("lacking", FREED)
+def test_a_session_that_cannot_be_opened_frees_what_it_had(opened, lacking):
+    with pytest.raises(BackendUnavailable, match=lacking):
+        opened(refuses=(lacking,))
+    calls = opened.cuda.calls
+    assert {made: calls.count(made) - (made == lacking) for made in FREED} == {made: calls.count(freed) for made, freed in FREED.items()}
+
+
+def test_a_session_can_be_closed_twice_and_is_then_empty(opened):
+    session, host_cuda, _ = opened()
+    session.infer(feed(2))
+    session.close()
+    session.close()
+    assert {made: host_cuda.calls.count(made) for made in FREED} == {made: host_cuda.calls.count(freed) for made, freed in FREED.items()}
+    with pytest.raises(KeyError):  # and does not write where its buffers were
+        session.infer(feed(2))
 
 
 def test_a_batch_outside_the_profile_is_refused_with_the_range(opened):

@@ -82,10 +82,25 @@ def test_control_characters_inside_strings_are_read():
 
 
 def test_without_metadata_nodes_are_told_by_the_name_also_of_convolutions_side_by_side():
-    fused = {**inspected("CaskConvolution", INT8, INT8, "", ParameterType="Convolution"), "Name": "conv1 + relu1 || conv2 + relu2", "Metadata": ""}
+    fused = {**inspected("CaskConvolution", INT8, INT8, "", ParameterType="Convolution"), "Name": "conv1 + relu1 || conv2 + relu2"}
+    del fused["Metadata"]  # 8.5 has none
     (layer,) = layers_of_inspector(inspector(fused))
     assert layer.nodes == ("conv1", "relu1", "conv2", "relu2")
     assert execution(Network(("conv1", "conv2"), ()), [layer]).executed == {"int8": 2}
+
+
+@pytest.mark.parametrize("told", [{"Metadata": ""}, {}], ids=["8.6", "8.5"])
+def test_a_reformat_is_of_no_node_though_its_name_tells_what_it_is_for(told):
+    (layer,) = layers_of_inspector(
+        json.dumps({"Layers": [{"Name": "Reformatting CopyNode for Input Tensor 0 to conv1 + relu1", "LayerType": "Reformat", **told}]})
+    )
+    assert layer.is_reformat
+    assert layer.nodes == ()
+
+
+def test_what_has_empty_metadata_is_of_no_node():
+    (layer,) = layers_of_inspector(json.dumps({"Layers": [{"Name": "ShuffleHelper 1 + 2", "LayerType": "NoOp", "Metadata": ""}]}))
+    assert layer.nodes == ()
 
 
 def test_eleven_may_name_a_format_without_its_type():

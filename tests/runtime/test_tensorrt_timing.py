@@ -1,14 +1,20 @@
 """Without a GPU no kernel is timed: what the vendor's library makes of a file is tried on TensorRT-RTX, what a build adds on a module that only fails."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
+from types import SimpleNamespace
 
 import pytest
 
 from deployopt.errors import BuildFailed
 from deployopt.runtime import tensorrt as rt
+from deployopt.runtime import tensorrt_timing
 from deployopt.runtime.cuda import Gpu
+from deployopt.runtime.files import atomic_write
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.tensorrt_timing import TimingCache, path_of
+from deployopt.runtime.tensorrt_vendor import make_logger
 
 HOPPER = Gpu("NVIDIA H100 80GB HBM3", "9.0", "13.0")
 
@@ -25,7 +31,8 @@ def options(folder, **changes):
 
 def used(old, path, *kernels):
     """The cache in a file, after a build that needed these kernels."""
-    timing = TimingCache(old.Builder(None).create_builder_config(), path)
+    logger = make_logger(old)
+    timing = TimingCache(old.Builder(logger).create_builder_config(), logger, path)
     timing._config.cache.kernels.update(kernels)
     return timing
 
@@ -47,12 +54,17 @@ def test_timings_are_kept_and_what_was_added_is_told(old, tmp_path):
     assert path.read_bytes() == b"8.6.1\x01\x02\x03"
 
 
-def test_two_builds_at_once_lose_nothing(old, tmp_path):
+def test_builds_at_once_lose_nothing(old, tmp_path, monkeypatch):
+    def slow(path, data):
+        time.sleep(0.02)  # what others have stored has been read, what they store now would be lost
+        atomic_write(path, data)
+
+    monkeypatch.setattr(tensorrt_timing, "atomic_write", slow)
     path = tmp_path / "a.timing"
-    both = [used(old, path, 1), used(old, path, 2)]
-    for timing in both:
-        timing.store()
-    assert path.read_bytes() == b"8.6.1\x01\x02"
+    with ThreadPoolExecutor(8) as pool:
+        stored = [pool.submit(used(old, path, kernel).store) for kernel in range(1, 9)]
+    assert [each.result() for each in stored] == [None] * 8
+    assert path.read_bytes() == b"8.6.1" + bytes(range(1, 9))
 
 
 def test_a_file_of_another_gpu_is_not_used_and_replaced(old, tmp_path):
@@ -87,7 +99,7 @@ def test_a_builder_that_takes_no_cache_says_which_option_to_change(old, tmp_path
     config = old.Builder(None).create_builder_config()
     config.create_timing_cache = lambda stored: None
     with pytest.raises(BuildFailed, match="takes no timing cache") as caught:
-        TimingCache(config, tmp_path / "a.timing")
+        TimingCache(config, make_logger(old), tmp_path / "a.timing")
     assert caught.value.remedy.startswith("set timing_cache: false")
 
 
@@ -99,9 +111,15 @@ def test_a_build_that_times_a_kernel_can_be_refused(old, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_from_ten_on_the_builder_itself_ends_at_a_miss(old, tmp_path, monkeypatch):
+@pytest.fixture
+def ten(old, monkeypatch):
+    """The same with the flag that came with 10."""
     flags = IntEnum("BuilderFlag", {**{flag.name: flag.value for flag in old.BuilderFlag}, "ERROR_ON_TIMING_CACHE_MISS": 16})
     monkeypatch.setattr(old, "BuilderFlag", flags)
+    return old
+
+
+def test_from_ten_on_the_builder_itself_ends_at_a_miss(ten, old, tmp_path, monkeypatch):
     monkeypatch.setattr(old, "PLAN", None)
     with pytest.raises(BuildFailed, match="no TF32, ERROR_ON_TIMING_CACHE_MISS"):
         rt.build_engine(old, b"model", options(tmp_path, error_on_timing_cache_miss=True), gpu=HOPPER)
@@ -109,12 +127,59 @@ def test_from_ten_on_the_builder_itself_ends_at_a_miss(old, tmp_path, monkeypatc
         rt.build_engine(old, b"model", options(tmp_path), gpu=HOPPER)
 
 
+def test_a_builder_that_ends_at_a_miss_is_believed_where_it_ends_at_none(ten, tmp_path):
+    """The cache may grow by what was compiled."""
+    progress = SilentProgress()
+    timing = used(ten, tmp_path / "a.timing", 1)
+    rt._keep(ten, timing, options(tmp_path, error_on_timing_cache_miss=True), progress)
+    assert timing.path.exists()
+
+
+def test_timings_are_counted_as_the_library_logs_them_and_not_what_it_compiled(old, tmp_path, monkeypatch):
+    path = tmp_path / "a.timing"
+    used(old, path, 1).store()
+
+    def serialize(cache):
+        logger.log(SimpleNamespace(name="INFO"), f"Serialized {3 * len(cache.kernels)} bytes of compilation cache.")
+        logger.log(SimpleNamespace(name="INFO"), f"Serialized {len(cache.kernels)} timing cache entries")
+        compiled.append(b"more")
+        return cache.header + bytes(sorted(cache.kernels)) + b"".join(compiled)
+
+    compiled, logger = [], make_logger(old)
+    monkeypatch.setattr(old.TimingCache, "serialize", serialize)
+    timing = TimingCache(old.Builder(logger).create_builder_config(), logger, path)
+    assert (timing.use, timing.missed) == ("reused", False)
+    timing._config.cache.kernels.add(2)
+    assert (timing.use, timing.missed) == ("extended", True)
+
+
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops in TensorRT-RTX:DeprecationWarning")
+@pytest.mark.parametrize("found", [None, b"junk", bytes(200)], ids=["missing", "junk", "zeros"])
+def test_the_vendors_library_makes_a_new_cache_of_what_is_none_and_says_how_many_timings_it_holds(tmp_path, found):
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'deployopt[tensorrt-rtx]'")
+    path = tmp_path / "folder" / "a.timing"
+    if found is not None:
+        path.parent.mkdir()
+        path.write_bytes(found)
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
+    timing = TimingCache(builder.create_builder_config(), logger, path)
+    assert (timing.use, timing.missed) == ("new", False)
+    assert timing._before == timing._empty == 0  # as it logs; in bytes it is not empty
+    timing.store()
+    stored = path.read_bytes()
+    assert len(stored) > 100
+    assert stored != found
+    timing.store()  # joined with itself
+    assert path.read_bytes() == stored
+
+
 def test_a_cache_that_cannot_be_stored_is_logged_and_the_build_goes_on(old, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     progress, logged = SilentProgress(), []
     progress.log = logged.append
     timing = used(old, tmp_path / "file" / "a.timing", 1)
-    rt._keep(timing, options(tmp_path), progress)
+    rt._keep(old, timing, options(tmp_path), progress)
     assert logged[0].startswith("the timing cache was not stored: ")
 
 

@@ -1,6 +1,6 @@
 """TensorRT 8.x cannot build without a GPU: what is asked of it is told by a module that has its names and builds nothing."""
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -57,6 +57,25 @@ def test_tf32_is_allowed_where_it_was_asked_for(old):
     with pytest.raises(BuildFailed) as caught:
         rt.build_engine(old, b"model", rt.BuildOptions((1,), tf32=True))
     assert caught.value.message == "TensorRT 8.6.1 built no engine: EXPLICIT_BATCH, TF32"
+
+
+def test_rtx_compiles_kernels_for_a_shape_before_it_runs():
+    """Real names and types; the context itself needs a GPU."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'deployopt[tensorrt-rtx]'")
+    assert versions.specializes_kernels(trt)
+    given = []
+    engine = SimpleNamespace(create_runtime_config=SimpleNamespace, create_execution_context=lambda *config: given.extend(config) or "context")
+    assert versions.create_context(trt, engine) == "context"
+    assert given[0].dynamic_shapes_kernel_specialization_strategy is trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    assert isinstance(trt.IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy, property)
+    assert "-> tensorrt_rtx_bindings.tensorrt_rtx.IRuntimeConfig" in trt.ICudaEngine.create_runtime_config.__doc__
+    assert "runtime_config: tensorrt_rtx_bindings.tensorrt_rtx.IRuntimeConfig" in trt.ICudaEngine.create_execution_context.__doc__
+
+
+def test_tensorrt_has_its_kernels_before_it_runs(old):
+    given = []
+    assert versions.create_context(old, SimpleNamespace(create_execution_context=lambda *config: given.extend(config) or "context")) == "context"
+    assert given == []
 
 
 def test_a_driver_too_old_for_the_library_is_said(old):

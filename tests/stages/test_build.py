@@ -296,7 +296,7 @@ def test_an_engine_is_held_to_onnx_runtime_on_real_images(tmp_path, fake):
     result, _, _ = ran(tmp_path, config, step, residual())
     parity = result.record["parity"]
     assert (result.record["status"], result.record["notes"]) == ("ok", [])
-    assert (parity["checked"], parity["n"], parity["agreement"]) == (True, 24, 1.0)
+    assert (parity["checked"], parity["batches"], parity["n"], parity["agreement"]) == (True, [8, 1], 24, 1.0)
     assert parity["max_abs_diff"] <= parity["max_abs_diff_limit"]
 
 
@@ -312,7 +312,7 @@ def test_a_bf16_engine_is_held_to_its_onnx_widened_to_fp32(tmp_path, fake, damag
     assert parity["max_abs_diff"] > 0
     assert (parity["max_abs_diff"] > parity["max_abs_diff_limit"]) == damaged
     assert [note.partition(": largest")[0] for note in result.record["notes"]] == [
-        "its outputs on 24 validation images are not those of ONNX Runtime"
+        "its outputs on 24 validation images, in batches of 8, are not those of ONNX Runtime"
     ] * damaged
 
 
@@ -327,9 +327,29 @@ def test_an_engine_with_other_outputs_warns_or_fails(tmp_path, fake, policy, sta
     (step,) = build.expand(config, planning("fp32"))
     result, _, logged = ran(tmp_path, config, step, residual())
     assert result.record["status"] == status
-    told = f"its outputs on 24 validation images are not those of ONNX Runtime: {said}"
+    told = f"its outputs on 24 validation images, in batches of 8, are not those of ONNX Runtime: {said}"
     assert told in (result.record["reason"] if policy == "fail" else result.record["notes"][0])
     assert any(told in line for line in logged)
+
+
+def test_an_engine_that_is_wrong_at_the_smallest_batch_alone_is_found(tmp_path, fake):
+    fake.opener = "worker_openers:WrongAloneSession"
+    config = build.Config(backends=["fake"], on_mismatch="fail")
+    (step,) = build.expand(config, planning("fp32"))
+    result, _, _ = ran(tmp_path, config, step, residual())
+    assert result.record["status"] == "failed"
+    assert "on 24 validation images, in batches of 1, are not those of ONNX Runtime: largest difference" in result.record["reason"]
+
+
+def test_what_was_built_and_not_run_for_want_of_a_library_is_built_again_when_that_is_there(fake):
+    """The GPU, its driver and all versions may be the same."""
+
+    def parameters(runs):
+        fake.runs = runs
+        return build.expand(build.Config(backends=["fake"]), planning("fp32"))[0].parameters
+
+    assert parameters(False) == {**parameters(True), "runs": False}
+    assert parameters(True)["runs"] is True
 
 
 def test_an_engine_that_crashes_when_it_runs_has_failed(tmp_path, fake):

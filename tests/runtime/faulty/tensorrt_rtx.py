@@ -1,6 +1,6 @@
 """A vendor module that only fails: it injects faults that the real one will not show on demand, and never stands for a result.
 
-The environment variable FAULT chooses: "crash", "out_of_memory", "no_engine", "parser", "raise", "hang".
+The environment variable FAULT chooses: "crash", "out_of_memory", "no_memory" (of the GPU), "no_engine", "parser", "raise", "hang".
 """
 
 import os
@@ -76,4 +76,5 @@ class Builder:
             time.sleep(60)
         if FAULT == "raise":
             raise RuntimeError("the vendor's module broke")
-        self.logger.log(SimpleNamespace(name="ERROR"), "no kernel image fits")
+        said = "Error Code 2: OutOfMemory (no further information)" if FAULT == "no_memory" else "no kernel image fits"
+        self.logger.log(SimpleNamespace(name="ERROR"), said)
