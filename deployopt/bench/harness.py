@@ -73,7 +73,7 @@ class Settings:
     """How to measure.
 
     Attributes:
-        min_seconds: timed for each subject; if the warm-up's estimate was off, 1,000 runs do too.
+        min_seconds: timed for each subject; if the warm-up's estimate was off, 1,000 runs do too, but where `block_s` is given.
         blocks: at least so many for each subject; 20 are needed for an interval of a ratio.
         block_s: a block is timed about so long at most, if it is more than one run; None: as long as `blocks` of them need to be for `min_seconds`.
         max_seconds: a subject stops after so many timed seconds, with fewer blocks and a flag; None: a minute, or twice `min_seconds` if that is more.
@@ -185,7 +185,7 @@ class _Run:
             return False
         if len(self.blocks) < settings.blocks:
             return True
-        return self.seconds < settings.min_seconds and self.runs < HEADLINE_RUNS
+        return self.seconds < settings.min_seconds and (settings.block_s is not None or self.runs < HEADLINE_RUNS)
 
 
 def _builds_on_opening(opener: str) -> bool:

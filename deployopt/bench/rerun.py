@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -116,28 +117,35 @@ def measure_pair(subjects: tuple[Subject, Subject], batch: int, plan: Plan, prog
         (base, new) of each lifetime.
     """
     pairs: list[Pair] = []
-    block_s = BLOCK_S if all(s.threads == 1 for s in subjects) else None
     begun = time.monotonic()
-    for attempt in range(2 * plan.lifetimes):
-        # who is opened first changes: it may get the better place in memory
-        ordered = subjects if attempt % 2 == 0 else subjects[::-1]
-        settings = replace(plan.settings, min_seconds=plan.seconds, block_s=block_s, seed=plan.settings.seed + attempt)
-        with Group(ordered, settings, progress) as group:
-            given = {key: images_for(opened.inputs, batch, settings.seed) if images is None else images for key, opened in group.opened.items()}
-            timed = group.measure(given, batch, SYNTHETIC if images is None else "images that were given")
-            results = {key: found if isinstance(found, Failure) else group.checked(found, given[key]) for key, found in timed.items()}
-        base, new = (results[s.key] for s in subjects)
-        if isinstance(base, Failure) or isinstance(new, Failure):
-            return "; ".join(f"{s.key}: {_on_one_line(r.reason)}" for s, r in zip(subjects, (base, new), strict=True) if isinstance(r, Failure))
-        pairs.append((base, new))
-        if len(pairs) >= plan.lifetimes and (half_width(_judged(pairs)) <= plan.precision or _next_ends(begun, len(pairs)) > plan.budget):
-            break
+    while not is_enough(plan, len(pairs), time.monotonic() - begun, partial(_judged, pairs)):
+        found = _lifetime(subjects, batch, plan, len(pairs), progress, images)
+        if isinstance(found, str):
+            return found
+        pairs.append(found)
     return pairs
 
 
-def _next_ends(begun: float, done: int) -> float:
-    """Seconds after `begun` at which one more lifetime would end."""
-    return (time.monotonic() - begun) * (done + 1) / done
+def _lifetime(subjects: tuple[Subject, Subject], batch: int, plan: Plan, number: int, progress: Progress, images: NDArray[np.uint8] | None) -> Pair | str:
+    """Both sessions in new processes; who is opened first changes, as it may get the better place in memory."""
+    ordered = subjects if number % 2 == 0 else subjects[::-1]
+    block_s = BLOCK_S if all(s.threads == 1 for s in subjects) else None
+    settings = replace(plan.settings, min_seconds=plan.seconds, block_s=block_s, seed=plan.settings.seed + number)
+    with Group(ordered, settings, progress) as group:
+        given = {key: images_for(opened.inputs, batch, settings.seed) if images is None else images for key, opened in group.opened.items()}
+        timed = group.measure(given, batch, SYNTHETIC if images is None else "images that were given")
+        results = {key: found if isinstance(found, Failure) else group.checked(found, given[key]) for key, found in timed.items()}
+    base, new = (results[s.key] for s in subjects)
+    if isinstance(base, Failure) or isinstance(new, Failure):
+        return "; ".join(f"{s.key}: {_on_one_line(r.reason)}" for s, r in zip(subjects, (base, new), strict=True) if isinstance(r, Failure))
+    return base, new
+
+
+def is_enough(plan: Plan, lifetimes: int, seconds: float, ratio: Callable[[], Ratio]) -> bool:
+    """Whether a row gets no further lifetime, after so many that took so many seconds; their `ratio` is asked for where it decides."""
+    if not plan.lifetimes <= lifetimes < 2 * plan.lifetimes:
+        return lifetimes >= plan.lifetimes
+    return seconds * (lifetimes + 1) / lifetimes > plan.budget or half_width(ratio()) <= plan.precision
 
 
 def _on_one_line(reason: str) -> str:

@@ -99,13 +99,13 @@ def test_figures_come_from_all_blocks(results):
 
 
 def test_short_blocks_are_more_blocks_and_one_thread_waits_for_none(model):
-    short = replace(SETTINGS, min_seconds=0.4, block_s=0.002)
+    short = replace(SETTINGS, min_seconds=0.4, block_s=0.002)  # over 1,000 runs
     one = measure([subject("a", model)], IMAGES, short, SilentProgress())["a"]
     two = measure([Subject("a", "worker_openers:OnnxRuntimeSession", model, SessionOptions(2))], IMAGES, short, SilentProgress())["a"]
     for found, pause_ms in ((one, 0), (two, 20)):
         assert found.contract["pause_ms"] == pause_ms
         assert len(found.block_medians_ms) == found.contract["blocks"] > 20
-        assert found.contract["duration_s"] >= 0.4 or found.host["n"] >= 1000
+        assert found.contract["duration_s"] >= 0.4
 
 
 def test_a_figure_lies_inside_its_interval_where_some_blocks_were_disturbed(model, monkeypatch):

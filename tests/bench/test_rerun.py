@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,13 +13,13 @@ from deployopt.bench.disturbance import Limits
 from deployopt.bench.harness import Settings, Subject, measure, with_figures, write_samples
 from deployopt.bench.images import natural_noise
 from deployopt.bench.repeats import aa_repeats
-from deployopt.bench.rerun import Plan, half_width, measure_pair, rerun, summarize
+from deployopt.bench.rerun import Plan, is_enough, measure_pair, rerun, summarize
 from deployopt.bench.scenarios import Scenario
 from deployopt.errors import UsageError
 from deployopt.runtime.hashing import sha256_file
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
-from deployopt.runtime.statistics import ratio_over_lifetimes
+from deployopt.runtime.statistics import Ratio, ratio_over_lifetimes
 
 ANY = Limits(
     max_spread=100.0, max_drift=100.0, max_contention=100.0, max_pressure=100.0, max_steal_percent=100.0, max_clock_drop=100.0
@@ -96,8 +97,8 @@ def test_stopping_by_width_costs_little_coverage(spread):
     rng, plan, covered = np.random.default_rng(3), Plan(), 0
     for _ in range(1500):
         ratios = np.exp(rng.normal(0, spread, 2 * plan.lifetimes))
-        found = next((r for n in range(plan.lifetimes, len(ratios)) if half_width(r := ratio_over_lifetimes(ratios[:n])) <= plan.precision), None)
-        found = found or ratio_over_lifetimes(ratios)
+        enough = (n for n in range(len(ratios) + 1) if is_enough(plan, n, 0, partial(ratio_over_lifetimes, ratios[:n])))
+        found = ratio_over_lifetimes(ratios[: next(enough)])
         covered += found.low <= 1 <= found.high
     assert 0.92 <= covered / 1500 <= 0.97
 
@@ -123,6 +124,22 @@ def test_what_cannot_be_measured_again_says_why(runs, tmp_path):
         rerun(base, reports.load(tmp_path), QUICK, SilentProgress())
     with pytest.raises(UsageError, match="at least 3 process lifetimes, found 2"):
         rerun(base, new, Plan(lifetimes=2), SilentProgress())
+
+
+@pytest.mark.parametrize(("lifetimes", "seconds", "half", "enough"), [
+    (4, 99, 0.0, False), (5, 10, 0.02, False), (5, 10, 0.01, True), (5, 51, 0.02, True), (9, 53, 0.02, False), (9, 55, 0.02, True), (10, 1, 0.02, True),
+])  # fmt: skip
+def test_a_row_ends_with_its_precision_its_budget_or_twice_its_lifetimes(lifetimes, seconds, half, enough):
+    assert is_enough(Plan(budget=60), lifetimes, seconds, lambda: Ratio(1, 1 - half, 1 + half)) is enough
+
+
+def test_blocks_are_short_with_one_thread_and_long_where_threads_must_fall_asleep_between_them(runs):
+    path = runs[0].folder / "model.onnx"
+    for threads, pause_ms in ((1, 0), (2, 20)):
+        pair = tuple(Subject(side, "worker_openers:OnnxRuntimeSession", path, SessionOptions(threads)) for side in ("base", "new"))
+        ((base, _), *_) = measure_pair(pair, 1, Plan(3, 100.0, 60, seconds=0.6, settings=LOUD), SilentProgress())
+        assert base.contract["pause_ms"] == pause_ms
+        assert (base.contract["blocks"] > 30) == (threads == 1)  # 50 of 12 ms, or 20 of 30 ms
 
 
 @pytest.mark.slow  # nine pairs of processes
