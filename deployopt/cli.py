@@ -24,6 +24,7 @@ from deployopt.runtime.process import leave
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from deployopt.bench.rerun import Plan as RerunPlan
     from deployopt.pipeline import Plan
     from deployopt.report import Report
     from deployopt.report.live import LiveProgress
@@ -460,13 +461,14 @@ def compare(
     chosen = {name: value for name, value in how.items() if value is not None}
     if not rerun and (idle := [f"--{name}" for name in (*chosen, *(["data"] if data is not None else []))]):
         raise UsageError(f"{', '.join(idle)} would do nothing: stored reports are compared as they are", "add --rerun to measure again")
-    before, after, measured = reports.load(base), reports.load(new), None
+    before, after = reports.load(base), reports.load(new)
+    measured, plan = None, None
     if rerun:
         with LiveProgress(_console(stderr=True), [], quiet=quiet) as live:
-            measured = _measured_again(before, after, chosen, row or (), data, live)
+            measured, plan = _measured_again(before, after, chosen, row or (), data, live)
     folders = [path if path.is_dir() else path.parent for path in (base, new)]
     shown = None if data is None else f"test images of {data}"
-    result = compare_reports(before, after, folders[0], folders[1], gates, only=row or (), reran=measured, images=shown).to_json()
+    result = compare_reports(before, after, folders[0], folders[1], gates, only=row or (), reran=measured, images=shown, plan=plan).to_json()
     if json_:
         _print_json(result)
     else:
@@ -482,12 +484,15 @@ def compare(
         raise typer.Exit(1)
 
 
-def _measured_again(before: Report, after: Report, chosen: dict[str, Any], rows: Sequence[str], data: str | None, live: LiveProgress) -> dict[str, Any]:
-    """What `compare --rerun` judges by. `chosen`: of `rerun.Plan`, what is not to be as it is by default."""
+def _measured_again(
+    before: Report, after: Report, chosen: dict[str, Any], rows: Sequence[str], data: str | None, live: LiveProgress
+) -> tuple[dict[str, Any], RerunPlan]:
+    """What `compare --rerun` judges by, and how it was measured. `chosen`: of `rerun.Plan`, what is not to be as it is by default."""
     from deployopt import pipeline
     from deployopt.bench.rerun import Plan, rerun
 
-    return dict(rerun(before, after, Plan(**chosen), live, rows, None if data is None else pipeline.timing_images(data, live)))
+    plan = Plan(**chosen)
+    return dict(rerun(before, after, plan, live, rows, None if data is None else pipeline.timing_images(data, live))), plan
 
 
 @app.command()

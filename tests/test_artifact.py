@@ -59,6 +59,14 @@ def test_weights_in_another_file_are_vouched_for_too(tmp_path: Path) -> None:
     assert caught.value.remedy == "put model.data beside model.onnx"
 
 
+def test_a_record_of_the_file_without_its_weights_is_told_from_damage(tmp_path: Path) -> None:
+    path = product(tmp_path / "model.onnx", "model.data")
+    old = Artifact("onnx", path, sha256_file(path), path.stat().st_size)
+    with pytest.raises(ArtifactCorrupt, match=r"model\.onnx is as recorded, .* left out its files of weights \(model\.data\)") as caught:
+        old.verified()
+    assert "--fresh" in (caught.value.remedy or "")
+
+
 def test_weights_inside_branches_are_found(tmp_path: Path) -> None:
     path = product(tmp_path / "model.onnx", None)
     model = onnx.load(path)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import stored_runs
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -205,3 +206,16 @@ def test_bench_profiles_no_streams(model: Path) -> None:
 
 def test_bench_takes_no_profile_unasked(rows: list[dict[str, Any]]) -> None:
     assert [row["profile"] for row in rows] == [None, None]
+
+
+def test_a_rerun_tells_how_it_was_measured(tmp_path: Path) -> None:
+    run = stored_runs.around(linear(tmp_path / "linear.onnx"))
+    done = deployopt("compare", run, run, "--rerun", "--lifetimes", "3", "--budget", "0", "--seconds", "0.1", "--threads", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    (row,) = result["rows"]
+    assert (row["lifetimes"], row["threads"], row["device"]) == (3, 1, "cpu")
+    told = result["rerun"]
+    assert (told["lifetimes"], told["precision"], told["budget_s"], told["seconds"], told["threads"]) == (3, 0.01, 0.0, 0.1, 1)
+    assert told["images"].startswith("synthetic")
+    assert any(result["environment"]["versions"][name] for name in ("onnxruntime", "onnxruntime-gpu"))

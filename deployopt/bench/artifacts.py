@@ -17,9 +17,10 @@ from deployopt.bench.environment import environment, reason_of
 from deployopt.bench.harness import Failure, Group, Measured, Settings, Subject, speedup, with_figures
 from deployopt.bench.images import SYNTHETIC, images_for
 from deployopt.bench.scenarios import Scenario, ScenarioName
-from deployopt.bench.targets import TORCH_OPENERS, Target, measured_rows, opener, resolve
+from deployopt.bench.targets import Target, distributions, measured_rows, opener, resolve
 from deployopt.errors import DeployoptError, UsageError
 from deployopt.runtime import host
+from deployopt.runtime.hashing import sha256_json
 from deployopt.runtime.progress import Progress
 
 
@@ -74,7 +75,7 @@ def bench_artifacts(
     timed = {key for found in results.values() for key, result in found.items() if isinstance(result, Measured)}
     _verify([(rows[t.name], t) for t in targets if t.name in timed], asked.threads, device, progress)  # when nothing is timed any more
     measured = [_row(rows[key], batch, results[batch], subjects[0].key) for key in rows for batch in sizes]
-    where = _environment(targets)
+    where = environment(distributions(t.backend for t in targets))
     for row in measured:
         if row.contract is not None:
             row.contract = {**row.contract, "environment": where}
@@ -105,31 +106,26 @@ def _agreed(option: str, asked: Option | None, named: Sequence[Option | None], d
     return found[0] if found else default
 
 
-def _environment(targets: Sequence[Target]) -> dict[str, Any]:
-    """The machine, and the versions of what opens these artifacts."""
-    runtimes = {d for t in targets for d in (("torch",) if t.backend in TORCH_OPENERS else backends.find(t.backend).distributions)}
-    return environment(sorted({"deployopt", "numpy", *runtimes}))
-
-
 def _verify(timed: Sequence[tuple[Row, Target]], threads: int, device: str, progress: Progress) -> None:
     """Have the runtimes tell of the INT8 files what they execute in INT8, and write it into their rows; why not, where it fails.
 
-    That a file has Q/DQ nodes says nothing of it: a runtime may have no kernel for them, or fuse them in other places.
+    That a file has Q/DQ nodes says nothing of it: a runtime may have no kernel for them, or fuse them in other places. Which, its options may decide.
     """
-    files: dict[tuple[Path, str], list[Row]] = {}
+    files: dict[tuple[Path, str, str], list[tuple[Row, Target]]] = {}
     for row, target in timed:
         if target.kind == "onnx" and target.precision in INT8_PRECISIONS and hasattr(backends.find(target.backend), "verify"):
-            files.setdefault((target.path, target.backend), []).append(row)
-    options = {(target.path, target.backend): target.session_options(threads, device) for _, target in timed}
+            opened_with = sha256_json([target.precision, dict(target.options)])
+            files.setdefault((target.path, target.backend, opened_with), []).append((row, target))
     with progress.track("see what runs in INT8", len(files)) as bar:
-        for (path, backend), rows in files.items():
+        for (path, backend, _), rows in files.items():
             module: Any = backends.find(backend)
             try:
-                verified, notes = asdict(module.verify(path, options[path, backend], progress, Settings().timeout_s)), []
+                verified, notes = asdict(module.verify(path, rows[0][1].session_options(threads, device), progress, Settings().timeout_s)), []
             except DeployoptError as exc:
                 verified, notes = None, [f"{NOT_VERIFIED}: {reason_of(exc, path.parent)}"]
-            for row in rows:
-                row.verified, row.notes = verified, [*row.notes, *notes]
+            for row, target in rows:
+                kept = {} if target.kept_in_float is None else {"kept_in_float": target.kept_in_float}
+                row.verified, row.notes = None if verified is None else {**verified, **kept}, [*row.notes, *notes]
             bar.advance(1, path.name)
 
 

@@ -12,19 +12,25 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from deployopt import backends, plugins
 from deployopt.bench.environment import environment, utc_now
+from deployopt.bench.targets import distributions
 from deployopt.errors import ArtifactError, UsageError
 from deployopt.report import summary, units
 from deployopt.report.summary import JsonRow, Report
 from deployopt.runtime.statistics import MINIMUM_BLOCKS, Ratio, bootstrap_ratio, floor_between_lifetimes, floor_of_ratios, widened
 
+if TYPE_CHECKING:
+    from deployopt.bench.rerun import Plan
+
 Verdict = Literal["faster", "slower", "same within noise", "not comparable", "added", "removed"]
 Regression = Literal["latency", "throughput", "memory", "size", "accuracy", "missing"]
 COMPARED: tuple[Verdict, ...] = ("faster", "slower", "same within noise")
 Bounds = tuple[float, float]
+TOLD_BY_SOME = ("waiting threads", "kernels for a shape")  # conditions that older reports and some runtimes do not hold
+SYNTHETIC_IMAGES = "synthetic 1/f noise of each model's input size, not with the runs' images"
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Gates:
 
 class Reran(NamedTuple):
     """A row of both runs measured again, interleaved, over several process lifetimes. Ratios are new / base. `noise`: what disturbed it, if anything;
-    `device`: of latencies by the device clock, `device_memory`: of GPU memory, where both have one."""
+    `device`: of latencies by the device clock, `device_memory`: of GPU memory, where both have one. `threads`, `ran_on`: of both sides, "cpu" or "cuda:N"."""
 
     base_p50_ms: float
     new_p50_ms: float
@@ -64,6 +70,8 @@ class Reran(NamedTuple):
     noise: str = ""
     device: Ratio | None = None
     device_memory: float | None = None
+    threads: int | None = None
+    ran_on: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,8 @@ class RowComparison:
         device_memory_ratio: new / base of the process's memory on its GPU; None where either ran on none. The memory gate holds it too.
         accuracy_change_pp: new − base, percentage points for a fraction, else in the metric's unit.
         regressions: the gates this row misses.
+        undecided: the gates it meets only because its interval is wide: that reaches beyond them, without lying beyond as a whole.
+        lifetimes, threads, device: of a row that was measured again: process lifetimes of both sides, CPU threads, and "cpu" or "cuda:N".
     """
 
     key: str
@@ -108,6 +118,10 @@ class RowComparison:
     size_ratio: float | None = None
     accuracy_change_pp: float | None = None
     regressions: tuple[Regression, ...] = ()
+    undecided: tuple[Regression, ...] = ()
+    lifetimes: int | None = None
+    threads: int | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,7 @@ class Comparison:
         base, new: names of the runs.
         task: of the new run.
         reran: measured here and now, rather than read from two reports.
+        rerun: how, as `bench.rerun.Plan` has it, with the images; None if it was not, or that is not told.
         time, environment: when (UTC) and where the new figures were measured.
         recipe_changes: "key: base → new" of what differs between the two recipes.
         notes: what a reader should know of all rows: noise that is not known.
@@ -132,6 +147,7 @@ class Comparison:
     time: str
     environment: Mapping[str, Any]
     reran: bool = False
+    rerun: Mapping[str, Any] | None = None
     recipe_changes: Sequence[str] = ()
     notes: Sequence[str] = ()
     misses: Sequence[str] = field(default_factory=tuple)
@@ -139,6 +155,11 @@ class Comparison:
     @property
     def met(self) -> bool:
         return not self.misses
+
+    def counts(self) -> dict[str, int]:
+        """ "rows": those that any gate is about; "not_compared": those of them of which not all that the gates hold is known."""
+        held = [(row, known) for row in self.rows if row.verdict != "added" and (known := _held(row, self.gates))]
+        return {"rows": len(held), "not_compared": sum(row.verdict not in COMPARED and None in known.values() for row, known in held)}
 
     def to_json(self) -> dict[str, Any]:
         rows = [{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(r).items()} for r in self.rows]
@@ -150,10 +171,11 @@ class Comparison:
             "time": self.time,
             "environment": dict(self.environment),
             "reran": self.reran,
+            "rerun": None if self.rerun is None else dict(self.rerun),
             "recipe_changes": list(self.recipe_changes),
             "notes": list(self.notes),
             "rows": rows,
-            "gate": {**asdict(self.gates), "met": self.met, "misses": list(self.misses)},
+            "gate": {**asdict(self.gates), "asked": self.gates.asked, **self.counts(), "met": self.met, "misses": list(self.misses)},
         }
 
 
@@ -191,6 +213,8 @@ def _conditions(row: JsonRow, where: Mapping[str, Any]) -> dict[str, Any]:
         "threads": row.get("threads"),
         "streams": contract.get("streams") or 1,
         "CUDA graph": contract.get("cuda_graph"),
+        "waiting threads": contract.get("waiting_threads"),
+        "kernels for a shape": contract.get("shape_specialization"),
         "clock": contract.get("clock"),
         "copies": contract.get("copies"),
         "input shape": inputs.get("shape") or inputs.get("shapes"),
@@ -204,14 +228,15 @@ def _conditions(row: JsonRow, where: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """The conditions that differ, as prose; "" if none."""
+    """The conditions that differ, as prose; "" if none. Of those that not every report tells, only what both sides tell can."""
 
     def show(value: Any) -> str:
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
         return text or "none"
 
-    names = list(dict.fromkeys([*base, *new]))
-    return "; ".join(f"{n}: {show(base.get(n))} → {show(new.get(n))}" for n in names if base.get(n) != new.get(n))
+    names = [n for n in dict.fromkeys([*base, *new]) if base.get(n) != new.get(n)]
+    known = [n for n in names if n not in TOLD_BY_SOME or None not in (base.get(n), new.get(n))]
+    return "; ".join(f"{n}: {show(base.get(n))} → {show(new.get(n))}" for n in known)
 
 
 class _Samples(NamedTuple):
@@ -312,6 +337,9 @@ def _reran_figures(found: Reran) -> dict[str, Any]:
         "why": found.noise,
         "throughput_ratio": throughput.value,
         "throughput_ratio_ci95": (throughput.low, throughput.high),
+        "lifetimes": found.lifetimes,
+        "threads": found.threads,
+        "device": found.ran_on,
     }
     facts["device_memory_ratio"] = found.device_memory
     if found.device is not None:
@@ -388,7 +416,29 @@ def _gated(row: RowComparison, task: Mapping[str, Any], gates: Gates) -> tuple[R
     limit = gates.max_accuracy_drop
     if limit is not None and worse is not None and worse > limit + 1e-9:  # so much may differ in the last bit
         found.append(("accuracy", f"{units.metric_name(task['primary'])} {units.change(row.accuracy_change_pp, task)}, more than {limit:g} worse"))
-    return replace(row, regressions=tuple(dict.fromkeys(kind for kind, _ in found))), [f"{row.key}: {sentence}" for _, sentence in found]
+    undecided = _undecided(row, gates)
+    why = "; ".join(filter(None, (row.why, *undecided.values())))
+    row = replace(row, why=why, regressions=tuple(dict.fromkeys(kind for kind, _ in found)), undecided=tuple(undecided))
+    return row, [f"{row.key}: {sentence}" for _, sentence in found]
+
+
+def _undecided(row: RowComparison, gates: Gates) -> dict[Regression, str]:
+    """Gates that an interval reaches beyond without lying beyond as a whole, with what to say of each: met, and no evidence that they hold."""
+    found: dict[Regression, str] = {}
+    measured = "" if row.lifetimes is None else f" ({row.lifetimes} lifetimes)"
+    limit, bounds = gates.max_latency_regression, row.ratio_ci95
+    if limit is not None and row.judged_by == "latency" and bounds and bounds[0] <= 1 + limit < bounds[1]:
+        reach = f"the interval reaches {_points(bounds[1] - 1)} slower"
+        found["latency"] = f"{reach}: a regression beyond {_percent(limit)} can't be ruled out{measured}"
+    limit, bounds = gates.max_throughput_regression, row.throughput_ratio_ci95
+    if limit is not None and bounds and bounds[0] < 1 - limit <= bounds[1]:
+        reach = f"the interval reaches {_points(1 - bounds[0])} less throughput"
+        found["throughput"] = f"{reach}: a regression beyond {_percent(limit)} can't be ruled out{measured}"
+    return found
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _percent(share: float) -> str:
@@ -410,19 +460,34 @@ def _lost(row: RowComparison, base: JsonRow | None, new: JsonRow | None, reran: 
     return None if summary.measured([new]) else _unmeasured(new)
 
 
+def _limits(gates: Gates) -> dict[str, float | None]:
+    return {
+        "latency": gates.max_latency_regression,
+        "throughput": gates.max_throughput_regression,
+        "memory": gates.max_memory_regression,
+        "size": gates.max_size_regression,
+        "accuracy": gates.max_accuracy_drop,
+    }
+
+
+def _held(row: RowComparison, gates: Gates) -> dict[str, Bounds | float | None]:
+    """What the row has of each gate that was asked for and is about it; None where it could not be compared."""
+    figures = {
+        "latency": row.ratio_ci95,
+        "throughput": row.throughput_ratio_ci95,
+        "memory": row.memory_ratio_ci95,
+        "size": row.size_ratio,
+        "accuracy": row.accuracy_change_pp,
+    }
+    return {name: figures[name] for name, limit in _limits(gates).items() if limit is not None and (name != "latency" or row.judged_by == "latency")}
+
+
 def _nothing_compared(rows: Sequence[RowComparison], gates: Gates) -> list[str]:
     """Gates of which nothing could be compared: silence is no pass."""
-    figures = (
-        ("latency", gates.max_latency_regression, [r.ratio_ci95 for r in rows if r.judged_by == "latency"]),
-        ("throughput", gates.max_throughput_regression, [r.throughput_ratio_ci95 for r in rows]),
-        ("memory", gates.max_memory_regression, [r.memory_ratio_ci95 for r in rows]),
-        ("size", gates.max_size_regression, [r.size_ratio for r in rows]),
-        ("accuracy", gates.max_accuracy_drop, [r.accuracy_change_pp for r in rows]),
-    )
     return [
         f"no row's {name} could be compared, so the {name} gate cannot be said to hold"
-        for name, limit, known in figures
-        if limit is not None and all(value is None for value in known)
+        for name, limit in _limits(gates).items()
+        if limit is not None and all(_held(row, gates).get(name) is None for row in rows)
     ]
 
 
@@ -452,8 +517,7 @@ def check_same_recipe(base: Report, new: Report) -> None:
 
 
 def _notes(rows: Sequence[RowComparison], runs: tuple[_Run, _Run], reran: bool, images: str | None) -> list[str]:
-    shown = images or "synthetic 1/f noise of each model's input size, not with the runs' images"
-    notes = [f"measured again with {shown}"] if reran else []
+    notes = [f"measured again with {images or SYNTHETIC_IMAGES}"] if reran else []
     compared = [r for r in rows if r.verdict in COMPARED]
     if not reran and compared and any(r.noise_floor is None for r in compared):
         notes.append(
@@ -488,6 +552,7 @@ def compare(
     only: Sequence[str] = (),
     reran: Mapping[str, Reran | str] | None = None,
     images: str | None = None,
+    plan: Plan | None = None,
 ) -> Comparison:
     """Compare the rows of two reports.
 
@@ -497,6 +562,7 @@ def compare(
         only: addresses of the rows to compare; all if empty.
         reran: of `bench.rerun.rerun`: rows measured again, or why one was not; takes the place of the stored figures. Accuracy and size stay the reports'.
         images: what those were timed with; None: noise.
+        plan: how they were timed; only told.
 
     A row that the base measured and the new run did not misses any gate, and a gate of which nothing could be compared is missed: silence is no pass.
 
@@ -520,8 +586,28 @@ def compare(
         misses += sentences
     misses += _nothing_compared(rows, gates)
     names = [str(report.get("run") or (report.get("recipe") or {}).get("name") or folder.name) for report, folder in runs]
-    time, where = (new.get("finished"), new.get("environment")) if reran is None else (None, environment(()))
+    if reran is None:
+        time, where = new.get("finished"), new.get("environment")
+    else:
+        time, where = None, environment(distributions(after[key]["backend"] for key in after if isinstance(reran.get(key), Reran)))
     notes = _notes(rows, runs, reran is not None, images)
     return Comparison(
-        names[0], names[1], task, rows, gates, time or utc_now(), where or {}, reran is not None, _recipe_changes(base, new), notes, tuple(misses)
+        names[0],
+        names[1],
+        task,
+        rows,
+        gates,
+        time or utc_now(),
+        where or {},
+        reran=reran is not None,
+        rerun=None if plan is None else _how(plan, images),
+        recipe_changes=_recipe_changes(base, new),
+        notes=notes,
+        misses=tuple(misses),
     )
+
+
+def _how(plan: Plan, images: str | None) -> dict[str, Any]:
+    """A rerun's conditions that are the same for all rows; `threads` None: each base row's."""
+    asked = {"lifetimes": plan.lifetimes, "precision": plan.precision, "budget_s": plan.budget, "seconds": plan.seconds, "threads": plan.threads}
+    return {**asked, "images": images or SYNTHETIC_IMAGES}

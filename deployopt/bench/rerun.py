@@ -191,6 +191,8 @@ def summarize(pairs: Sequence[Pair]) -> Reran:
         noise=_noise(pairs),
         device=_device(pairs),
         device_memory=float(np.median(on_gpu)) if on_gpu else None,
+        threads=pairs[0][0].contract["threads"],
+        ran_on=pairs[0][0].contract["device"],
     )
 
 

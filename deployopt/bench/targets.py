@@ -38,6 +38,7 @@ class Target:
         run: the run folder it lies in, if it lies in one.
         batch, scenario: of a row whose address names its batch; None otherwise.
         threads: of a row whose address names them ("…/b1/t1", "…/b1/offline-t1"); None otherwise.
+        kept_in_float: quantizable layers that mixed_precision keeps in float, by the row's record; None where none tells.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Target:
     batch: int | None = None
     scenario: ScenarioName | None = None
     threads: int | None = None
+    kept_in_float: int | None = None
 
     @property
     def kind(self) -> ArtifactKind:
@@ -82,6 +84,12 @@ class Description(NamedTuple):
 def opener(backend: str) -> str:
     """Where a worker finds a backend's `open`. Raises UsageError for an unknown backend."""
     return TORCH_OPENERS[backend] if backend in TORCH_OPENERS else f"{backends.find(backend).__name__}:open"
+
+
+def distributions(names: Iterable[str]) -> list[str]:
+    """Packages whose versions belong to figures of these backends. Raises UsageError for an unknown backend."""
+    runtimes = {package for name in names for package in (("torch",) if name in TORCH_OPENERS else backends.find(name).distributions)}
+    return sorted({"deployopt", "numpy", *runtimes})
 
 
 def resolve(artifact: str | Path, backend: str | None = None) -> Target:
@@ -200,7 +208,8 @@ def _of_row(run: Path, row: Mapping[str, Any], backend: str | None) -> Target:
     recorded = row.get("artifact")
     if recorded is None:
         raise UsageError(f"row '{summary.row_key(row)}' has no artifact to open ({row['status']}: {row.get('reason')})")
-    target = Target(_address(row), run / recorded["path"], backend or row["backend"], row["precision"], row.get("options") or {}, run)
+    kept = (row.get("verified") or {}).get("kept_in_float")
+    target = Target(_address(row), run / recorded["path"], backend or row["backend"], row["precision"], row.get("options") or {}, run, kept_in_float=kept)
     if not target.path.is_file():
         raise ArtifactError(f"the artifact of row '{summary.row_key(row)}' is gone: {target.path}", "deployopt run RECIPE --run-dir RUN makes it again")
     Artifact(target.kind, target.path, recorded["sha256"], recorded["bytes"]).verified()

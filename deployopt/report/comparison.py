@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from deployopt.report import junit, markdown, terminal, units
+from deployopt.report import junit, markdown, summary, terminal, units
 
 JsonComparison = Mapping[str, Any]
 STYLE = {"faster": "green", "slower": "red", "not comparable": "yellow", "added": "cyan", "removed": "cyan"}
@@ -43,24 +43,55 @@ def _p50(value: float | None) -> str:
 
 
 def gate_sentence(comparison: JsonComparison) -> str:
-    """Whether the gates hold; "" if none was asked for."""
+    """Whether the gates hold, for how many rows, and how many could not be compared or are too wide to tell; "" if none was asked for."""
     gate = comparison["gate"]
     limits = [(gate[f"max_{name}_regression"], words) for name, words in GATED.items()]
     asked = [f"at most {100 * limit:g} % {words}" for limit, words in limits if limit is not None]
     if gate["max_accuracy_drop"] is not None:
         unit = comparison["task"]["unit"] or "pp"
         asked.append(f"at most {gate['max_accuracy_drop']:g} {unit} less accurate")
-    return f"gate {'met' if gate['met'] else 'MISSED'} ({', '.join(asked)})" if asked else ""
+    if not asked:
+        return ""
+    total, lacking, wide = gate["rows"], gate["not_compared"], _undecided(comparison)
+    word = "MISSED" if not gate["met"] else f"met for {total - lacking} of {total} rows" if lacking else "met"
+    parts = [f"gate {word} ({', '.join(asked)})"]
+    parts += [f"{lacking} could not be compared" if gate["met"] else f"{lacking} of {total} rows could not be compared"] if lacking else []
+    parts += [f"the interval of {units.plural(wide, 'row')} reaches beyond it, so a regression can't be ruled out there"] if wide else []
+    return "; ".join(parts)
+
+
+def _undecided(comparison: JsonComparison) -> int:
+    """Rows that meet a gate only because their interval is wide."""
+    return sum(bool(row["undecided"]) for row in comparison["rows"])
+
+
+def _gate_style(comparison: JsonComparison) -> str:
+    gate = comparison["gate"]
+    return "bold red" if not gate["met"] else "yellow" if gate["not_compared"] or _undecided(comparison) else "green"
 
 
 def noise_sentence(comparison: JsonComparison) -> str:
     """How the intervals come about, with the noise floors that are stored."""
     if comparison["reran"]:
-        return "measured again, interleaved on this machine; intervals from the spread of process lifetimes"
+        how = "".join(f", {part}" for part in (_rerun_contract(comparison["rows"]), summary.versions_line(comparison["environment"])) if part)
+        return f"measured again, interleaved on this machine{how}; intervals from the spread of process lifetimes"
     kinds = (("between process lifetimes", "noise_floor"), ("inside one run", "noise_floor_same_rounds"))
     known = [(where, [row[key] for row in comparison["rows"] if row[key] is not None]) for where, key in kinds]
     told = [f"±{100 * min(v):.1f}–{100 * max(v):.1f} % {where}" for where, v in known if v]
     return f"noise floor from A/A repeats: {', '.join(told)}" if told else ""
+
+
+def _rerun_contract(rows: Sequence[Mapping[str, Any]]) -> str:
+    """ "5–10 lifetimes of both processes, 2 threads on cpu", over all rows that were measured again; "" if there is none."""
+    lifetimes, threads, devices = (sorted({row[name] for row in rows if row[name] is not None}) for name in ("lifetimes", "threads", "device"))
+    if not lifetimes:
+        return ""
+    said = f"{_range(lifetimes)} lifetimes of both processes" + (f", {_range(threads)} thread{'' if threads == [1] else 's'}" if threads else "")
+    return said + (f" on {', '.join(devices)}" if devices else "")
+
+
+def _range(values: Sequence[int]) -> str:
+    return str(values[0]) if len(values) == 1 else f"{values[0]}–{values[-1]}"
 
 
 def _relative(row: Mapping[str, Any], name: str) -> str:
@@ -83,7 +114,7 @@ def render_terminal(comparison: JsonComparison, console: Console) -> None:
         console.print(Text.assemble(("REGRESSION ", "bold red"), miss))
     console.print(Text(headline(comparison), style="bold"))
     if gate_sentence(comparison):
-        console.print(Text(gate_sentence(comparison), style="green" if gate["met"] else "bold red"))
+        console.print(Text(gate_sentence(comparison), style=_gate_style(comparison)))
     console.print()
     rows = comparison["rows"]
     if rows:
@@ -138,6 +169,11 @@ def render_markdown(comparison: JsonComparison) -> str:
     return "\n\n".join(p for p in parts if p) + "\n"
 
 
+def _told(row: Mapping[str, Any]) -> str:
+    verdict = f"{row['verdict']} {_ratio(row)}".strip()
+    return f"{verdict}: {row['why']}" if row["undecided"] else verdict
+
+
 def render_junit(comparison: JsonComparison) -> str:
     """Each row a test case: regressions fail, rows that cannot be compared are skipped; gate misses of no row are cases of their own."""
     cases = []
@@ -146,7 +182,7 @@ def render_junit(comparison: JsonComparison) -> str:
         own = [m for m in misses if m.startswith(f"{row['key']}: ")]
         outcome = "failure" if row["regressions"] else "skipped" if row["verdict"] not in CHANGED else "passed"
         message = "; ".join(own) if row["regressions"] else f"{row['verdict']}: {row['why']}" if outcome == "skipped" else ""
-        cases.append(junit.Case("deployopt.compare", row["key"], outcome=outcome, message=message, output=f"{row['verdict']} {_ratio(row)}".strip()))
+        cases.append(junit.Case("deployopt.compare", row["key"], outcome=outcome, message=message, output=_told(row)))
     claimed = {m for r in comparison["rows"] for m in misses if m.startswith(f"{r['key']}: ")}
     cases += [junit.Case("deployopt.compare", "gate", outcome="failure", message=m) for m in misses if m not in claimed]
     return junit.document(f"deployopt compare {comparison['base']} {comparison['new']}", {"compare": cases})

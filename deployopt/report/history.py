@@ -79,7 +79,7 @@ def entry(report: Report, comparison: Mapping[str, Any]) -> dict[str, Any]:
         "deployopt": report.get("deployopt"),
         "machine": _machine(comparison["environment"]),
         "reran": reran,
-        "gate_met": comparison["gate"]["met"],
+        "gate_met": comparison["gate"]["met"] if comparison["gate"]["asked"] else None,
         "task": dict(task),
         "rows": figures,
     }
@@ -215,6 +215,12 @@ def _parts(key: str) -> Sequence[str]:
     return found.groups(default="") if found else (key, "", "", "", "")
 
 
+def _gates(entry: Entry) -> str:
+    """Whether they were met; "–" where none was asked for. Lines of older versions say "met" there, too."""
+    met = entry.get("gate_met")
+    return units.UNKNOWN if met is None else "met" if met else "missed"
+
+
 def render_html(entries: Sequence[Entry]) -> str:
     """One page that opens offline: latency of each backend and batch size, then accuracy, over the runs. A line breaks where the machine changed."""
     groups: dict[str, dict[str, str]] = {}
@@ -226,7 +232,7 @@ def render_html(entries: Sequence[Entry]) -> str:
     figures = [_figure(entries, f"Latency: {title}", keys, "p50_ms") for title, keys in groups.items()]
     figures.append(_figure(entries, "Accuracy", scored, "score"))
     latest, machines = entries[-1], {e["machine"]["fingerprint"]: e["machine"]["name"] for e in entries}
-    table = [[e["time"], e["run"], e["machine"]["name"], units.plural(len(e["rows"]), "row"), "met" if e.get("gate_met") else "missed"] for e in entries]
+    table = [[e["time"], e["run"], e["machine"]["name"], units.plural(len(e["rows"]), "row"), _gates(e)] for e in entries]
     return html.template("history.html.j2").render(
         name=latest.get("recipe") or latest["run"],
         headline=f"{units.plural(len(entries), 'run')} on {units.plural(len(machines), 'machine')}, the newest {latest['time']}",

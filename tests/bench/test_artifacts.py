@@ -211,6 +211,25 @@ def test_int8_that_cannot_be_verified_is_noted(tmp_path, model, monkeypatch):
     assert plain.notes == []
 
 
+def test_each_set_of_options_is_verified_with_those_options_and_layers_kept_in_float_are_taken_over(tmp_path, model, monkeypatch):
+    typed, module, opened = quantizing_its_input_alone(model, tmp_path / "typed.onnx"), backends.find("onnxruntime"), []
+    verify = module.verify
+    monkeypatch.setattr(module, "verify", lambda path, options, *rest: opened.append(options.extra) or verify(path, options, *rest))
+    artifact = {"path": typed.name, "sha256": sha256_file(typed), "bytes": typed.stat().st_size}
+    row = {"backend": "onnxruntime", "precision": "int8", "batch": 1, "status": "ok", "artifact": artifact}
+    kept = {"quantized_layers": 1, "quantizable_layers": 3, "executed": {}, "kept_in_float": 2}
+    rows = [
+        {**row, "variant": "a", "options": {"x": 1}, "verified": kept},
+        {**row, "variant": "b", "options": {"x": 2}},
+        {**row, "variant": "c", "options": {"x": 2}},
+    ]
+    (tmp_path / "report.json").write_text(json.dumps({"schema": 1, "variants": [], "rows": rows}))
+    found = bench(*(f"{tmp_path}:{name}/onnxruntime/int8" for name in "abc"))
+    assert opened == [{"x": 1}, {"x": 2}]
+    assert [r.verified.get("kept_in_float") for r in found] == [2, None, None]
+    assert [r.verified["executed"] for r in found] == [{"fp32": 3}] * 3
+
+
 def test_engines_are_known_by_their_manifest(tmp_path):
     (tmp_path / "model.engine").write_bytes(b"engine")
     with pytest.raises(ArtifactCorrupt, match=r"manifest model\.engine\.json is missing"):

@@ -15,6 +15,7 @@ from rich.console import Console
 from deployopt.artifact import Row
 from deployopt.bench.comparison import Comparison, Gates, Reran, RowComparison, compare
 from deployopt.bench.harness import write_samples
+from deployopt.bench.rerun import Plan
 from deployopt.errors import ArtifactError, UsageError
 from deployopt.report import comparison as renderers
 from deployopt.runtime.statistics import Ratio
@@ -69,7 +70,13 @@ class Run:
             "samples": name,
             "accuracy": {"primary": "top1", "top1": top1, "n": 540},
             "latency_ms": {"host": {"p50": median, "p50_ci95": [median * 0.99, median * 1.01]}},
-            "contract": {"clock": "perf_counter", "copies": True, "inputs": {"shape": [1, 3, 32, 32]}},
+            "contract": {
+                "clock": "perf_counter",
+                "copies": True,
+                "inputs": {"shape": [1, 3, 32, 32]},
+                "waiting_threads": "spin",
+                "shape_specialization": "eager",
+            },
         }
 
 
@@ -122,6 +129,8 @@ def test_the_gate_is_missed_only_beyond_noise(tmp_path: Path) -> None:
         (("rows", 0, "threads"), 4, "threads: 2 → 4"),
         (("rows", 0, "contract", "streams"), 2, "streams: 1 → 2"),
         (("rows", 0, "contract", "cuda_graph"), "on", "CUDA graph: None → on"),
+        (("rows", 0, "contract", "waiting_threads"), "block", "waiting threads: spin → block"),
+        (("rows", 0, "contract", "shape_specialization"), "lazy", "kernels for a shape: eager → lazy"),
         (("rows", 0, "contract", "clock"), "cuda_event", "clock: perf_counter → cuda_event"),
         (("rows", 0, "contract", "inputs", "shape"), [1, 3, 64, 64], "input shape"),
         (("rows", 0, "contract", "device"), "cuda:1", "device: cuda:0 → cuda:1"),
@@ -144,6 +153,14 @@ def test_what_differs_is_named_and_not_compared(tmp_path: Path, path: tuple[Any,
     assert named in only(result).why
     assert only(result).ratio is None
     assert "no row's latency could be compared" in result.misses[-1]  # silence is no pass
+
+
+@pytest.mark.parametrize("name", ["waiting_threads", "shape_specialization"])
+def test_what_older_reports_do_not_tell_of_threads_and_kernels_is_no_difference(tmp_path: Path, name: str) -> None:
+    base, new = Run(tmp_path / "base", {"qat": 1.0}, 1), Run(tmp_path / "new", {"qat": 1.0}, 2)
+    del base.report["rows"][0]["contract"][name]
+    for before, after in ((base, new), (new, base)):
+        assert only(compare(before.report, after.report, before.folder, after.folder)).verdict == "same within noise"
 
 
 def test_a_gpu_and_other_runtimes_do_not_matter_to_a_row_on_the_cpu(tmp_path: Path) -> None:
@@ -344,6 +361,84 @@ def test_figures_measured_again_replace_stored_ones_and_conditions(tmp_path: Pat
     failed = compare(base.report, new.report, base.folder, new.folder, Gates(max_latency_regression=0.5), reran=again)
     assert failed.rows[0].regressions == ("missing",)
     assert "NaN" in failed.misses[0]
+
+
+def told(result: Comparison) -> tuple[str, str, str]:
+    """Of all three renderers, on one line each."""
+    data = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    console = Console(file=io.StringIO(), width=1000)
+    renderers.render_terminal(data, console)
+    return console.file.getvalue(), renderers.render_markdown(data), renderers.render_junit(data)  # type: ignore[attr-defined]
+
+
+WIDE = Ratio(1.0, 0.9, 1.12)
+
+
+@pytest.mark.parametrize(
+    ("gates", "figures", "said"),
+    [
+        ({"max_latency_regression": 0.02}, (WIDE, Ratio(1, 0.99, 1.01)), "the interval reaches 12.0 % slower: a regression beyond 2 % can't be ruled out"),
+        (
+            {"max_throughput_regression": 0.05},
+            (Ratio(1, 0.99, 1.01), WIDE),
+            "the interval reaches 10.0 % less throughput: a regression beyond 5 % can't be ruled out",
+        ),
+    ],
+)
+def test_an_interval_that_reaches_beyond_a_gate_passes_and_is_told(tmp_path: Path, gates: dict[str, float], figures: tuple[Ratio, Ratio], said: str) -> None:
+    base, new = Run(tmp_path / "base", {"a": 1.0}, 1), Run(tmp_path / "new", {"a": 1.0}, 2)
+    again: dict[str, Reran | str] = {"a/onnxruntime/int8/b1": Reran(1.0, 1.0, *figures, None, 9)}
+    result = compare(base.report, new.report, base.folder, new.folder, Gates(**gates), reran=again)
+    (kind,) = (name.split("_")[1] for name in gates)
+    assert (result.met, only(result).undecided, only(result).regressions) == (True, (kind,), ())
+    assert only(result).why == f"{said} (9 lifetimes)"
+    for text in told(result):
+        assert said in text.replace("&#39;", "'")
+    assert "; the interval of 1 row reaches beyond it" in renderers.gate_sentence(result.to_json())
+    looser = compare(base.report, new.report, base.folder, new.folder, Gates(**dict.fromkeys(gates, 0.12)), reran=again)
+    assert (only(looser).undecided, only(looser).why) == ((), "")
+    assert "reaches" not in renderers.gate_sentence(looser.to_json())
+    assert only(compare(base.report, new.report, base.folder, new.folder, reran=again)).why == ""  # no gate was asked for
+
+
+def test_a_missed_gate_is_not_undecided(tmp_path: Path) -> None:
+    row = only(compared(tmp_path, 1.0, 1.2, max_latency_regression=0.02))
+    assert (row.regressions, row.undecided) == (("latency",), ())
+
+
+def test_rows_that_could_not_be_compared_are_counted_in_the_gate(tmp_path: Path) -> None:
+    base, new = Run(tmp_path / "base", {"a": 1.0, "b": 1.0, "c": 1.0}, 1), Run(tmp_path / "new", {"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0}, 9)
+    new.report["rows"][1]["threads"] = 8
+    gates = Gates(max_latency_regression=0.3)
+    result = compare(base.report, new.report, base.folder, new.folder, gates)
+    assert result.met
+    assert renderers.gate_sentence(result.to_json()) == "gate met for 2 of 3 rows (at most 30 % slower); 1 could not be compared"  # nothing is held of d, new
+    by_accuracy = compare(base.report, new.report, base.folder, new.folder, Gates(max_accuracy_drop=0.5))
+    assert renderers.gate_sentence(by_accuracy.to_json()) == "gate met (at most 0.5 pp less accurate)"  # other threads do not change that
+    new.report["rows"][0]["status"] = "failed"
+    missed = compare(base.report, new.report, base.folder, new.folder, gates)
+    assert renderers.gate_sentence(missed.to_json()) == "gate MISSED (at most 30 % slower); 2 of 3 rows could not be compared"
+
+
+def test_figures_measured_again_come_with_how(tmp_path: Path) -> None:
+    base, new = (Run(tmp_path / name, {"a": 1.0, "b": 1.0}, seed) for seed, name in enumerate(("base", "new")))
+    figures = (1.0, 1.0, Ratio(1, 0.99, 1.01), Ratio(1, 0.99, 1.01), None)
+    again: dict[str, Reran | str] = {
+        "a/onnxruntime/int8/b1": Reran(*figures, 5, threads=2, ran_on="cpu"),
+        "b/onnxruntime/int8/b1": Reran(*figures, 10, threads=2, ran_on="cpu"),
+    }
+    result = compare(base.report, new.report, base.folder, new.folder, reran=again, plan=Plan(precision=0.005, seconds=2.0), images="test images of digits")
+    found = result.to_json()
+    assert [(r["lifetimes"], r["threads"], r["device"]) for r in found["rows"]] == [(5, 2, "cpu"), (10, 2, "cpu")]
+    assert found["rerun"] == {"lifetimes": 5, "precision": 0.005, "budget_s": 60.0, "seconds": 2.0, "threads": None, "images": "test images of digits"}
+    versions = found["environment"]["versions"]
+    assert {"deployopt", "onnxruntime", "onnxruntime-gpu"} <= versions.keys()
+    assert "openvino" not in versions  # no row runs on it
+    for text in told(result)[:2]:
+        assert "5–10 lifetimes of both processes, 2 threads on cpu" in text
+        assert f"numpy {np.__version__}" in text
+    stored = compare(base.report, new.report, base.folder, new.folder).to_json()
+    assert (stored["rerun"], stored["rows"][0]["lifetimes"]) == (None, None)
 
 
 def test_only_chosen_rows_are_compared(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def comparison(report: dict[str, Any], reran: bool, **row: Any) -> dict[str, Any
         "time": "T",
         "environment": report["environment"],
         "reran": reran,
-        "gate": {"met": False},
+        "gate": {"asked": True, "met": False},
         "rows": rows,
     }
 
@@ -44,6 +45,8 @@ def test_an_entry_holds_what_was_measured_and_where(report: dict[str, Any]) -> N
     assert stored["rows"][KEY]["p50_ci95_ms"] is not None
     assert stored["rows"][KEY]["score"] == pytest.approx(0.9825)
     assert (stored["gate_met"], stored["recipe_sha256"]) == (False, report["recipe_sha256"])
+    ungated = comparison(report, False) | {"gate": {"asked": False, "met": True}}
+    assert history.entry(report, ungated)["gate_met"] is None
     assert history.entry(report, comparison(report, True))["rows"][KEY]["p50_ci95_ms"] is None  # the stored interval is of other figures
     assert history.entry(report, comparison(report, True, ratio=None))["rows"] == {}
 
@@ -121,6 +124,14 @@ def test_curves_break_where_the_machine_changed() -> None:
     assert "CPU &lt;B&gt;" in page
     assert "CPU <B>" not in page
     assert "http" not in page.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize(("met", "shown"), [(True, "met"), (False, "missed"), (None, "–")])
+def test_gates_that_nobody_asked_for_are_neither_met_nor_missed(tmp_path: Path, met: bool | None, shown: str) -> None:
+    path = tmp_path / "h.jsonl"
+    history.append(path, {**line(1.0), "gate_met": met})
+    page = history.render_html(history.read(path))
+    assert [cell for cell in re.findall(r"<td[^>]*>([^<]*)</td>", page) if cell in {"met", "missed", "–"}] == [shown]
 
 
 def test_swept_rows_have_curves_of_their_own() -> None:
