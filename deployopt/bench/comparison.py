@@ -586,10 +586,7 @@ def compare(
         misses += sentences
     misses += _nothing_compared(rows, gates)
     names = [str(report.get("run") or (report.get("recipe") or {}).get("name") or folder.name) for report, folder in runs]
-    if reran is None:
-        time, where = new.get("finished"), new.get("environment")
-    else:
-        time, where = None, environment(distributions(after[key]["backend"] for key in after if isinstance(reran.get(key), Reran)))
+    time, where = (new.get("finished"), new.get("environment")) if reran is None else (None, _environment(after, reran))
     notes = _notes(rows, runs, reran is not None, images)
     return Comparison(
         names[0],
@@ -605,6 +602,11 @@ def compare(
         notes=notes,
         misses=tuple(misses),
     )
+
+
+def _environment(rows: Mapping[str, JsonRow], reran: Mapping[str, Reran | str]) -> dict[str, Any]:
+    """This machine, with the versions of what opened the rows that were measured again."""
+    return environment(distributions(row["backend"] for key, row in rows.items() if isinstance(reran.get(key), Reran)))
 
 
 def _how(plan: Plan, images: str | None) -> dict[str, Any]:

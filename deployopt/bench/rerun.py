@@ -25,7 +25,8 @@ from deployopt.runtime.progress import Progress
 from deployopt.runtime.statistics import Ratio, paired_ratio, ratio_over_lifetimes
 
 # Of sessions with one thread, between whose blocks nothing has to wait. A machine's mood wanders over tens of milliseconds, and what two blocks share of it
-# cancels in their ratio: lifetimes of two seconds in blocks of 100 ms had ratios that spread by 2.0 %, in these by 1.1 % (benchmarks/gate.py).
+# cancels in their ratio: lifetimes of a second in blocks of 50 ms had ratios that spread by 2.1 %, in these by 1.3 % (benchmarks/gate.py, on two hours
+# of one machine).
 BLOCK_S = 0.012
 MINIMUM_LIFETIMES = 3  # Student's interval of two is 4.5 times as wide
 
