@@ -22,21 +22,31 @@ class Pair(NamedTuple):
 
 
 def interleaved(
-    paths: Mapping[str, Path], pairs: Sequence[Pair], images: Images, *, source: str = SYNTHETIC, batch: int = 1, threads: int, seconds: float, seed: int
+    paths: Mapping[str, Path],
+    pairs: Sequence[Pair],
+    images: Images,
+    *,
+    source: str = SYNTHETIC,
+    batch: int = 1,
+    threads: int,
+    streams: int = 1,
+    seconds: float,
+    seed: int,
 ) -> dict[str, Any]:
     """One round: every file in a new process at one batch size, interleaved, and the ratios paired by block.
 
     Args:
         paths: by "backend/precision"; a precision that is none of ours names an INT8 file.
         images: [N, H, W, C]; `source` says of what.
+        streams: more than one share the threads, and the ratios are of throughputs.
     """
     subjects = []
     for key, path in paths.items():
         backend, precision = key.split("/")
-        options = SessionOptions(threads, precision="fp32" if precision == "fp32" else "int8")
+        options = SessionOptions(threads // streams, streams=streams, precision="fp32" if precision == "fp32" else "int8")
         subjects.append(Subject(key, opener(backend), path, options))
     measured = measure(subjects, images, Settings(min_seconds=seconds, seed=seed), SilentProgress(), batch=batch, source=source)
-    found: dict[str, Any] = {"seed": seed, "batch": batch, "rows": {key: _row(result) for key, result in measured.items()}, "ratios": {}}
+    found: dict[str, Any] = {"seed": seed, "batch": batch, "streams": streams, "rows": {key: _row(result) for key, result in measured.items()}, "ratios": {}}
     for label, slow, fast in pairs:
         a, b = measured.get(slow), measured.get(fast)
         if isinstance(a, Measured) and isinstance(b, Measured):
@@ -47,4 +57,10 @@ def interleaved(
 def _row(result: Measured | Failure) -> dict[str, Any]:
     if isinstance(result, Failure):
         return {"failed": result.reason}
-    return {"p50_ms": result.host["p50"], "n": result.host["n"], "invalid": result.invalid, "block_medians_ms": result.block_medians_ms}
+    return {
+        "p50_ms": result.host["p50"],
+        "throughput_per_s": result.throughput_per_s,
+        "n": result.host["n"],
+        "invalid": result.invalid,
+        "block_medians_ms": result.block_medians_ms,
+    }

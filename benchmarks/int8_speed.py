@@ -1,10 +1,11 @@
 """How much faster is INT8 on CPUs? Each network's FP32 and INT8 on ONNX Runtime and OpenVINO, and as NNCF quantises it, interleaved.
 
-    python benchmarks/int8_speed.py                                     # about 15 minutes on two cores
+    python benchmarks/int8_speed.py                                     # about 20 minutes on two cores
     python benchmarks/int8_speed.py --nncf-python OTHER_VENV/bin/python    # NNCF lives elsewhere: uv pip install nncf openvino onnx
 
-Batch 1 shows latency, batch 8 throughput, each with all threads on one stream. Ratios are paired by block; several rounds repeat the whole
-comparison in fresh processes. Weights are random: speed does not depend on them. Writes benchmarks/results/int8_speed.json and .md.
+Batches 1 and 8 with all threads on one stream show latency; OpenVINO's throughput mode, batch 1 with a stream on every thread, is timed as well. Ratios
+are paired by block; several rounds repeat the whole comparison in fresh processes. Weights are random: speed does not depend on them. Writes
+benchmarks/results/int8_speed.json and .md.
 
 What to expect: a CPU without VNNI multiplies 32 pairs of INT8 with two instructions (vpmaddubsw, vpmaddwd) and 8 pairs of FP32 with one (vfmadd), so that
 equally good kernels are 2 times faster in INT8; with VNNI it is 4 times.
@@ -17,6 +18,7 @@ import json
 import statistics
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -58,26 +60,34 @@ def files(arch: str, image_size: int, folder: Path, nncf_python: str) -> tuple[d
     return {**found, "openvino/nncf": folder / "nncf.xml"}, {"no_nncf": None, "nncf": json.loads(done.stdout.strip().splitlines()[-1])}
 
 
+def one_round(paths: dict[str, Path], arguments: argparse.Namespace, batch: int, streams: int, seed: int) -> dict[str, Any]:
+    """Everything timed once; with several streams what OpenVINO runs, as ONNX Runtime has one."""
+    images = natural_noise(8 * batch, arguments.image_size, arguments.image_size, 3, seed)
+    timed = {key: path for key, path in paths.items() if streams == 1 or key.startswith("openvino/")}
+    return interleaved(timed, PAIRS, images, batch=batch, threads=arguments.threads, streams=streams, seconds=arguments.seconds, seed=seed)
+
+
 def markdown(networks: dict[str, Any], facts: dict[str, Any]) -> str:
     where = facts["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
     lines = [
         f"{where['cpu']['model']}, {where['cpu']['cores']} cores ({', '.join(where['cpu']['isa'])}), {where['os']}, {versions}, {where['utc']}.",
-        f"{facts['image_size']} pixels, {facts['threads']} threads; median over rounds [smallest, largest].",
+        f"{facts['image_size']} pixels, {facts['threads']} threads; median over rounds [smallest, largest]; of latencies, with several streams of throughputs.",
         "",
         "| network | batch | ratio | value | rounds | marked invalid |",
         "|---|---|---|---|---|---|",
     ]
     for arch, network in networks.items():
-        batches = sorted({r["batch"] for r in network["rounds"]})
-        for batch, (label, slow, fast) in ((b, pair) for b in batches for pair in PAIRS):
-            rounds = [r for r in network["rounds"] if r["batch"] == batch and label in r["ratios"]]
+        modes = sorted({(r["streams"], r["batch"]) for r in network["rounds"]})
+        for (streams, batch), (label, slow, fast) in product(modes, PAIRS):
+            rounds = [r for r in network["rounds"] if (r["streams"], r["batch"]) == (streams, batch) and label in r["ratios"]]
             if not rounds:
                 continue
             values = [r["ratios"][label][0] for r in rounds]
             invalid = sum(bool(r["rows"][key]["invalid"]) for r in rounds for key in (slow, fast))
             shown = f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
-            lines.append(f"| {arch} | {batch} | {label} | {shown} | {len(values)} | {invalid} of {2 * len(values)} rows |")
+            mode = f"{batch}, {streams} streams" if streams > 1 else f"{batch}"
+            lines.append(f"| {arch} | {mode} | {label} | {shown} | {len(values)} | {invalid} of {2 * len(values)} rows |")
         if network["nncf"]:
             lines.append(f"| {arch} | | NNCF's network | by NNCF {network['nncf']['nncf']}, OpenVINO {network['nncf']['openvino']} | | |")
         if network["no_nncf"]:
@@ -99,15 +109,12 @@ def main() -> None:
     for arch in arguments.archs:
         with TemporaryDirectory() as folder:
             paths, nncf = files(arch, arguments.image_size, Path(folder), arguments.nncf_python)
-            settings: dict[str, Any] = {"threads": arguments.threads, "seconds": arguments.seconds}
-            shape = (arguments.image_size, arguments.image_size, 3)
             rounds = [
-                interleaved(paths, PAIRS, natural_noise(8 * batch, *shape, seed), batch=batch, seed=seed, **settings)
-                for seed in range(arguments.rounds)
-                for batch in arguments.batch_sizes
+                one_round(paths, arguments, batch, streams, seed)
+                for seed, (batch, streams) in product(range(arguments.rounds), [*((b, 1) for b in arguments.batch_sizes), (1, arguments.threads)])
             ]
         networks[arch] = {"rounds": rounds, **nncf}
-        print(arch, *(f"b{r['batch']} {r['ratios']}" for r in rounds), nncf["no_nncf"] or "", sep="\n  ", flush=True)
+        print(arch, *(f"b{r['batch']} streams {r['streams']} {r['ratios']}" for r in rounds), nncf["no_nncf"] or "", sep="\n  ", flush=True)
     facts = {"threads": arguments.threads, "image_size": arguments.image_size, "environment": environment(("onnxruntime", "openvino"))}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "int8_speed.json").write_text(json.dumps({**facts, "networks": networks}, indent=2) + "\n")
