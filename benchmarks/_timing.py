@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from deployopt.bench.harness import Failure, Images, Measured, Settings, Subject, measure, speedup
 from deployopt.bench.images import SYNTHETIC
+from deployopt.bench.scenarios import Scenario, ScenarioName
 from deployopt.bench.targets import opener
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions
@@ -29,7 +30,7 @@ def interleaved(
     source: str = SYNTHETIC,
     batch: int = 1,
     threads: int,
-    streams: int = 1,
+    scenario: ScenarioName = "single_stream",
     seconds: float,
     seed: int,
 ) -> dict[str, Any]:
@@ -38,15 +39,15 @@ def interleaved(
     Args:
         paths: by "backend/precision"; a precision that is none of ours names an INT8 file.
         images: [N, H, W, C]; `source` says of what.
-        streams: more than one share the threads, and the ratios are of throughputs.
+        scenario: of "offline" the ratios are of throughputs.
     """
-    subjects = []
+    asked, subjects = Scenario(scenario, threads), []
     for key, path in paths.items():
         backend, precision = key.split("/")
-        options = SessionOptions(threads // streams, streams=streams, precision="fp32" if precision == "fp32" else "int8")
-        subjects.append(Subject(key, opener(backend), path, options))
+        options = asked.options(SessionOptions(precision="fp32" if precision == "fp32" else "int8"))
+        subjects.append(Subject(key, opener(backend), path, options, scenario))
     measured = measure(subjects, images, Settings(min_seconds=seconds, seed=seed), SilentProgress(), batch=batch, source=source)
-    found: dict[str, Any] = {"seed": seed, "batch": batch, "streams": streams, "rows": {key: _row(result) for key, result in measured.items()}, "ratios": {}}
+    found: dict[str, Any] = {"seed": seed, "batch": batch, "scenario": scenario, "rows": {key: _row(result) for key, result in measured.items()}, "ratios": {}}
     for label, slow, fast in pairs:
         a, b = measured.get(slow), measured.get(fast)
         if isinstance(a, Measured) and isinstance(b, Measured):

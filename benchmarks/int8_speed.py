@@ -30,6 +30,7 @@ from _timing import Pair, interleaved
 from deployopt.backends import onnxruntime, openvino
 from deployopt.bench.environment import environment
 from deployopt.bench.images import natural_noise
+from deployopt.bench.scenarios import ScenarioName
 from deployopt.runtime.preprocessing import to_feed
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -60,11 +61,11 @@ def files(arch: str, image_size: int, folder: Path, nncf_python: str) -> tuple[d
     return {**found, "openvino/nncf": folder / "nncf.xml"}, {"no_nncf": None, "nncf": json.loads(done.stdout.strip().splitlines()[-1])}
 
 
-def one_round(paths: dict[str, Path], arguments: argparse.Namespace, batch: int, streams: int, seed: int) -> dict[str, Any]:
-    """Everything timed once; with several streams what OpenVINO runs, as ONNX Runtime has one."""
+def one_round(paths: dict[str, Path], arguments: argparse.Namespace, scenario: ScenarioName, batch: int, seed: int) -> dict[str, Any]:
+    """Everything timed once; offline only what OpenVINO runs, as ONNX Runtime has one stream."""
     images = natural_noise(8 * batch, arguments.image_size, arguments.image_size, 3, seed)
-    timed = {key: path for key, path in paths.items() if streams == 1 or key.startswith("openvino/")}
-    return interleaved(timed, PAIRS, images, batch=batch, threads=arguments.threads, streams=streams, seconds=arguments.seconds, seed=seed)
+    timed = {key: path for key, path in paths.items() if scenario == "single_stream" or key.startswith("openvino/")}
+    return interleaved(timed, PAIRS, images, scenario=scenario, batch=batch, threads=arguments.threads, seconds=arguments.seconds, seed=seed)
 
 
 def markdown(networks: dict[str, Any], facts: dict[str, Any]) -> str:
@@ -72,26 +73,25 @@ def markdown(networks: dict[str, Any], facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
     lines = [
         f"{where['cpu']['model']}, {where['cpu']['cores']} cores ({', '.join(where['cpu']['isa'])}), {where['os']}, {versions}, {where['utc']}.",
-        f"{facts['image_size']} pixels, {facts['threads']} threads; median over rounds [smallest, largest]; of latencies, with several streams of throughputs.",
+        f"{facts['image_size']} pixels, {facts['threads']} threads, offline a stream on each; median over rounds [smallest, largest].",
         "",
-        "| network | batch | ratio | value | rounds | marked invalid |",
-        "|---|---|---|---|---|---|",
+        "| network | scenario | batch | ratio | value | rounds | marked invalid |",
+        "|---|---|---|---|---|---|---|",
     ]
     for arch, network in networks.items():
-        modes = sorted({(r["streams"], r["batch"]) for r in network["rounds"]})
-        for (streams, batch), (label, slow, fast) in product(modes, PAIRS):
-            rounds = [r for r in network["rounds"] if (r["streams"], r["batch"]) == (streams, batch) and label in r["ratios"]]
+        modes = dict.fromkeys((r["scenario"], r["batch"]) for r in network["rounds"])
+        for (scenario, batch), (label, slow, fast) in product(modes, PAIRS):
+            rounds = [r for r in network["rounds"] if (r["scenario"], r["batch"]) == (scenario, batch) and label in r["ratios"]]
             if not rounds:
                 continue
             values = [r["ratios"][label][0] for r in rounds]
             invalid = sum(bool(r["rows"][key]["invalid"]) for r in rounds for key in (slow, fast))
             shown = f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
-            mode = f"{batch}, {streams} streams" if streams > 1 else f"{batch}"
-            lines.append(f"| {arch} | {mode} | {label} | {shown} | {len(values)} | {invalid} of {2 * len(values)} rows |")
+            lines.append(f"| {arch} | {scenario.replace('_', ' ')} | {batch} | {label} | {shown} | {len(values)} | {invalid} of {2 * len(values)} rows |")
         if network["nncf"]:
-            lines.append(f"| {arch} | | NNCF's network | by NNCF {network['nncf']['nncf']}, OpenVINO {network['nncf']['openvino']} | | |")
+            lines.append(f"| {arch} | | | NNCF's network | by NNCF {network['nncf']['nncf']}, OpenVINO {network['nncf']['openvino']} | | |")
         if network["no_nncf"]:
-            lines.append(f"| {arch} | | {PAIRS[-1][0]} | not measured: {network['no_nncf']} | | |")
+            lines.append(f"| {arch} | | | {PAIRS[-1][0]} | not measured: {network['no_nncf']} | | |")
     return "\n".join(lines) + "\n"
 
 
@@ -105,16 +105,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--nncf-python", default=sys.executable, help="a Python that has NNCF and OpenVINO")
     arguments = parser.parse_args()
+    asked: list[tuple[ScenarioName, int]] = [*(("single_stream", batch) for batch in arguments.batch_sizes), ("offline", 1)]
     networks: dict[str, Any] = {}
     for arch in arguments.archs:
         with TemporaryDirectory() as folder:
             paths, nncf = files(arch, arguments.image_size, Path(folder), arguments.nncf_python)
-            rounds = [
-                one_round(paths, arguments, batch, streams, seed)
-                for seed, (batch, streams) in product(range(arguments.rounds), [*((b, 1) for b in arguments.batch_sizes), (1, arguments.threads)])
-            ]
+            rounds = [one_round(paths, arguments, scenario, batch, seed) for seed in range(arguments.rounds) for scenario, batch in asked]
         networks[arch] = {"rounds": rounds, **nncf}
-        print(arch, *(f"b{r['batch']} streams {r['streams']} {r['ratios']}" for r in rounds), nncf["no_nncf"] or "", sep="\n  ", flush=True)
+        print(arch, *(f"{r['scenario']} b{r['batch']} {r['ratios']}" for r in rounds), nncf["no_nncf"] or "", sep="\n  ", flush=True)
     facts = {"threads": arguments.threads, "image_size": arguments.image_size, "environment": environment(("onnxruntime", "openvino"))}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "int8_speed.json").write_text(json.dumps({**facts, "networks": networks}, indent=2) + "\n")

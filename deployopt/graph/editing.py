@@ -92,6 +92,15 @@ class Graph:
         self._index(node)
         return node
 
+    def replace(self, node: NodeProto, op_type: str, inputs: list[str]) -> None:
+        """Let a node compute something else from other inputs; its name and outputs stay, its attributes go."""
+        for name in dict.fromkeys(node.input):
+            self.consumers[name].remove(node)
+        node.op_type = op_type
+        node.input[:] = inputs
+        del node.attribute[:]
+        self._index(node)
+
     def add_constant(self, name: str, value: NDArray[Any] | np.generic) -> str:
         """Store an initializer under this name, or a numbered one if it is taken; returns the name."""
         name = self.free_name(name)

@@ -48,14 +48,14 @@ def test_zero_points_are_0_where_nothing_is_negative_and_128_elsewhere():
     assert {values[n.input[2]].dtype for n in model.graph.node if n.op_type == "QuantizeLinear"} == {np.dtype(np.uint8)}
 
 
-@pytest.mark.parametrize("optimise", [False, True])
-def test_what_training_clips_at_127_steps_stays_clipped(optimise):
+@pytest.mark.parametrize(("dialect", "optimise"), [(to_unsigned, False), (to_unsigned, True), (to_openvino, False)])
+def test_what_training_clips_at_127_steps_stays_clipped(dialect, optimise):
     """Scales a third of what the images need: without a limit the u8 integers would run on to 255."""
     model = canonical()
     for tensor in model.graph.initializer:
         if tensor.name in ("pooled.scale", "layer1.0.relu.scale", "layer2.0.relu.scale"):
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) / np.float32(3), tensor.name))
-    wanted, found = run(model, images(256)), run(to_unsigned(model), images(256), optimise=optimise)
+    wanted, found = run(model, images(256)), run(dialect(model), images(256), optimise=optimise)
     assert np.abs(wanted - found).max() < 0.05 * np.abs(wanted).max()
 
 
@@ -66,6 +66,18 @@ def test_every_trained_quantizer_behind_a_relu_ends_at_127_and_no_other():
     quantizers = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
     assert {quantizers[name] for name in limited} == {"stem", "layer1.0.relu", "layer1.0.sum", "layer2.0.relu", "spatial_mean"}
     assert set(limited.values()) == {(0, 127)}
+
+
+def test_for_openvino_they_end_before_they_are_rounded_and_the_relu_is_part_of_that():
+    model = to_openvino(canonical())
+    values = constants(model)
+    made = {o: n for n in model.graph.node for o in n.output}
+    steps = {n.input[0]: values[n.input[1]] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+    clips = {name: made[name] for name in steps if name in made and made[name].op_type == "Clip"}
+    assert clips.keys() == {"stem", "layer1.0.relu", "layer1.0.sum", "layer2.0.relu", "spatial_mean.clipped"}
+    for name, clip in clips.items():
+        assert [float(values[limit]) for limit in clip.input[1:]] == [0, pytest.approx(127 * steps[name])]
+    assert [n.output[0] for n in model.graph.node if n.op_type == "Relu"] == ["layer2.0.sum"]  # the pooling's, which uses all 255 steps
 
 
 def test_openvino_keeps_signed_what_may_be_negative():
