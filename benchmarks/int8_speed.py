@@ -26,11 +26,13 @@ from typing import Any
 import _networks
 import numpy as np
 from _timing import Pair, interleaved
+from numpy.typing import NDArray
 
 from deployopt.backends import onnxruntime, openvino
 from deployopt.bench.environment import environment
 from deployopt.bench.images import natural_noise
 from deployopt.bench.scenarios import ScenarioName
+from deployopt.runtime.openvino_session import load_vendor
 from deployopt.runtime.preprocessing import to_feed
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -61,6 +63,20 @@ def files(arch: str, image_size: int, folder: Path, nncf_python: str) -> tuple[d
     return {**found, "openvino/nncf": folder / "nncf.xml"}, {"no_nncf": None, "nncf": json.loads(done.stdout.strip().splitlines()[-1])}
 
 
+def rounding(path: Path, images: NDArray[np.float32]) -> float:
+    """How far OpenVINO's INT8 kernels are from the same graph computed in float: the root mean square of the difference over that of the outputs.
+
+    Both round at every Q/DQ pair, so that a fraction of a step decides here and there; sums that overflow 16 bits (vpmaddubsw) are worse than that.
+    """
+    core = load_vendor().Core()
+    model = core.read_model(str(path))
+    integers, floats = (
+        np.concatenate([next(iter(compiled([image[None]]).values())) for image in images])
+        for compiled in (core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "LP_TRANSFORMS_MODE": mode}) for mode in ("ON", "OFF"))
+    )
+    return float(np.sqrt(np.mean((integers - floats) ** 2) / np.mean(floats**2)))
+
+
 def one_round(paths: dict[str, Path], arguments: argparse.Namespace, scenario: ScenarioName, batch: int, seed: int) -> dict[str, Any]:
     """Everything timed once; offline only what OpenVINO runs, as ONNX Runtime has one stream."""
     images = natural_noise(8 * batch, arguments.image_size, arguments.image_size, 3, seed)
@@ -88,6 +104,8 @@ def markdown(networks: dict[str, Any], facts: dict[str, Any]) -> str:
             invalid = sum(bool(r["rows"][key]["invalid"]) for r in rounds for key in (slow, fast))
             shown = f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
             lines.append(f"| {arch} | {scenario.replace('_', ' ')} | {batch} | {label} | {shown} | {len(values)} | {invalid} of {2 * len(values)} rows |")
+        for key, difference in network["rounding"].items():
+            lines.append(f"| {arch} | | | outputs of {key} against the same graph's in float | {100 * difference:.1f} % (RMS) | | |")
         if network["nncf"]:
             lines.append(f"| {arch} | | | NNCF's network | by NNCF {network['nncf']['nncf']}, OpenVINO {network['nncf']['openvino']} | | |")
         if network["no_nncf"]:
@@ -110,8 +128,10 @@ def main() -> None:
     for arch in arguments.archs:
         with TemporaryDirectory() as folder:
             paths, nncf = files(arch, arguments.image_size, Path(folder), arguments.nncf_python)
+            images = np.load(Path(folder) / "images.npy")
+            differences = {key: rounding(paths[key], images) for key in ("openvino/int8", "openvino/nncf") if key in paths}
             rounds = [one_round(paths, arguments, scenario, batch, seed) for seed in range(arguments.rounds) for scenario, batch in asked]
-        networks[arch] = {"rounds": rounds, **nncf}
+        networks[arch] = {"rounds": rounds, "rounding": differences, **nncf}
         print(arch, *(f"{r['scenario']} b{r['batch']} {r['ratios']}" for r in rounds), nncf["no_nncf"] or "", sep="\n  ", flush=True)
     facts = {"threads": arguments.threads, "image_size": arguments.image_size, "environment": environment(("onnxruntime", "openvino"))}
     RESULTS.mkdir(exist_ok=True)
