@@ -1,14 +1,14 @@
 """Fashion-MNIST, whole 10,000-image test split: what pruning to 27 % of the MACs plus INT8 costs against a dense network trained as long in total.
 
-    python benchmarks/fashion_mnist.py --limits 20000 --seeds 0 1 2       # about 55 minutes on two AVX2 cores
-    python benchmarks/fashion_mnist.py --limits 60000 --seeds 0           # about 55 minutes
+    python benchmarks/fashion_mnist.py --limits 20000 --seeds 0 1 2       # about two hours on two AVX2 cores
+    python benchmarks/fashion_mnist.py --limits 60000 --seeds 0           # about an hour
 
-Both are ResNet-18 with its ImageNet stem on images scaled to 32 pixels, and see the same number of images: the dense one all epochs in one schedule,
-the other fine-tune + recovery + QAT. The loss is paired: both networks' predictions on the same images, its interval a bootstrap over images, and so
-says nothing about the spread over seeds, which is listed. Networks are trained in two processes of one thread, which on two cores is a quarter faster
-than one of two. When all are trained, they are timed on test images at 64 pixels, batch 1, two threads: the dense one's FP32 on ONNX Runtime against
-INT8, interleaved; with `--train-only` that is left to a later call on a quiet machine. Run folders stay in runs/fashion_mnist, and a run that was broken
-off goes on from its last finished stage.
+Both are the same trained ResNet-18, with its ImageNet stem on images scaled to 32 pixels, and see as many images from there on: the dense one in another
+schedule from the full learning rate to zero, the other pruned, in recovery, taught by the network that it was cut from, and QAT. The loss is paired: both
+networks' predictions on the same images, its interval a bootstrap over images, and so says nothing about the spread over seeds, which is listed.
+Networks are trained in two processes of one thread, which on two cores is a quarter faster than one of two. When all are trained, they are timed on test
+images at 64 pixels, batch 1, two threads: the dense one's FP32 on ONNX Runtime against INT8, interleaved; with `--train-only` that is left to a later
+call on a quiet machine. Run folders stay in runs/fashion_mnist, and a run that was broken off goes on from its last finished stage.
 Adds to benchmarks/results/fashion_mnist.json; a finished (limit, seed) is not run again.
 """
 
@@ -42,24 +42,30 @@ RESULT = Path(__file__).resolve().parent / "results" / "fashion_mnist.json"
 KINDS = ("dense", "compressed")
 RUNTIMES = ("onnxruntime", "openvino")
 PAIRS = [Pair(f"dense FP32 on ONNX Runtime / pruned INT8 on {runtime}", "onnxruntime/fp32", f"{runtime}/int8") for runtime in RUNTIMES]
-EPOCHS = {"finetune": 2, "recovery": 8, "qat": 2}  # chosen on another seed by validation accuracy, with the learning rate; for two cores
+EPOCHS = {20_000: {"finetune": 12, "recovery": 10, "qat": 2}, 60_000: {"finetune": 4, "recovery": 3, "qat": 1}}  # by training images
+LAST = {"dense": "finetune_2", "compressed": "qat"}  # the stage whose network is judged
 RECIPE = """
 name: {name}
 seed: {seed}
 model: {{arch: resnet18, weights: null, stem: imagenet}}
 data: {{name: fashion_mnist, image_size: 32, limit: {limit}}}
 stages:
-  - finetune: {{epochs: {epochs}, batch_size: 128, lr: 0.05, warmup_epochs: 1, augment: {augment}}}
-{compression}
+  - finetune: {{epochs: {finetune}, lr: 0.05, warmup_epochs: 1, {training}}}
+{further}
   - export: {{precisions: [{precision}]}}
   - build: {{backends: [onnxruntime, openvino], batch_sizes: [1, {batch}]}}
   - benchmark: {{batch_sizes: [1, {batch}], min_seconds: 0.5, profile: false, accuracy: {scored}}}
 """
-COMPRESSION = """
-  - prune: {{target: {{macs_ratio: 0.27}}, finetune: {{epochs: {recovery}, batch_size: 128, lr: 0.05, augment: {augment}}}}}
-  - qat: {{epochs: {qat}, batch_size: 128, lr: 0.005, augment: {augment}, distill: {{}}}}
-"""
-AUGMENT = "{horizontal_flip: true, crop_padding: 2}"
+FURTHER = {
+    "dense": """
+  - finetune: {{epochs: {both}, lr: 0.05, {training}}}
+""",
+    "compressed": """
+  - prune: {{target: {{macs_ratio: 0.27}}, finetune: {{epochs: {recovery}, lr: 0.05, {training}, distill: {{}}}}}}
+  - qat: {{epochs: {qat}, lr: 0.005, {training}, distill: {{}}}}
+""",
+}
+TRAINING = "batch_size: 128, augment: {horizontal_flip: true, crop_padding: 2}"
 BATCH = 50  # images are scored in
 
 
@@ -69,17 +75,17 @@ def folder_of(limit: int, seed: int, kind: str) -> Path:
 
 def run(limit: int, seed: int, kind: str, threads: int, until: str | None) -> Report:
     """Train, export, build and score one of the two networks. What its own benchmark stage times beside other trainings is not used."""
-    compressed, folder = kind == "compressed", folder_of(limit, seed, kind)
+    compressed, folder, epochs = kind == "compressed", folder_of(limit, seed, kind), EPOCHS[limit]
     text = RECIPE.format(
         name=kind,
         seed=seed,
         limit=limit,
-        epochs=EPOCHS["finetune"] if compressed else sum(EPOCHS.values()),
-        compression=COMPRESSION.format(**EPOCHS, augment=AUGMENT) if compressed else "",
-        augment=AUGMENT,
+        further=FURTHER[kind].format(**epochs, both=epochs["recovery"] + epochs["qat"], training=TRAINING),
+        training=TRAINING,
         precision="int8" if compressed else "fp32",
         batch=BATCH,
         scored=str(compressed).lower(),  # for the agreement with the quantised network; both are scored below
+        **epochs,
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(text)
@@ -113,8 +119,8 @@ def speed(folders: dict[str, Path], size: int = 64, rounds: int = 3) -> list[dic
     """The trained networks exported for inputs of another size, and timed in `rounds` sets of new processes."""
     with TemporaryDirectory() as temporary:
         paths = {}
-        for kind, variant, precision, runtimes in (("dense", "finetune", "fp32", (onnxruntime,)), ("compressed", "qat", "int8", (onnxruntime, openvino))):
-            (stage,) = (folders[kind] / "run").glob(f"[0-9][0-9]-{variant}")
+        for kind, precision, runtimes in (("dense", "fp32", (onnxruntime,)), ("compressed", "int8", (onnxruntime, openvino))):
+            (stage,) = (folders[kind] / "run").glob(f"[0-9][0-9]-{LAST[kind]}")
             network = checkpoint.load(stage)
             network.preprocessing = network.preprocessing._replace(image_size=size)
             canonical = Path(temporary) / f"{kind}.onnx"
@@ -132,8 +138,8 @@ def experiment(limit: int, seed: int, reports: dict[str, Report]) -> dict[str, A
     folders = {kind: folder_of(limit, seed, kind) for kind in KINDS}
     faster, rows = speed(folders), {}
     for runtime in RUNTIMES:
-        dense = correct(folders["dense"], f"finetune/{runtime}/fp32/b1")
-        compressed = correct(folders["compressed"], f"qat/{runtime}/int8/b1")
+        dense = correct(folders["dense"], f"{LAST['dense']}/{runtime}/fp32/b1")
+        compressed = correct(folders["compressed"], f"{LAST['compressed']}/{runtime}/int8/b1")
         row = next(r for r in reports["compressed"].rows if r["backend"] == runtime)
         rows[runtime] = {
             "dense_top1": float(dense.mean()),
@@ -146,7 +152,7 @@ def experiment(limit: int, seed: int, reports: dict[str, Report]) -> dict[str, A
     return {
         "limit": limit,
         "seed": seed,
-        "epochs": EPOCHS,
+        "epochs": EPOCHS[limit],
         "macs": macs,
         "macs_ratio": macs["dense"] / macs["compressed"],
         "rows": rows,
@@ -157,15 +163,15 @@ def experiment(limit: int, seed: int, reports: dict[str, Report]) -> dict[str, A
 
 
 def trained(wanted: Sequence[tuple[int, int]], jobs: int, until: str | None = None) -> list[dict[str, Report]]:
-    """The reports of both networks for each (limit, seed), run up to a stage."""
+    """The reports of both networks for each (limit, seed), run up to a stage. Dense ones first: the others find the network they begin with in the cache."""
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-        asked = [{kind: pool.submit(run, limit, seed, kind, threads=1, until=until) for kind in KINDS} for limit, seed in wanted]
-        return [{kind: future.result() for kind, future in reports.items()} for reports in asked]
+        asked = {kind: [pool.submit(run, limit, seed, kind, threads=1, until=until) for limit, seed in wanted] for kind in KINDS}
+        return [{kind: asked[kind][i].result() for kind in KINDS} for i in range(len(wanted))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limits", type=int, nargs="+", default=[20_000])
+    parser.add_argument("--limits", type=int, nargs="+", choices=EPOCHS, default=[20_000])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="networks trained at once, on one thread each")
     parser.add_argument("--train-only", action="store_true", help="neither score nor time them yet")
