@@ -6,6 +6,7 @@ import copy
 import linecache
 import re
 import traceback
+from itertools import zip_longest
 from pathlib import Path
 from typing import cast
 
@@ -44,8 +45,11 @@ def capture(network: nn.Module, example: Tensor) -> GraphModule:
     try:
         program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
     except Exception as exc:  # torch.export lets any exception of the model's own code through
+        where, reason = _culprit(exc), _first_line(exc)
+        if where is None and (where := _fixing_batch(module, example)):
+            reason = "the line fits one batch size only"
         raise ExportFailed(
-            f"torch.export cannot trace the network {_culprit(exc)}: {_first_line(exc)}",
+            f"torch.export cannot trace the network {where or '(no line of its own code is in the traceback)'}: {reason}",
             "write that line with tensor operations only (no .item(), no branches on values, no fixed batch size)",
         ) from exc
     graph_module = program.module(check_guards=False)
@@ -73,12 +77,28 @@ def _first_line(exc: BaseException) -> str:
     return f"{type(exc).__name__}: {text.strip()}"
 
 
-def _culprit(exc: BaseException) -> str:
-    """The innermost line of the model's own code in a traceback: "at net.py:12 in forward: `return x.item()`"."""
+def _fixing_batch(module: nn.Module, example: Tensor) -> str | None:
+    """The line of a network's own code that depends on the batch size: it fails for another one, or makes other operations of it. None if no line does.
+
+    torch.export only says that some line does.
+    """
+    graphs = []
+    for images in (example, torch.cat([example, example[:1]])):
+        try:
+            graphs.append(torch.export.export(module, (images,)).graph)
+        except Exception as exc:  # as in `capture`
+            return _culprit(exc)
+    ways = ([(str(node.target), source_of(node)) for node in graph.nodes if node.op == "call_function"] for graph in graphs)
+    shorter, longer = sorted(ways, key=len)
+    return next((made[1] for made, other in zip_longest(longer, shorter) if made != other), None)
+
+
+def _culprit(exc: BaseException) -> str | None:
+    """The innermost line of the model's own code in a traceback: "at net.py:12 in forward: `return x.item()`"; None if it holds none."""
     libraries = Path(torch.__file__).parent
     frames = [f for f in traceback.extract_tb(exc.__traceback__) if not _inside(f.filename, libraries) and f.filename != __file__]
     if not frames:
-        return "(no line of its own code is in the traceback)"
+        return None
     frame = frames[-1]
     source = frame.line or linecache.getline(frame.filename, frame.lineno or 0).strip()
     return f"at {Path(frame.filename).name}:{frame.lineno} in {frame.name}: `{source}`"
