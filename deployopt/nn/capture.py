@@ -41,6 +41,7 @@ def capture(network: nn.Module, example: Tensor) -> GraphModule:
         ExportFailed: torch.export cannot trace it; names the operation and the line of source.
     """
     module = copy.deepcopy(network).eval().cpu()
+    _complete_norms(module)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     try:
         program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
@@ -57,6 +58,14 @@ def capture(network: nn.Module, example: Tensor) -> GraphModule:
         vars(graph_module).pop(name, None)
     _number_paddings(graph_module)
     return graph_module.eval()
+
+
+def _complete_norms(module: nn.Module) -> None:
+    """Give, in place, each BatchNorm without scale and shift ones and zeros: so it folds as any other, and torchao's rewrite, which asks for both, takes it."""
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm.affine:
+            norm.weight = nn.Parameter(torch.ones(norm.num_features), requires_grad=False)
+            norm.bias = nn.Parameter(torch.zeros(norm.num_features), requires_grad=False)
 
 
 def _number_paddings(graph_module: GraphModule) -> None:

@@ -52,13 +52,14 @@ class Plain(nn.Module):
         self.a = nn.Conv2d(3, 8, 3, padding=1)
         self.norm = nn.BatchNorm2d(8, eps=0.1, momentum=0.3)
         self.b = nn.Conv2d(8, 8, 3, groups=4, padding=1)
+        self.bare = nn.BatchNorm2d(8, affine=False)
         self.c = nn.Conv2d(8, 6, 3, padding="same")
         self.drop = nn.Dropout(0.5)
         self.head = nn.Linear(6, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.a(x)))
-        x = self.c(self.b(x)).mean((2, 3))
+        x = self.c(self.bare(self.b(x))).mean((2, 3))
         return self.head(self.drop(x))
 
 
