@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper, version_converter
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, checker, defs, helper, numpy_helper, version_converter
 
 from deployopt.errors import ExportFailed
 from deployopt.graph import OPSET
@@ -41,10 +41,12 @@ def cast(model: ModelProto, precision: Literal["fp16", "bf16"]) -> ModelProto:
     model = version_converter.convert_version(model, _BF16_OPSET) if precision == "bf16" and opset < _BF16_OPSET else clone(model)
     graph = Graph(model.graph)
     scales = {n.input[1] for n in graph.nodes("QuantizeLinear", "DequantizeLinear")}
+    fixed = {name for node in model.graph.node for name in _always_float(node, opset_of(model))}
     for name, tensor in _constants(model.graph):
-        _cast_tensor(tensor, target, precision, is_scale=name in scales)
+        if name not in fixed:
+            _cast_tensor(tensor, target, precision, is_scale=name in scales)
     for node in graph.nodes("Cast"):
-        if attribute(node, "to", 0) == TensorProto.FLOAT:
+        if attribute(node, "to", 0) == TensorProto.FLOAT and node.output[0] not in fixed:
             _cast_to(node, target)
     _cast_edges(graph, target)
     graph.finish()
@@ -81,6 +83,12 @@ def widen(model: ModelProto) -> ModelProto:
         else:
             _cast_to(node, TensorProto.FLOAT)
     return with_shapes(model)
+
+
+def _always_float(node: NodeProto, opset: int) -> Iterator[str]:
+    """What a node reads in FP32 whatever the type of its data, as Resize its scales."""
+    inputs = defs.get_schema(node.op_type, opset, node.domain).inputs if defs.has(node.op_type, node.domain) else ()
+    yield from (name for name, formal in zip(node.input, inputs, strict=False) if formal.types == {"tensor(float)"})
 
 
 def _constants(graph: GraphProto) -> Iterator[tuple[str, TensorProto]]:

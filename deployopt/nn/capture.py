@@ -6,6 +6,7 @@ import copy
 import linecache
 import re
 import traceback
+from itertools import zip_longest
 from pathlib import Path
 from typing import cast
 
@@ -40,12 +41,16 @@ def capture(network: nn.Module, example: Tensor) -> GraphModule:
         ExportFailed: torch.export cannot trace it; names the operation and the line of source.
     """
     module = copy.deepcopy(network).eval().cpu()
+    _complete_norms(module)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     try:
         program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
     except Exception as exc:  # torch.export lets any exception of the model's own code through
+        where, reason = _culprit(exc), _first_line(exc)
+        if where is None and (where := _fixing_batch(module, example)):
+            reason = "the line fits one batch size only"
         raise ExportFailed(
-            f"torch.export cannot trace the network {_culprit(exc)}: {_first_line(exc)}",
+            f"torch.export cannot trace the network {where or '(no line of its own code is in the traceback)'}: {reason}",
             "write that line with tensor operations only (no .item(), no branches on values, no fixed batch size)",
         ) from exc
     graph_module = program.module(check_guards=False)
@@ -53,6 +58,14 @@ def capture(network: nn.Module, example: Tensor) -> GraphModule:
         vars(graph_module).pop(name, None)
     _number_paddings(graph_module)
     return graph_module.eval()
+
+
+def _complete_norms(module: nn.Module) -> None:
+    """Give, in place, each BatchNorm without scale and shift ones and zeros: so it folds as any other, and torchao's rewrite, which asks for both, takes it."""
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm.affine:
+            norm.weight = nn.Parameter(torch.ones(norm.num_features), requires_grad=False)
+            norm.bias = nn.Parameter(torch.zeros(norm.num_features), requires_grad=False)
 
 
 def _number_paddings(graph_module: GraphModule) -> None:
@@ -73,12 +86,28 @@ def _first_line(exc: BaseException) -> str:
     return f"{type(exc).__name__}: {text.strip()}"
 
 
-def _culprit(exc: BaseException) -> str:
-    """The innermost line of the model's own code in a traceback: "at net.py:12 in forward: `return x.item()`"."""
+def _fixing_batch(module: nn.Module, example: Tensor) -> str | None:
+    """The line of a network's own code that depends on the batch size: it fails for another one, or makes other operations of it. None if no line does.
+
+    torch.export only says that some line does.
+    """
+    graphs = []
+    for images in (example, torch.cat([example, example[:1]])):
+        try:
+            graphs.append(torch.export.export(module, (images,)).graph)
+        except Exception as exc:  # as in `capture`
+            return _culprit(exc)
+    ways = ([(str(node.target), source_of(node)) for node in graph.nodes if node.op == "call_function"] for graph in graphs)
+    shorter, longer = sorted(ways, key=len)
+    return next((made[1] for made, other in zip_longest(longer, shorter) if made != other), None)
+
+
+def _culprit(exc: BaseException) -> str | None:
+    """The innermost line of the model's own code in a traceback: "at net.py:12 in forward: `return x.item()`"; None if it holds none."""
     libraries = Path(torch.__file__).parent
     frames = [f for f in traceback.extract_tb(exc.__traceback__) if not _inside(f.filename, libraries) and f.filename != __file__]
     if not frames:
-        return "(no line of its own code is in the traceback)"
+        return None
     frame = frames[-1]
     source = frame.line or linecache.getline(frame.filename, frame.lineno or 0).strip()
     return f"at {Path(frame.filename).name}:{frame.lineno} in {frame.name}: `{source}`"

@@ -256,7 +256,8 @@ def _weights(module: nn.Module) -> int:
 
 
 def survey(network: Network, rules: Rules, *, backward: Backward | None = None, progress: Progress | None = None) -> Cuts:
-    """Find and score everything in `network` that may be cut; the layers that make the outputs keep their width.
+    """Find and score everything in `network` that may be cut; the layers that make the outputs keep their width, and so do those whose width the network's
+    code takes for granted: it pads by so many channels, halves them, normalises them in groups.
 
     `network` stays as it is: mode, hooks, gradients and `requires_grad`.
 
@@ -356,7 +357,7 @@ def _groups(network: Network, rules: Rules, backward: Backward | None) -> list[G
     names = {module: name for name, module in probe.named_modules()}
     groups = []
     for members in graph.get_all_groups(ignored_layers=[], root_module_types=(nn.Conv2d, nn.Linear)):
-        scores = importance(members)
+        scores = None if _overruns(members, graph) else importance(members)
         if scores is not None:
             groups.append(_group(members, scores, names, graph))
     return _inner([g for g in groups if g.size > 1], macs.on_meta(probe), network.input_shape)
@@ -384,6 +385,16 @@ def _importance(rules: Rules) -> Callable[[Any], Tensor | None]:
     return scorer
 
 
+def _overruns(members: Any, graph: Any) -> bool:
+    """Whether a group has channels that one of its modules lacks: Torch-Pruning takes an identity that is padded by channels for one that is as wide."""
+    for dependency, indices in members:
+        width_of = graph.get_out_channels if graph.is_out_channel_pruning_fn(dependency.handler) else graph.get_in_channels
+        width = None if isinstance(dependency.target.module, nn.Parameter) else width_of(dependency.target)
+        if width is not None and max(indices) >= width:
+            return True
+    return False
+
+
 def _group(members: Any, scores: Tensor, names: dict[nn.Module, str], graph: Any) -> Group:
     slices = []
     blocks = 1
@@ -408,7 +419,7 @@ def _group(members: Any, scores: Tensor, names: dict[nn.Module, str], graph: Any
 
 
 def _inner(groups: Sequence[Group], shadow: nn.Module, input_shape: tuple[int, ...]) -> list[Group]:
-    """The groups that the width of the output does not depend on. Many are cut at once, and halved only where the output shrinks."""
+    """The groups that the output does not depend on, neither its width nor whether there is one. Many are cut at once, and halved only where it does."""
     width, last = _output_shape(shadow, input_shape), list(macs.by_module(shadow, input_shape))[-1]  # as called: the head, most likely
     suspects = [g for g in groups if any((s.module, s.direction) == (last, "out") for s in g.slices)]
 
@@ -432,6 +443,10 @@ def _merged(history: History) -> History:
     return [[name, direction, sorted(indices)] for (name, direction), indices in rows.items()]
 
 
-def _output_shape(shadow: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]:
-    with torch.no_grad():
-        return tuple(shadow(torch.empty(1, *input_shape, device="meta")).shape)
+def _output_shape(shadow: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """None of a network that does not run, since widths do not fit together."""
+    try:
+        with torch.no_grad():
+            return tuple(shadow(torch.empty(1, *input_shape, device="meta")).shape)
+    except (RuntimeError, ValueError):
+        return None

@@ -21,6 +21,18 @@ def test_everything_inside_is_typed_and_the_edges_stay_fp32(precision, kind, int
     assert {inside[n.output[0]] for n in model.graph.node if n.op_type in ("Conv", "Add")} == {kind}
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_what_an_operator_reads_in_fp32_only_stays_so(precision):
+    shapes = {"x": ["n", 3, 4, 4], "y": ["n", 3, 8, 8]}
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items())
+    scales = numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "scales")
+    graph = helper.make_graph([helper.make_node("Resize", ["x", "", "scales"], ["y"])], "resized", [x], [y], [scales])
+    model = cast(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), precision)
+    check(model)
+    assert [tensor.data_type for tensor in model.graph.initializer] == [TensorProto.FLOAT]
+    assert [node.op_type for node in model.graph.node] == ["Cast", "Resize", "Cast"]
+
+
 def test_fp16_is_near_the_float_graph():
     model = canonicalize(residual())
     wanted = run(model, images(8))

@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 import torch
 from small_networks import PREPROCESSING, concatenating, depthwise, resnet8, resnext
-from torch import nn
+from torch import Tensor, nn
 
 from deployopt.data import Dataset
 from deployopt.errors import ArtifactMismatch, PruningImpossible
@@ -69,6 +69,31 @@ def test_channels_that_meet_in_a_concatenation_go_with_their_own_inputs() -> Non
         cuts.apply(net, [{"body.left": 6, "body.right": 13}.get(g.name, g.size) for g in cuts.groups])
         assert net.body.joined.in_channels == 19
         torch.testing.assert_close(net(x), wanted)
+
+
+class Padding(nn.Module):
+    """A residual block whose identity is padded by so many channels (option A of https://arxiv.org/abs/1512.03385), and a gate of half of the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.gated, self.head = nn.Conv2d(16, 8, 1), nn.Linear(4, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = (self.b(self.a(x).relu()) + nn.functional.pad(x, (0, 0, 0, 0, 4, 4))).relu()
+        value, gate = self.gated(x).chunk(2, 1)
+        return self.head((value * gate.sigmoid()).mean((2, 3)))
+
+
+def test_channels_whose_number_the_code_takes_for_granted_stay() -> None:
+    torch.manual_seed(0)
+    net = Network(Padding(), {"arch": "padding", "outputs": 7}, PREPROCESSING).eval()
+    assert [group.name for group in pruning.survey(net, Rules()).groups] == ["body.a"]
+    pruning.prune(net, int(counts(net)[1] * 0.7))
+    assert net.body.a.out_channels < 16
+    with torch.inference_mode():
+        assert net(torch.rand(2, 3, 16, 16)).shape == (2, 7)
 
 
 def test_mode_hooks_gradients_and_frozen_parameters_are_left_as_found(colours: Dataset) -> None:

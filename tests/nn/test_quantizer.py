@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import ClassVar
@@ -51,13 +52,14 @@ class Plain(nn.Module):
         self.a = nn.Conv2d(3, 8, 3, padding=1)
         self.norm = nn.BatchNorm2d(8, eps=0.1, momentum=0.3)
         self.b = nn.Conv2d(8, 8, 3, groups=4, padding=1)
+        self.bare = nn.BatchNorm2d(8, affine=False)
         self.c = nn.Conv2d(8, 6, 3, padding="same")
         self.drop = nn.Dropout(0.5)
         self.head = nn.Linear(6, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.a(x)))
-        x = self.c(self.b(x)).mean((2, 3))
+        x = self.c(self.bare(self.b(x))).mean((2, 3))
         return self.head(self.drop(x))
 
 
@@ -452,6 +454,31 @@ class Branching(nn.Module):
         if x.sum().item() > 0:
             x = x * 2
         return self.head(x.mean((2, 3)))
+
+
+class OneBatch(nn.Module):
+    """Works for two images only, or makes other operations of another number; torch.export itself names no line."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.head = way, nn.Linear(3, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mean((2, 3))
+        if self.way == "shaped":
+            x = x.reshape(2, 3)
+        elif self.way == "branched":
+            x = x * 2 if len(x) == 2 else x
+        else:
+            x = torch.stack([row * 2 for row in x])
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("way", "line"), [("shaped", "x.reshape(2, 3)"), ("branched", "x * 2 if"), ("looped", "for row in x")])
+def test_a_network_of_one_batch_size_names_the_line_that_fixes_it(way: str, line: str) -> None:
+    found = rf"cannot trace the network at test_quantizer\.py:\d+ in forward: `.*{re.escape(line)}.*`: the line fits one batch size only"
+    with pytest.raises(ExportFailed, match=found):
+        deployed(Network(OneBatch(way), {"arch": "one", "outputs": 10}, PREPROCESSING))
 
 
 def test_untraceable_network_names_the_line() -> None:
