@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -55,21 +55,21 @@ def bind(backend: str, model: type[M], options: Mapping[str, Any]) -> M:
         raise BuildFailed(f"options of {backend}: {faults} (available: {', '.join(model.model_fields)})", "mend them in the recipe's build stage") from exc
 
 
-def prepare(canonical: Path, out: Path, *, weakly_typed: bool = False) -> Path:
-    """The canonical ONNX as it is: its Q/DQ already stand where TensorRT 10 and TensorRT-RTX want them. What they would misread is refused.
+def prepare(canonical: Path, out: Path, dialect: Callable[[ModelProto], ModelProto] | None = None) -> Path:
+    """The canonical ONNX: its Q/DQ already stand where TensorRT wants them. What it would misread is refused.
 
     Args:
-        weakly_typed: write the dialect of TensorRT 8.x.
+        dialect: one of `graph.tensorrt`, to write instead of the file as it is.
 
     Raises:
-        ExportFailed: no ONNX graph; or names the first node that quantises asymmetrically, to UINT8, or a bias; or what 8.x cannot read.
+        ExportFailed: no ONNX graph; or names the first node that quantises asymmetrically, to UINT8, or a bias; or what the dialect cannot say.
         BuildFailed: the disk is full.
     """
-    from deployopt.graph.tensorrt import check_quantization, to_tensorrt8
+    from deployopt.graph.tensorrt import check_quantization
 
     model = load(canonical)
     check_quantization(model.graph)
-    data = to_tensorrt8(model).SerializeToString(deterministic=True) if weakly_typed else canonical.read_bytes()
+    data = dialect(model).SerializeToString(deterministic=True) if dialect else canonical.read_bytes()
     with built_onto(out, len(data)):
         atomic_write(out, data)
     return out

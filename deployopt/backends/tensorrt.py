@@ -92,7 +92,9 @@ def prepare(canonical: Path, precision: str, out: Path) -> Path:
         weakly_typed = is_weakly_typed(load_vendor(_VENDOR))
     except BackendUnavailable:
         weakly_typed = False
-    return _tensorrt.prepare(canonical, out, weakly_typed=weakly_typed)
+    from deployopt.graph.tensorrt import to_tensorrt8
+
+    return _tensorrt.prepare(canonical, out, to_tensorrt8 if weakly_typed else None)
 
 
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:

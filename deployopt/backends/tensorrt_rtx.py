@@ -73,7 +73,9 @@ def _unserved(trt: Vendor, gpus: Sequence[Gpu]) -> str | None:
 
 
 def prepare(canonical: Path, precision: str, out: Path) -> Path:
-    return _tensorrt.prepare(canonical, out)
+    from deployopt.graph.tensorrt import to_rtx
+
+    return _tensorrt.prepare(canonical, out, to_rtx if precision in INT8_PRECISIONS else None)
 
 
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:

@@ -1,7 +1,7 @@
-"""What TensorRT reads: rules of every version, and the dialect of 8.5 and 8.6, which are older than much of ONNX.
+"""What TensorRT reads: rules of every version, the dialect of RTX, and that of 8.5 and 8.6, which are older than much of ONNX.
 
-TensorRT 10, 11 and RTX take the canonical ONNX as it is, typed in the graph. 8.x knows opset 17 and weakly typed networks, in which builder flags
-(`runtime/tensorrt.py`) allow the precisions that the graph marks.
+TensorRT 10 and 11 take the canonical ONNX as it is, typed in the graph; so does RTX, but its INT8 engines are smaller for scales that are told by channel.
+8.x knows opset 17 and weakly typed networks, in which builder flags (`runtime/tensorrt.py`) allow the precisions that the graph marks.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, checker, numpy_helper, version_converter
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper, version_converter
 from onnx.version_converter import ConvertError
 
 from deployopt.errors import ExportFailed
@@ -51,6 +51,39 @@ def _misread(node: NodeProto, constants: dict[str, TensorProto]) -> str | None:
     if zero_point is not None and numpy_helper.to_array(zero_point).any():
         return f"zero point '{zero_point.name}' is not 0"
     return None
+
+
+def to_rtx(model: ModelProto) -> ModelProto:
+    """The dialect of TensorRT-RTX: each feature map [N, C, H, W] is quantised with its one scale told C times, so the integers are the same.
+
+    RTX quantises in a kernel behind each convolution, and its engine holds a kernel's source, some 130 kB, once for all convolutions of equal shape only
+    if their scales are arrays: a scalar makes it a kernel of its own (found in engines of TensorRT-RTX 1.7; `benchmarks/rtx_size.py` tells the sizes).
+    The DequantizeLinear before a convolution keeps its scalar, which INT8 convolutions want.
+
+    Args:
+        model: a canonical model. A float one is returned without a change.
+    """
+    model = with_shapes(model)
+    graph = Graph(model.graph)
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*model.graph.input, *model.graph.value_info)}
+    for quantizer in graph.nodes("QuantizeLinear"):
+        shape = shapes.get(quantizer.input[0], [])
+        if len(shape) == 4 and shape[1]:
+            _spread(graph, quantizer, shape[1])
+    graph.finish()
+    checker.check_model(model, full_check=True)
+    return model
+
+
+def _spread(graph: Graph, quantizer: NodeProto, channels: int) -> None:
+    """Scale and zero point of a QuantizeLinear as arrays [C] of one value, if they are stored scalars."""
+    for position, name in enumerate(quantizer.input[1:], start=1):
+        value = graph.constant(name)
+        if value is not None and value.ndim == 0:
+            quantizer.input[position] = graph.add_constant(f"{name}.by_channel", np.full(channels, value))
+    kept = [a for a in quantizer.attribute if a.name != "axis"]
+    del quantizer.attribute[:]
+    quantizer.attribute.extend([*kept, helper.make_attribute("axis", 1)])
 
 
 def to_tensorrt8(model: ModelProto) -> ModelProto:

@@ -89,10 +89,34 @@ def test_tensorrt_says_why_it_is_unavailable():
         assert "pip install 'deployopt[tensorrt]'" in found.remedy
 
 
-def test_canonical_graph_is_taken_as_it_is(tmp_path):
-    source = canonical(tmp_path, "int8")
-    out = tensorrt_rtx.prepare(source, "int8", tmp_path / "prepared.onnx")
+def test_canonical_float_graph_is_taken_as_it_is(tmp_path):
+    source = canonical(tmp_path, "fp16")
+    out = tensorrt_rtx.prepare(source, "fp16", tmp_path / "prepared.onnx")
     assert sha256_file(out) == sha256_file(source)
+
+
+def chain(length):
+    """INT8 convolutions of one shape behind each other, each with a scale of its own."""
+    graph = Graph("int8")
+    x = "input"
+    for i in range(length):
+        x = graph.node("Relu", [graph.conv(graph.quantized(x), f"conv{i}", 3 if i == 0 else CHANNELS)], f"relu{i}")
+    for i, scale in enumerate(c for c in graph.constants if c.name.endswith("_scale") and not c.dims):
+        scale.CopyFrom(numpy_helper.from_array(np.float32(0.03 + 0.01 * i), scale.name))
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", channels, SIZE, SIZE])] for name, channels in (("input", 3), (x, CHANNELS))
+    )
+    return helper.make_model(helper.make_graph(graph.nodes, "chain", inputs, outputs, graph.constants), opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def test_convolutions_of_one_shape_share_the_kernel_that_quantises_their_results(tmp_path):
+    """An engine holds a kernel's source, over 100 kB, once. Were it one a convolution, as with the graph as it was exported, it would grow by them all."""
+    onnx.save(chain(5), tmp_path / "canonical.onnx")
+    request = BuildRequest("int8", (1, 4), options={"compute_capabilities": [8.6]})
+    prepared = tensorrt_rtx.prepare(tmp_path / "canonical.onnx", "int8", tmp_path / "model.onnx")
+    shared, apart = (tensorrt_rtx.build(path, tmp_path, request, SilentProgress()) for path in (prepared, tmp_path / "canonical.onnx"))
+    assert shared.metadata["verified"] == apart.metadata["verified"] == {"quantized_layers": 5, "quantizable_layers": 5, "executed": {"int8": 5}}
+    assert apart.size_bytes - shared.size_bytes > 300_000  # four kernels behind a convolution became one
 
 
 def unsigned(model):

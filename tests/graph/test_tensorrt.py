@@ -7,7 +7,8 @@ from deployopt.errors import ExportFailed
 from deployopt.graph.canonical import canonicalize
 from deployopt.graph.casts import cast
 from deployopt.graph.checks import check
-from deployopt.graph.tensorrt import check_tensorrt8, to_tensorrt8
+from deployopt.graph.editing import Graph, attribute
+from deployopt.graph.tensorrt import check_quantization, check_tensorrt8, to_rtx, to_tensorrt8
 
 
 def canonical(precision):
@@ -40,6 +41,30 @@ def test_every_layer_stays_quantised_and_weights_are_floats_behind_a_pair():
     assert len(weights) == LAYERS
     assert {t.data_type for t in weights.values()} == {TensorProto.FLOAT}
     assert (old.opset_import[0].version, old.ir_version) == (17, 8)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int8_fp16"])
+def test_rtx_gets_the_same_numbers_to_the_bit(precision):
+    model = canonical(precision)
+    told = to_rtx(model)
+    check(told)
+    check_quantization(told.graph)
+    np.testing.assert_array_equal(run(told, images(64)), run(model, images(64)))
+
+
+def test_rtx_quantises_feature_maps_by_channel_and_convolutions_still_read_one_scale():
+    told = to_rtx(canonical("int8"))
+    graph = Graph(told.graph)
+    channels = [graph.constant(q.input[1]).size for q in graph.nodes("QuantizeLinear") if graph.constant(q.input[1]).ndim]
+    assert 3 in channels  # the image
+    assert len(channels) == len(graph.nodes("QuantizeLinear")) - 1  # all but what the head reads
+    for quantizer in graph.nodes("QuantizeLinear"):
+        scale, zero = (graph.constant(name) for name in quantizer.input[1:])
+        assert scale.shape == zero.shape
+        assert not scale.ndim or attribute(quantizer, "axis", None) == 1
+        for dequantizer in graph.consumers[quantizer.output[0]]:
+            assert graph.constant(dequantizer.input[1]).shape == ()
+            assert (graph.constant(dequantizer.input[1]) == scale).all()
 
 
 def newer(model):
