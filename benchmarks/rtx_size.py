@@ -122,9 +122,9 @@ def markdown(rows: list[Sizes], settings: dict[str, Any], date: str) -> str:
     ]
     lines += [
         "",
-        "An engine holds its kernels' sources beside the weights. \"As exported\": the INT8 engine without RTX's dialect, in which convolutions of one shape share",
-        "the kernel that quantises their results. In a CIFAR network's INT8 engine the sources are still most of the file: `rtx_tried.md` tells why, and what else",
-        "was tried.",
+        "An engine holds its kernels' sources beside the weights. As exported: the INT8 engine without RTX's dialect, in which convolutions of one shape",
+        "share the kernel that quantises their results. In a CIFAR network's INT8 engine the sources are still most of the file: `rtx_tried.md` tells why,",
+        "and what else was tried.",
     ]
     return "\n".join(lines) + "\n"
 

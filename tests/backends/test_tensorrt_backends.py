@@ -103,10 +103,10 @@ def chain(length):
         x = graph.node("Relu", [graph.conv(graph.quantized(x), f"conv{i}", 3 if i == 0 else CHANNELS)], f"relu{i}")
     for i, scale in enumerate(c for c in graph.constants if c.name.endswith("_scale") and not c.dims):
         scale.CopyFrom(numpy_helper.from_array(np.float32(0.03 + 0.01 * i), scale.name))
-    inputs, outputs = (
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", channels, SIZE, SIZE])] for name, channels in (("input", 3), (x, CHANNELS))
-    )
-    return helper.make_model(helper.make_graph(graph.nodes, "chain", inputs, outputs, graph.constants), opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    tensors = (("input", 3), (x, CHANNELS))
+    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", channels, SIZE, SIZE])] for name, channels in tensors)
+    made = helper.make_graph(graph.nodes, "chain", inputs, outputs, graph.constants)
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
 def test_convolutions_of_one_shape_share_the_kernel_that_quantises_their_results(tmp_path):
