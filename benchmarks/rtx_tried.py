@@ -105,7 +105,8 @@ def flag(name: str) -> Setting:
     return lambda trt, config: config.set_flag(trt.BuilderFlag.__members__[name])
 
 
-def attribute(name: str, value: Callable[[Vendor], Any]) -> Setting:
+def attribute(name: str, value: Callable[[Any], Any]) -> Setting:
+    """The value is a function of the vendor's module, which has names that the stubs of an older version lack."""
     return lambda trt, config: setattr(config, name, value(trt))
 
 
