@@ -1,29 +1,31 @@
 """Does a pruned INT8 TensorRT-RTX engine build for every ResNet, and how small is it beside the dense FP32 one? Needs no GPU.
 
     python benchmarks/rtx_size.py                            # about twenty minutes on two cores
-    python benchmarks/rtx_size.py --archs resnet18 resnet20
+    python benchmarks/rtx_size.py --archs resnet18 resnet20  # these anew; what else was measured under the same settings is kept
 
 Weights are random: they change neither whether an engine builds nor its size. An engine holds weights and, for each kernel that is compiled on the GPU
-later, its source with the library of functions that it uses: some 130 kB for each of an INT8 network's quantise kernels, which is most of a small
-network's engine and compresses well; so the compressed size is told too. Writes benchmarks/results/rtx_size.json and .md.
+later, its source with the library of functions that it uses: over 130 kB for each kernel that quantises, which is most of a small INT8 network's engine.
+Scales told by channel (`by_channel`) make fewer of them; what else was tried is in `rtx_tried.py`. Writes benchmarks/results/rtx_size.json and .md, after
+each network.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import _networks
-from onnx import ModelProto
+import numpy as np
+from onnx import ModelProto, NodeProto, checker, helper
 
-from deployopt.artifact import Artifact
+from deployopt.artifact import INT8_PRECISIONS
 from deployopt.backends import BuildRequest, tensorrt_rtx
 from deployopt.bench.environment import environment
+from deployopt.graph.editing import Graph, with_shapes
 from deployopt.nn import ARCHITECTURES, CIFAR_ARCHITECTURES, macs
 from deployopt.nn.pruning import Rules, prune
 from deployopt.runtime.progress import SilentProgress
@@ -33,47 +35,82 @@ BATCH_SIZES = (1, 8)
 LIMIT = 0.3
 
 
+class Built(NamedTuple):
+    """An engine's size in bytes, and what it runs in which precision (`artifact.Verified`)."""
+
+    size: int
+    verified: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Sizes:
-    """Engines of one architecture, in bytes, as they are and compressed (zlib), and what the INT8 one runs."""
+    """Engines of one architecture, in bytes, and what the INT8 one runs. `by_channel_bytes`: the INT8 engine of `by_channel`'s graph."""
 
     arch: str
     dense_fp32_bytes: int
     pruned_int8_bytes: int
+    by_channel_bytes: int
     ratio: float
-    compressed_ratio: float
     macs_ratio: float
     quantized_layers: int
     quantizable_layers: int
 
 
-def build(model: ModelProto, precision: str, capability: float) -> tuple[Artifact, int]:
-    """The engine's facts and its compressed size in bytes; its file is gone when this returns."""
+def by_channel(model: ModelProto) -> ModelProto:
+    """Canonical INT8 in which each feature map [N, C, H, W] is quantised with its one scale told C times: the same integers.
+
+    TensorRT-RTX 1.7 then holds a kernel's source once for all convolutions of equal shape; a scalar makes it a kernel of its own. deployopt does not do it:
+    TensorRT's documentation has scales of activations per tensor, and no GPU has run such an engine.
+    """
+    model = with_shapes(model)
+    graph = Graph(model.graph)
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*model.graph.input, *model.graph.value_info)}
+    for quantizer in graph.nodes("QuantizeLinear"):
+        shape = shapes.get(quantizer.input[0], [])
+        if len(shape) == 4 and shape[1]:
+            _spread(graph, quantizer, shape[1])
+    graph.finish()
+    checker.check_model(model, full_check=True)
+    return model
+
+
+def _spread(graph: Graph, quantizer: NodeProto, channels: int) -> None:
+    """Scale and zero point of a QuantizeLinear as arrays [C] of one value, if they are stored scalars."""
+    for position, name in enumerate(quantizer.input[1:], start=1):
+        value = graph.constant(name)
+        if value is not None and value.ndim == 0:
+            quantizer.input[position] = graph.add_constant(f"{name}.by_channel", np.full(channels, value))
+    kept = [a for a in quantizer.attribute if a.name != "axis"]
+    del quantizer.attribute[:]
+    quantizer.attribute.extend([*kept, helper.make_attribute("axis", 1)])
+
+
+def build(model: ModelProto, precision: str, capability: float) -> Built:
     with TemporaryDirectory() as folder:
         canonical = Path(folder, "canonical.onnx")
         canonical.write_bytes(model.SerializeToString())
         prepared = tensorrt_rtx.prepare(canonical, precision, Path(folder, "model.onnx"))
         request = BuildRequest(precision, BATCH_SIZES, options={"compute_capabilities": [capability]})
         engine = tensorrt_rtx.build(prepared, Path(folder), request, SilentProgress())
-        return engine, len(zlib.compress(engine.path.read_bytes()))
+        return Built(engine.size_bytes, engine.metadata["verified"] if precision in INT8_PRECISIONS else {})
 
 
 def sizes(arch: str, macs_ratio: float, capability: float) -> Sizes:
     made, images = _networks.network(arch, 32 if arch in CIFAR_ARCHITECTURES else 224)
-    dense, dense_compressed = build(_networks.exported(made), "fp32", capability)
+    dense = build(_networks.exported(made), "fp32", capability).size
     whole = macs.count(made, made.input_shape)[1]
     prune(made, int(macs_ratio * whole), Rules(round_to=8))
-    int8, compressed = build(_networks.int8(made, images), "int8", capability)
-    verified = int8.metadata["verified"]
+    quantized = _networks.int8(made, images)
+    int8 = build(quantized, "int8", capability)
     return Sizes(
         arch,
-        dense.size_bytes,
-        int8.size_bytes,
-        int8.size_bytes / dense.size_bytes,
-        compressed / dense_compressed,
+        dense,
+        int8.size,
+        build(by_channel(quantized), "int8", capability).size,
+        int8.size / dense,
         macs.count(made, made.input_shape)[1] / whole,
-        verified["quantized_layers"],
-        verified["quantizable_layers"],
+        int8.verified["quantized_layers"],
+        int8.verified["quantizable_layers"],
     )
 
 
@@ -81,21 +118,28 @@ def markdown(rows: list[Sizes], settings: dict[str, Any], date: str) -> str:
     lines = [
         f"TensorRT-RTX {settings['version']}, compute capability {settings['compute_capability']}, profile 1 to {max(BATCH_SIZES)} images, {date}.",
         "",
-        "| network | dense FP32, MB | pruned INT8, MB | ratio | both compressed | MACs kept | layers in INT8 |",
+        "| network | dense FP32, MB | pruned INT8, MB | ratio | scales by channel, MB | MACs kept | layers in INT8 |",
         "|---|---|---|---|---|---|---|",
     ]
     missed = f" (above {LIMIT})"
     lines += [
         f"| {r.arch} | {r.dense_fp32_bytes / 1e6:.2f} | {r.pruned_int8_bytes / 1e6:.2f} | {r.ratio:.3f}{missed if r.ratio > LIMIT else ''} "
-        f"| {r.compressed_ratio:.3f} | {100 * r.macs_ratio:.0f} % | {r.quantized_layers}/{r.quantizable_layers} |"
+        f"| {r.by_channel_bytes / 1e6:.2f} | {100 * r.macs_ratio:.0f} % | {r.quantized_layers}/{r.quantizable_layers} |"
         for r in rows
     ]
     lines += [
         "",
-        "An engine holds its kernels' sources beside the weights. In a CIFAR network's INT8 engine those of the quantise kernels, one a convolution, are most",
-        "of the file: small networks become smaller as ONNX files, and as engines only compressed.",
+        "An engine holds its kernels' sources beside the weights. In a CIFAR network's INT8 engine they are most of the file: `rtx_tried.md` tells why, and",
+        "what was tried. Scales by channel, one value told for each, let convolutions of one shape share a source; deployopt does not write them, as no GPU",
+        "has run such an engine.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def kept(path: Path, settings: dict[str, Any]) -> dict[str, Sizes]:
+    """Rows of an earlier run under the same settings, by architecture."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return {row["arch"]: Sizes(**row) for row in found["rows"]} if found.get("settings") == settings else {}
 
 
 def main() -> None:
@@ -104,15 +148,22 @@ def main() -> None:
     parser.add_argument("--macs-ratio", type=float, default=0.4, help="MACs that pruning leaves")
     parser.add_argument("--compute-capability", type=float, default=8.6)
     arguments = parser.parse_args()
-    rows = []
-    for arch in arguments.archs:
-        rows.append(sizes(arch, arguments.macs_ratio, arguments.compute_capability))
-        print(rows[-1], flush=True)
-    settings = {"version": tensorrt_rtx.probe().version, "compute_capability": arguments.compute_capability, "batch_sizes": BATCH_SIZES}
-    found: dict[str, Any] = {"settings": settings, "environment": environment(tensorrt_rtx.distributions), "rows": [asdict(r) for r in rows]}
+    settings = {
+        "version": tensorrt_rtx.probe().version,
+        "compute_capability": arguments.compute_capability,
+        "batch_sizes": list(BATCH_SIZES),
+        "macs_ratio": arguments.macs_ratio,
+    }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "rtx_size.json").write_text(json.dumps(found, indent=2) + "\n")
-    (RESULTS / "rtx_size.md").write_text(markdown(rows, settings, found["environment"]["utc"]))
+    stored = RESULTS / "rtx_size.json"
+    rows = kept(stored, settings)
+    for arch in arguments.archs:
+        rows[arch] = sizes(arch, arguments.macs_ratio, arguments.compute_capability)
+        print(rows[arch], flush=True)
+        ordered = [rows[a] for a in ARCHITECTURES if a in rows]
+        found: dict[str, Any] = {"settings": settings, "environment": environment(tensorrt_rtx.distributions), "rows": [asdict(r) for r in ordered]}
+        stored.write_text(json.dumps(found, indent=2) + "\n")
+        (RESULTS / "rtx_size.md").write_text(markdown(ordered, settings, found["environment"]["utc"]))
 
 
 if __name__ == "__main__":
