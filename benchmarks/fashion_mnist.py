@@ -1,14 +1,16 @@
 """Fashion-MNIST, whole 10,000-image test split: what pruning to 27 % of the MACs plus INT8 costs against a dense network trained as long in total.
 
-    python benchmarks/fashion_mnist.py --limits 20000 --seeds 0 1 2       # about two hours on two AVX2 cores
-    python benchmarks/fashion_mnist.py --limits 60000 --seeds 0           # about an hour
+    python benchmarks/fashion_mnist.py --limits 20000 --seeds 0 1 2       # about two and a half hours on two AVX2 cores
+    python benchmarks/fashion_mnist.py --limits 60000 --seeds 0           # about an hour and a half
 
-Both are the same trained ResNet-18, with its ImageNet stem on images scaled to 32 pixels, and see as many images from there on: the dense one in another
-schedule from the full learning rate to zero, the other pruned, in recovery, taught by the network that it was cut from, and QAT. The loss is paired: both
-networks' predictions on the same images, its interval a bootstrap over images, and so says nothing about the spread over seeds, which is listed.
-Networks are trained in two processes of one thread, which on two cores is a quarter faster than one of two. When all are trained, they are timed on test
-images at 64 pixels, batch 1, two threads: the dense one's FP32 on ONNX Runtime against INT8, interleaved; with `--train-only` that is left to a later
-call on a quiet machine. Run folders stay in runs/fashion_mnist, and a run that was broken off goes on from its last finished stage.
+Both are ResNet-18 with its ImageNet stem on images scaled to 32 pixels. The dense one is trained in three schedules, each from the full learning rate to
+zero and together as long as those before it (warm restarts, https://arxiv.org/abs/1608.03983), and judged after the second and the third; the other
+in fine-tune + recovery + QAT. So they can be compared after as many images, and where the dense one has computed somewhat more, as pruned networks train
+faster: both are told (Scratch-E and Scratch-B of https://arxiv.org/abs/1810.05270, for a network that starts from a short training).
+The loss is paired: both networks' predictions on the same images, its interval a bootstrap over images, and so says nothing about the spread over seeds,
+which is listed. Networks are trained in two processes of one thread, which on two cores is a quarter faster than one of two. When all are trained, they
+are timed on test images at 64 pixels, batch 1, two threads: the dense one's FP32 on ONNX Runtime against INT8, interleaved; with `--train-only` that is
+left to a later call on a quiet machine. Run folders stay in runs/fashion_mnist, and a run that was broken off goes on from its last finished stage.
 Adds to benchmarks/results/fashion_mnist.json; a finished (limit, seed) is not run again.
 """
 
@@ -42,30 +44,36 @@ RESULT = Path(__file__).resolve().parent / "results" / "fashion_mnist.json"
 KINDS = ("dense", "compressed")
 RUNTIMES = ("onnxruntime", "openvino")
 PAIRS = [Pair(f"dense FP32 on ONNX Runtime / pruned INT8 on {runtime}", "onnxruntime/fp32", f"{runtime}/int8") for runtime in RUNTIMES]
-EPOCHS = {20_000: {"finetune": 12, "recovery": 10, "qat": 2}, 60_000: {"finetune": 4, "recovery": 3, "qat": 1}}  # by training images
-LAST = {"dense": "finetune_2", "compressed": "qat"}  # the stage whose network is judged
+EPOCHS = {  # by training images; twice "dense", then what both had together
+    20_000: {"dense": 12, "finetune": 2, "recovery": 44, "qat": 2},
+    60_000: {"dense": 4, "finetune": 1, "recovery": 14, "qat": 1},
+}
+JUDGED = {"finetune_2": 2, "finetune_3": 4}  # the dense network's stages, and how often it has had its first number of epochs then
 RECIPE = """
 name: {name}
 seed: {seed}
 model: {{arch: resnet18, weights: null, stem: imagenet}}
 data: {{name: fashion_mnist, image_size: 32, limit: {limit}}}
 stages:
-  - finetune: {{epochs: {finetune}, lr: 0.05, warmup_epochs: 1, {training}}}
-{further}
+{stages}
   - export: {{precisions: [{precision}]}}
   - build: {{backends: [onnxruntime, openvino], batch_sizes: [1, {batch}]}}
   - benchmark: {{batch_sizes: [1, {batch}], min_seconds: 0.5, profile: false, accuracy: {scored}}}
 """
-FURTHER = {
+STAGES = {
     "dense": """
-  - finetune: {{epochs: {both}, lr: 0.05, {training}}}
+  - finetune: {{epochs: {dense}, warmup_epochs: 1, {training}}}
+  - finetune: {{epochs: {dense}, {training}}}
+  - finetune: {{epochs: {twice}, {training}}}
 """,
     "compressed": """
-  - prune: {{target: {{macs_ratio: 0.27}}, finetune: {{epochs: {recovery}, lr: 0.05, {training}, distill: {{}}}}}}
-  - qat: {{epochs: {qat}, lr: 0.005, {training}, distill: {{}}}}
+  - finetune: {{epochs: {finetune}, warmup_epochs: 1, {training}}}
+  - prune: {{target: {{macs_ratio: 0.27}}, finetune: {{epochs: {recovery}, {training}}}}}
+  - qat: {{epochs: {qat}, {qat_training}, distill: {{}}}}
 """,
 }
-TRAINING = "batch_size: 128, augment: {horizontal_flip: true, crop_padding: 2}"
+AUGMENT = "augment: {horizontal_flip: true, crop_padding: 2}"
+TRAINING, QAT_TRAINING = f"batch_size: 128, lr: 0.05, {AUGMENT}", f"batch_size: 128, lr: 0.005, {AUGMENT}"
 BATCH = 50  # images are scored in
 
 
@@ -80,12 +88,10 @@ def run(limit: int, seed: int, kind: str, threads: int, until: str | None) -> Re
         name=kind,
         seed=seed,
         limit=limit,
-        further=FURTHER[kind].format(**epochs, both=epochs["recovery"] + epochs["qat"], training=TRAINING),
-        training=TRAINING,
+        stages=STAGES[kind].format(**epochs, twice=2 * epochs["dense"], training=TRAINING, qat_training=QAT_TRAINING),
         precision="int8" if compressed else "fp32",
         batch=BATCH,
         scored=str(compressed).lower(),  # for the agreement with the quantised network; both are scored below
-        **epochs,
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(text)
@@ -119,8 +125,8 @@ def speed(folders: dict[str, Path], size: int = 64, rounds: int = 3) -> list[dic
     """The trained networks exported for inputs of another size, and timed in `rounds` sets of new processes."""
     with TemporaryDirectory() as temporary:
         paths = {}
-        for kind, precision, runtimes in (("dense", "fp32", (onnxruntime,)), ("compressed", "int8", (onnxruntime, openvino))):
-            (stage,) = (folders[kind] / "run").glob(f"[0-9][0-9]-{LAST[kind]}")
+        for kind, last, precision, runtimes in (("dense", "finetune_3", "fp32", (onnxruntime,)), ("compressed", "qat", "int8", (onnxruntime, openvino))):
+            (stage,) = (folders[kind] / "run").glob(f"[0-9][0-9]-{last}")
             network = checkpoint.load(stage)
             network.preprocessing = network.preprocessing._replace(image_size=size)
             canonical = Path(temporary) / f"{kind}.onnx"
@@ -136,23 +142,28 @@ def speed(folders: dict[str, Path], size: int = 64, rounds: int = 3) -> list[dic
 def experiment(limit: int, seed: int, reports: dict[str, Report]) -> dict[str, Any]:
     """What the two finished runs of one seed on `limit` training images (a tenth of them held out for validation) show."""
     folders = {kind: folder_of(limit, seed, kind) for kind in KINDS}
-    faster, rows = speed(folders), {}
+    faster, rows, epochs = speed(folders), {}, EPOCHS[limit]
+    macs = {kind: report["variants"][-1]["macs"] for kind, report in reports.items()}
+    computed = epochs["finetune"] * macs["dense"] + (epochs["recovery"] + epochs["qat"]) * macs["compressed"]
     for runtime in RUNTIMES:
-        dense = correct(folders["dense"], f"{LAST['dense']}/{runtime}/fp32/b1")
-        compressed = correct(folders["compressed"], f"{LAST['compressed']}/{runtime}/int8/b1")
+        compressed = correct(folders["compressed"], f"qat/{runtime}/int8/b1")
+        against = []
+        for stage, times in JUDGED.items():
+            dense = correct(folders["dense"], f"{stage}/{runtime}/fp32/b1")
+            trained_for = times * epochs["dense"]
+            cost = trained_for * macs["dense"] / computed
+            against.append({"epochs": trained_for, "training_macs_ratio": cost, "top1": float(dense.mean()), **paired_loss(dense, compressed)})
         row = next(r for r in reports["compressed"].rows if r["backend"] == runtime)
         rows[runtime] = {
-            "dense_top1": float(dense.mean()),
             "compressed_top1": float(compressed.mean()),
-            **paired_loss(dense, compressed),
+            "dense": against,
             "verified": row["verified"],
             "torch_agreement": row["accuracy"].get("torch_agreement"),
         }
-    macs = {kind: report["variants"][-1]["macs"] for kind, report in reports.items()}
     return {
         "limit": limit,
         "seed": seed,
-        "epochs": EPOCHS[limit],
+        "epochs": epochs,
         "macs": macs,
         "macs_ratio": macs["dense"] / macs["compressed"],
         "rows": rows,
@@ -163,10 +174,10 @@ def experiment(limit: int, seed: int, reports: dict[str, Report]) -> dict[str, A
 
 
 def trained(wanted: Sequence[tuple[int, int]], jobs: int, until: str | None = None) -> list[dict[str, Report]]:
-    """The reports of both networks for each (limit, seed), run up to a stage. Dense ones first: the others find the network they begin with in the cache."""
+    """The reports of both networks for each (limit, seed), run up to a stage."""
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-        asked = {kind: [pool.submit(run, limit, seed, kind, threads=1, until=until) for limit, seed in wanted] for kind in KINDS}
-        return [{kind: asked[kind][i].result() for kind in KINDS} for i in range(len(wanted))]
+        asked = [{kind: pool.submit(run, limit, seed, kind, threads=1, until=until) for kind in KINDS} for limit, seed in wanted]
+        return [{kind: future.result() for kind, future in reports.items()} for reports in asked]
 
 
 def main() -> None:
@@ -186,14 +197,15 @@ def main() -> None:
         found.append(experiment(limit, seed, reports))
         RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{'images':>7} {'seed':>4} {'runtime':12} {'MACs':>6} {'dense %':>8} {'pruned INT8 %':>13}  loss in points [95 %]")
+    print(f"{'images':>7} {'seed':>4} {'runtime':12} {'pruned INT8 %':>13} {'epochs: dense %':>16} {'its training MACs':>18}  loss in points [95 %]")
     for entry in found:
         for runtime, row in entry["rows"].items():
-            low, high = row["loss_ci95"]
-            print(
-                f"{entry['limit']:>7} {entry['seed']:>4} {runtime:12} {1 / entry['macs_ratio']:6.2f} {100 * row['dense_top1']:8.2f} "
-                f"{100 * row['compressed_top1']:13.2f}  {row['loss_pp']:+.2f} [{low:+.2f}, {high:+.2f}]"
-            )
+            for dense in row["dense"]:
+                (low, high), trained_for = dense["loss_ci95"], f"{dense['epochs']}: {100 * dense['top1']:.2f}"
+                print(
+                    f"{entry['limit']:>7} {entry['seed']:>4} {runtime:12} {100 * row['compressed_top1']:13.2f} {trained_for:>16} "
+                    f"{dense['training_macs_ratio']:17.2f}x  {dense['loss_pp']:+.2f} [{low:+.2f}, {high:+.2f}]"
+                )
         for label, _, _ in PAIRS:
             ratios = [f"{r['ratios'][label][0]:.2f}" for r in entry["speed_64px"] if label in r["ratios"]]
             print(f"{'':13}{label}, 64 px: {', '.join(ratios)}")
