@@ -206,8 +206,7 @@ def clip_integers(graph: Graph, quantizers: Iterable[NodeProto]) -> None:
 def clip_before_rounding(graph: Graph, quantizers: Iterable[NodeProto]) -> None:
     """End what becomes u8 at 127 steps, by a Clip instead of the ReLU where nothing else reads that: the same integers.
 
-    OpenVINO makes the limits of its FakeQuantize of it. Behind that, a Clip of integers is another operation on each value, which took 2–3 % of a
-    ResNet's time (AVX2, OpenVINO 2026.4).
+    OpenVINO makes the limits of its FakeQuantize of it. Behind that, a Clip of integers is another operation on each value.
     """
     for quantizer in quantizers:
         tensor, steps = quantizer.input[0], graph.constant(quantizer.input[1])
