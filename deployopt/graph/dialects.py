@@ -187,13 +187,16 @@ def make_unsigned(graph: Graph, *, keep_signed: bool) -> None:
 
 
 def _from_zero(graph: Graph, quantizer: NodeProto) -> bool:
-    """Whether its integers are u8 of zero point 0. Those of training end at 127, as in the signed graph: so pairs of products with ±127 weights fit int16."""
+    """Whether its integers are u8 of zero point 0."""
     zero = graph.constant(quantizer.input[2])
     return zero is not None and zero.dtype == np.uint8 and bool(zero == 0)
 
 
 def clip_integers(graph: Graph, quantizers: Iterable[NodeProto]) -> None:
-    """End u8 integers at 127. Before the QuantizeLinear, ONNX Runtime would fuse the Clip into a float convolution."""
+    """End u8 integers at 127, as in the signed graph and in training, not at 255: so pairs of products with ±127 weights fit int16.
+
+    Before the QuantizeLinear, ONNX Runtime would fuse the Clip into a float convolution.
+    """
     for quantizer in quantizers:
         tensor = quantizer.output[0]
         low, high = (graph.add_constant(f"{tensor}.{name}", np.uint8(value)) for name, value in (("low", 0), ("high", 127)))
@@ -204,7 +207,7 @@ def clip_integers(graph: Graph, quantizers: Iterable[NodeProto]) -> None:
 
 
 def clip_before_rounding(graph: Graph, quantizers: Iterable[NodeProto]) -> None:
-    """End what becomes u8 at 127 steps, by a Clip instead of the ReLU where nothing else reads that: the same integers.
+    """End what becomes u8 at 127 steps, by a Clip instead of the ReLU where nothing else reads that: the same integers as of `clip_integers`.
 
     OpenVINO makes the limits of its FakeQuantize of it. Behind that, a Clip of integers is another operation on each value.
     """
