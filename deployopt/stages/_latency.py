@@ -169,8 +169,8 @@ class Search:
     """Finds the largest cut of `network` whose latency meets a target, by measuring candidates.
 
     The search runs over the share of MACs that is kept, of which latency is a rising, if bumpy, function: candidates lie close together, since any
-    MACs can be reached closely. Each step interpolates between the nearest candidates on either side of the target. What is taken is measured
-    again, over several lifetimes of its process; if that says otherwise, the search goes on from there.
+    MACs can be reached closely. Each step interpolates between the nearest candidates on either side of the target, or extrapolates to it. What is taken is
+    measured again, over several lifetimes of its process; if that says otherwise, the search goes on from there.
 
     Args:
         metric: what is aimed at: "ratio" to the parent, or "ms".
@@ -220,7 +220,7 @@ class Search:
                 else:
                     break
                 bar.advance(1, f"{self._trace[-1]['ratio']:.3f} of the parent's")
-        while (best := self._best()) is not None and not best.confirmed:  # out of tries: down the list, until one holds or none is left
+        while (best := self._best() or self._nearest()) is not None and not best.confirmed:  # out of tries: down the list, until one holds or none is left
             self._read(best.kept, CONFIRMING_LIFETIMES)
         if best is None:
             raise self._impossible()
@@ -257,14 +257,21 @@ class Search:
         """The largest candidate that meets the target by its latest reading."""
         return max((t for t in self._tried.values() if self._meets(t)), key=lambda t: t.macs, default=None)
 
+    def _nearest(self) -> _Tried | None:
+        """The fastest candidate read once, if that reading is as little above the target as a confirming one may be."""
+        near = (t for t in self._tried.values() if not t.confirmed and self._value(t.reading) <= self._goal * (1 + CONFIRMED))
+        return min(near, key=lambda t: self._value(t.reading), default=None)
+
     def _next(self, best: _Tried | None) -> tuple[int, ...] | None:
         """The widths to try next, None if nothing untried lies between the nearest candidates."""
         aim = self._goal * (1 - TOLERANCE / 2)
         slower = [(t.macs, self._value(t.reading)) for t in self._tried.values() if not self._meets(t) and (best is None or t.macs > best.macs)]
         high_macs, high = min(slower, default=(self._macs, self._whole))
-        if best is None:
-            low_macs, wanted = self._smallest, high_macs * aim / high  # as if latency were proportional to MACs
-            wanted = wanted if self._tried else high_macs * self._goal / high
+        if not self._tried:
+            low_macs, wanted = self._smallest, self._macs * self._goal / self._whole  # as if latency were proportional to MACs
+        elif best is None:  # on the line that the uncut network and the nearest candidate tell, since a part of latency goes with no MACs
+            per_mac = (self._whole - high) / (self._macs - high_macs) if high_macs < self._macs else 0.0
+            low_macs, wanted = self._smallest, high_macs - (high - aim) / per_mac if per_mac > 0 else 0.0
         else:
             low_macs, low = best.macs, self._value(best.reading)
             share = (aim - low) / (high - low) if high > low else 0.5

@@ -126,6 +126,18 @@ def test_out_of_tries_the_next_best_is_confirmed_until_one_holds_or_none_is_left
         search(hopeless, network, 0.5)
 
 
+def test_the_fastest_candidate_is_confirmed_where_it_is_as_little_above_the_target_as_a_confirmed_one_may_be(start: list[StepOutput]) -> None:
+    network = checkpoint.load(start[0].folder)
+    whole = pruning.survey(network, pruning.Rules())
+    macs = whole.cost([g.size for g in whole.groups])["macs"]
+    left = whole.smallest_macs / macs
+    found = search(FakeTiming(macs, fixed=(0.5 * 1.005 - left) / (1 - left)), network, 0.5)  # the smallest reads 0.5025
+    assert [t["confirming"] for t in found["trace"][-2:]] == [False, True]
+    assert found["reached"]["ratio"] == pytest.approx(0.5025)
+    with pytest.raises(PruningImpossible, match=r"the best reached by \d+ candidates"):
+        search(FakeTiming(macs, fixed=(0.5 * 1.015 - left) / (1 - left)), network, 0.5)
+
+
 @pytest.mark.parametrize(
     ("readings", "fastest", "chosen"),
     [
