@@ -3,7 +3,8 @@
     python benchmarks/export_speed.py                       # ResNet-18 and -50 at 224, about three minutes on two cores
 
 Each network runs in a process of its own, so the first one's imports and caches help no other; the median over `--repeats` processes is reported
-with its range. Calibration is one batch of two images: how long more images take is the network's forward pass, not the tool.
+with its range. Calibration is one batch of two images: how long more images take is the network's forward pass, not the tool. So is the comparison
+of the file with the network on validation images, which `export` adds.
 Writes benchmarks/results/export_speed.json and prints a Markdown table.
 """
 
@@ -18,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from deployopt.bench.environment import environment
 from deployopt.graph import OPSET
@@ -30,10 +32,12 @@ def steps(arch: str, image_size: int) -> dict[str, float]:
     import torch
 
     from deployopt.graph.canonical import canonicalize
+    from deployopt.graph.checks import check
     from deployopt.nn import models
     from deployopt.nn.capture import example_input
     from deployopt.nn.export import deployed, to_onnx
     from deployopt.nn.prepared import Prepared, Scheme
+    from deployopt.runtime.files import atomic_write
     from deployopt.runtime.preprocessing import Preprocessing
 
     seconds: dict[str, float] = {}
@@ -59,6 +63,10 @@ def steps(arch: str, image_size: int) -> dict[str, float]:
         model = to_onnx(module, example, OPSET)
     with timed("canonicalize"):
         canonicalize(model)
+    with timed("check"):
+        check(model)
+    with timed("write"), TemporaryDirectory() as folder:
+        atomic_write(Path(folder) / "int8.onnx", model.SerializeToString(deterministic=True))
     return seconds
 
 
@@ -90,7 +98,7 @@ def main() -> None:
 
 def _part(run: dict[str, float], name: str) -> float:
     if name == "convert + export":
-        return sum(run[step] for step in ("write_back", "fake_quantized", "to_onnx", "canonicalize"))
+        return sum(run[step] for step in ("write_back", "fake_quantized", "to_onnx", "canonicalize", "check", "write"))
     return sum(run.values()) if name == "total" else run[name]
 
 
