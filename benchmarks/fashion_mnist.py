@@ -44,9 +44,9 @@ RESULT = Path(__file__).resolve().parent / "results" / "fashion_mnist.json"
 KINDS = ("dense", "compressed")
 RUNTIMES = ("onnxruntime", "openvino")
 PAIRS = [Pair(f"dense FP32 on ONNX Runtime / pruned INT8 on {runtime}", "onnxruntime/fp32", f"{runtime}/int8") for runtime in RUNTIMES]
-EPOCHS = {  # by training images; twice "dense", then what both had together
-    20_000: {"dense": 12, "finetune": 2, "recovery": 44, "qat": 2},
-    60_000: {"dense": 4, "finetune": 1, "recovery": 14, "qat": 1},
+EPOCHS = {  # by training images; twice "dense", then what both had together. Warm-up: of "finetune", of which it can only be a part; of "dense" always 1
+    20_000: {"dense": 12, "finetune": 2, "recovery": 44, "qat": 2, "warmup": 1},
+    60_000: {"dense": 4, "finetune": 1, "recovery": 14, "qat": 1, "warmup": 0},
 }
 JUDGED = {"finetune_2": 2, "finetune_3": 4}  # the dense network's stages, and how often it has had its first number of epochs then
 RECIPE = """
@@ -67,7 +67,7 @@ STAGES = {
   - finetune: {{epochs: {twice}, {training}}}
 """,
     "compressed": """
-  - finetune: {{epochs: {finetune}, warmup_epochs: 1, {training}}}
+  - finetune: {{epochs: {finetune}, warmup_epochs: {warmup}, {training}}}
   - prune: {{target: {{macs_ratio: 0.27}}, finetune: {{epochs: {recovery}, {training}}}}}
   - qat: {{epochs: {qat}, {qat_training}, distill: {{}}}}
 """,
