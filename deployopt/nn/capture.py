@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import linecache
 import re
 import sys
@@ -71,7 +70,7 @@ def capture(network: nn.Module, example: Tensor) -> GraphModule:
     return graph_module.eval()
 
 
-class _WithoutGraphs(io.TextIOBase):
+class _WithoutGraphs:
     """A text stream before another, which gets all but the graphs that torch.export prints."""
 
     def __init__(self, stream: Any) -> None:
@@ -85,14 +84,14 @@ class _WithoutGraphs(io.TextIOBase):
         self._ends_graph = is_graph
         return len(text)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # whether it is a terminal, its encoding …
         return getattr(self._stream, name)
 
 
 @contextlib.contextmanager
 def _without_graphs() -> Iterator[None]:
     """Without the graph so far that torch.export prints before it lets an exception through, which says what is wrong; warnings and progress pass."""
-    with contextlib.redirect_stderr(_WithoutGraphs(sys.stderr)):
+    with contextlib.redirect_stderr(cast(Any, _WithoutGraphs(sys.stderr))):
         yield
 
 
