@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import linecache
 import re
+import sys
 import traceback
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from deployopt.errors import ExportFailed
+from deployopt.errors import DeployoptError, ExportFailed
+from deployopt.nn import parametrizations
 from deployopt.runtime.preprocessing import Preprocessing
 
 MAX_BATCH = 4096
@@ -28,7 +32,8 @@ def example_input(preprocessing: Preprocessing) -> Tensor:
 
 
 def capture(network: nn.Module, example: Tensor) -> GraphModule:
-    """The ATen graph of a copy of `network` in evaluation mode, on the CPU. Parameters keep their module paths.
+    """The ATen graph of a copy of `network` in evaluation mode, on the CPU. Parameters keep their module paths; a parametrised one
+    is there by the value it has.
 
     What the mode decides (dropout, BatchNorm) is in the operators' arguments: `train()` and `eval()` of the result change nothing. A Conv2d padded by
     name ("same", "valid") is `aten.conv2d.default` as any other, but where it pads one side more than the other, which only `aten.conv2d.padding` says.
@@ -39,12 +44,17 @@ def capture(network: nn.Module, example: Tensor) -> GraphModule:
 
     Raises:
         ExportFailed: torch.export cannot trace it; names the operation and the line of source.
+        UsageError: a `Network` that does not make one tensor.
     """
     module = copy.deepcopy(network).eval().cpu()
+    parametrizations.replay(module, parametrizations.modules(module))
     _complete_norms(module)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     try:
-        program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
+        with _without_graphs():
+            program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
+    except DeployoptError:
+        raise
     except Exception as exc:  # torch.export lets any exception of the model's own code through
         where, reason = _culprit(exc), _first_line(exc)
         if where is None and (where := _fixing_batch(module, example)):
@@ -58,6 +68,31 @@ def capture(network: nn.Module, example: Tensor) -> GraphModule:
         vars(graph_module).pop(name, None)
     _number_paddings(graph_module)
     return graph_module.eval()
+
+
+class _WithoutGraphs:
+    """A text stream before another, which gets all but the graphs that torch.export prints."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._ends_graph = False
+
+    def write(self, text: str) -> int:
+        is_graph = text.lstrip().startswith("def forward(self")
+        if not is_graph and not (self._ends_graph and text == "\n"):  # print writes the end of the line by itself
+            self._stream.write(text)
+        self._ends_graph = is_graph
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:  # whether it is a terminal, its encoding …
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _without_graphs() -> Iterator[None]:
+    """Without the graph so far that torch.export prints before it lets an exception through, which says what is wrong; warnings and progress pass."""
+    with contextlib.redirect_stderr(cast(Any, _WithoutGraphs(sys.stderr))):
+        yield
 
 
 def _complete_norms(module: nn.Module) -> None:
@@ -94,7 +129,8 @@ def _fixing_batch(module: nn.Module, example: Tensor) -> str | None:
     graphs = []
     for images in (example, torch.cat([example, example[:1]])):
         try:
-            graphs.append(torch.export.export(module, (images,)).graph)
+            with _without_graphs():
+                graphs.append(torch.export.export(module, (images,)).graph)
         except Exception as exc:  # as in `capture`
             return _culprit(exc)
     ways = ([(str(node.target), source_of(node)) for node in graph.nodes if node.op == "call_function"] for graph in graphs)

@@ -1,7 +1,7 @@
 """A torch model on disk: `model.safetensors` and `model.json` (base, preprocessing, lineage). No pickles.
 
-Loading = base network → replay of the lineage → weights, strictly. A lineage entry is {"op": "prune", "history": […]} (`nn.pruning`)
-or {"op": "quantize", …} (`nn.quantizer`).
+Loading = base network → replay of the lineage → weights, strictly. A lineage entry is {"op": "prune", "history": […]} (`nn.pruning`),
+{"op": "quantize", …} (`nn.quantizer`) or {"op": "remove_parametrizations", "modules": […]} (`nn.parametrizations`).
 """
 
 from __future__ import annotations
@@ -114,5 +114,10 @@ def _replay(network: Network, entry: dict[str, Any]) -> None:
             from deployopt.nn import quantizer
 
             quantizer.replay(network, entry)
+        case "remove_parametrizations":
+            from deployopt.nn import parametrizations
+
+            parametrizations.replay(network, entry["modules"])
         case other:
-            raise ArtifactMismatch(f"the lineage holds '{other}', this deployopt replays prune and quantize", "use the deployopt version that wrote it")
+            known = "prune, quantize and remove_parametrizations"
+            raise ArtifactMismatch(f"the lineage holds '{other}', this deployopt replays {known}", "use the deployopt version that wrote it")

@@ -23,6 +23,7 @@ from deployopt.nn import (
     check_stem,
     check_weights,
     missing_weights,
+    parametrizations,
     stem_of,
 )
 from deployopt.runtime.preprocessing import Preprocessing
@@ -46,7 +47,7 @@ class Normalize(nn.Module):
 
 
 class Network(nn.Module):
-    """A body behind its normalisation: float32 [N, C, H, W] in 0–1 → [N, outputs].
+    """A body behind its normalisation: float32 [N, C, H, W] in 0–1 → [N, outputs]. A body that returns anything else raises UsageError when it runs.
 
     Attributes:
         base: what `build` made the body from (JSON): {"arch", "stem", "outputs", "options"}.
@@ -63,7 +64,14 @@ class Network(nn.Module):
         self.lineage: list[dict[str, Any]] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(self.normalize(x))  # type: ignore[no-any-return]
+        outputs = self.body(self.normalize(x))
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+            raise UsageError(
+                f"{self.base['arch']} must return one tensor [N, {self.base['outputs']}]; in {'training' if self.training else 'evaluation'} mode "
+                f"it returned a {_described(outputs)}",
+                "return the logits alone from forward, flattened to one row an image; switch auxiliary heads off, as by model.options",
+            )
+        return outputs
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -113,6 +121,7 @@ def _body(arch: str, stem: str, outputs: int, preprocessing: Preprocessing, opti
             raise UsageError(plugins.unknown("model", arch, [*ARCHITECTURES, *plugins.names("models")]))
         factory = plugins.find("models", arch)
         module: nn.Module = factory(num_outputs=outputs, **_data_arguments(factory, preprocessing, options), **options)
+        parametrizations.check_hooks(module, arch)
         return module
     except TypeError as exc:
         raise UsageError(f"{arch} does not take these model.options: {sorted(options)} ({exc})", "correct model.options") from exc
@@ -204,6 +213,17 @@ def load_body(body: nn.Module, state: dict[str, Tensor], source: str, progress: 
         lists = [f"{title}: {_some(keys)}" for title, keys in (("missing", missing), ("unexpected", unexpected), ("misshaped", shapes)) if keys]
         raise ArtifactMismatch(f"{source} does not fit this architecture; {'; '.join(lists)}", "correct model.arch, model.stem or model.weights")
     body.load_state_dict(found)
+
+
+def _described(found: object) -> str:
+    """What a network returned, in words: "dict of logits (Tensor [2, 10]), aux (Tensor [2, 10])"."""
+    kind = type(found).__name__
+    if isinstance(found, Tensor):
+        return f"{kind} {list(found.shape)}"
+    parts = found if isinstance(found, Mapping) else found._asdict() if hasattr(found, "_asdict") else None
+    if parts is not None:
+        return f"{kind} of {', '.join(f'{name} ({_described(part)})' for name, part in parts.items())}"
+    return f"{kind} of {', '.join(map(_described, found))}" if isinstance(found, (tuple, list)) else kind
 
 
 def _some(names: list[str], most: int = 6) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from deployopt.errors import StageFailed
+from deployopt.nn import parametrizations
 from deployopt.nn.capture import capture, example_input
 from deployopt.nn.placement import ADDS, BATCH_NORM, Layer, aten, layers, parameter_owner
 from deployopt.nn.quantizer import ACTIVATION_MAX, ACTIVATION_MIN
@@ -350,8 +351,9 @@ class Prepared(nn.Module):
         return {name: {role: scales[key] for role, key in keys.items()} for name, keys in self.tensors.items()}
 
     def write_back(self, network: Network) -> None:
-        """Give `network` the trained weights and BatchNorm statistics, and the lineage entry of its quantisation."""
+        """Give `network` the trained weights, which replace parametrised ones, BatchNorm statistics, and the lineage entry of its quantisation."""
         sites, own = self.sites(), self.graph_module.state_dict()
+        parametrizations.remove(network)
         network.load_state_dict({name: own.get(name, value) for name, value in network.state_dict().items()})
         network.lineage.append({"op": "quantize", "sites": sites, "scheme": {**asdict(self.scheme), "float_layers": sorted(self.scheme.float_layers)}})
 

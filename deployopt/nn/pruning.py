@@ -33,6 +33,7 @@ History = list[list[Any]]
 Backward = Callable[[nn.Module], None]
 Shares = Callable[[str, float], float]
 BISECTIONS = 20
+TAKEN_FOR_GRANTED = "the network's code takes their number for granted"
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,28 @@ class Group:
         return [[s.module, s.direction, np.sort(indices).tolist()] for s, indices in rows if len(indices)]
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A group that keeps all its channels: its name as a `Group`'s, and why, in words."""
+
+    name: str
+    channels: int
+    why: str
+
+
 class Cuts:
     """Every way to cut one network by some rules: how many channels each group keeps, what that costs, and the history that does it.
 
     Attributes:
         groups: in the network's order; `kept` below is parallel to it.
+        excluded: groups that no cut may touch. Those that make the outputs are in neither.
     """
 
-    def __init__(self, network: Network, groups: Sequence[Group], rules: Rules, shares: Shares | None = None) -> None:
+    def __init__(self, network: Network, groups: Sequence[Group], excluded: Sequence[Whole], rules: Rules) -> None:
         self.groups = tuple(groups)
+        self.excluded = tuple(excluded)
         self.rules = rules
-        self._shares = shares
+        self._shares: Shares | None = None
         self._arch = network.base["arch"]
         self._costs = _Costs(macs.on_meta(network), network.input_shape)
 
@@ -185,6 +197,20 @@ class Cuts:
 
             return self._closest(fits)
 
+    def left_whole(self, kept: Sequence[int]) -> list[Whole]:
+        """The groups that lose nothing where each of `groups` keeps so many channels."""
+        limits = self.kept(1.0)
+        uncut = ((g, limit) for g, count, limit in zip(self.groups, kept, limits, strict=True) if count == g.size)
+        return [*self.excluded, *(Whole(g.name, g.blocks * g.size, self._why_whole(g, limit)) for g, limit in uncut)]
+
+    def _why_whole(self, group: Group, fewest: int) -> str:
+        if fewest < group.size:
+            return "the target is met without them"
+        where = "" if group.blocks == 1 else f" in {group.blocks} blocks of {group.size}"
+        if int(group.size * self.rules.max_layer_ratio) == 0:
+            return f"max_layer_ratio {self.rules.max_layer_ratio:g} of them is less than one{where}"
+        return f"round_to {self.rules.round_to} leaves nothing to cut{where}"
+
     def apply(self, network: Network, kept: Sequence[int]) -> History:
         """Cut `network`, the one this was made for, in place; the cut is appended to its lineage."""
         history = self.history(kept)
@@ -262,17 +288,20 @@ def survey(network: Network, rules: Rules, *, backward: Backward | None = None, 
     `network` stays as it is: mode, hooks, gradients and `requires_grad`.
 
     Args:
+        network: without parametrised tensors (`parametrizations.remove`).
         backward: fills the gradients of the module it is given; "taylor" needs it (`gradients` makes one).
 
     Raises:
         PruningImpossible: nothing can be cut, or scores are not finite.
     """
     with (progress or SilentProgress()).track(f"score channels by {rules.criterion}", 1) as bar:
-        groups = _groups(network, rules, backward)
+        groups, excluded = _groups(network, rules, backward)
         bar.advance()
     if not groups:
-        raise PruningImpossible(f"{network.base['arch']} has no channels that could be cut by the criterion {rules.criterion}", "choose another importance")
-    return Cuts(network, groups, rules)
+        why = "".join(f"; {reason}" for reason in dict.fromkeys(whole.why for whole in excluded))
+        found = f"{network.base['arch']} has no channels that could be cut by the criterion {rules.criterion}"
+        raise PruningImpossible(found + why, "choose another importance, or leave prune out")
+    return Cuts(network, groups, excluded, rules)
 
 
 def prune(
@@ -344,8 +373,8 @@ def gradients(dataset: Dataset, task: Task, samples: int, seed: int, batch_size:
     return backward
 
 
-def _groups(network: Network, rules: Rules, backward: Backward | None) -> list[Group]:
-    """Every group that may be cut, scored. All tracing is done on a copy: Torch-Pruning switches modes and needs gradients."""
+def _groups(network: Network, rules: Rules, backward: Backward | None) -> tuple[list[Group], list[Whole]]:
+    """Every group that may be cut, scored, and those that may not. All tracing is done on a copy: Torch-Pruning switches modes and needs gradients."""
     probe = macs.without_hooks(copy.deepcopy(network)).cpu().eval().requires_grad_(True)
     graph = tp.DependencyGraph().build_dependency(probe, example_inputs=torch.rand(1, *network.input_shape))
     probe.zero_grad()
@@ -355,12 +384,22 @@ def _groups(network: Network, rules: Rules, backward: Backward | None) -> list[G
         backward(probe)
     importance = _importance(rules)
     names = {module: name for name, module in probe.named_modules()}
-    groups = []
+    shadow = macs.on_meta(probe)
+    last = list(macs.by_module(shadow, network.input_shape))[-1]  # as called: the head, most likely
+    groups, excluded = [], []
     for members in graph.get_all_groups(ignored_layers=[], root_module_types=(nn.Conv2d, nn.Linear)):
-        scores = None if _overruns(members, graph) else importance(members)
-        if scores is not None:
-            groups.append(_group(members, scores, names, graph))
-    return _inner([g for g in groups if g.size > 1], macs.on_meta(probe), network.input_shape)
+        name, channels = names[members[0].dep.target.module], len(members[0].idxs)
+        if _overruns(members, graph):
+            excluded.append(Whole(name, channels, TAKEN_FOR_GRANTED))
+        elif (scores := importance(members)) is None:
+            if name != last:
+                excluded.append(Whole(name, channels, f"there is no BatchNorm for {rules.criterion} to score them by"))
+        elif (group := _group(members, scores, names, graph)).size == 1:
+            excluded.append(Whole(name, channels, "one channel is the least"))
+        else:
+            groups.append(group)
+    inner, fixed = _inner(groups, last, shadow, network.input_shape)
+    return inner, [*excluded, *(Whole(g.name, g.blocks * g.size, TAKEN_FOR_GRANTED) for g in fixed)]
 
 
 def _normalizer(name: Normalizer) -> Callable[[Tensor], Tensor]:
@@ -418,21 +457,30 @@ def _group(members: Any, scores: Tensor, names: dict[nn.Module, str], graph: Any
     return Group(name, blocks, scores.detach().float().cpu().view(blocks, -1).mean(0), tuple(slices))
 
 
-def _inner(groups: Sequence[Group], shadow: nn.Module, input_shape: tuple[int, ...]) -> list[Group]:
-    """The groups that the output does not depend on, neither its width nor whether there is one. Many are cut at once, and halved only where it does."""
-    width, last = _output_shape(shadow, input_shape), list(macs.by_module(shadow, input_shape))[-1]  # as called: the head, most likely
+def _inner(groups: Sequence[Group], last: str, shadow: nn.Module, input_shape: tuple[int, ...]) -> tuple[list[Group], list[Group]]:
+    """The groups that the output does not depend on, neither its width nor whether there is one; and those of fixed width, without which there is none, or
+    not one row an image. The others make its width. Many are cut at once, and halved only where the output depends on them.
+
+    Args:
+        last: the layer called last.
+    """
+    width = _output_shape(shadow, input_shape)
     suspects = [g for g in groups if any((s.module, s.direction) == (last, "out") for s in g.slices)]
+    fixed: list[Group] = []
 
     def found(some: Sequence[Group]) -> list[Group]:
         candidate = copy.deepcopy(shadow)
         replay(candidate, _merged([row for g in some for row in g.history(g.size - 1)]))
-        if _output_shape(candidate, input_shape) == width:
+        shape = _output_shape(candidate, input_shape)
+        if shape == width:
             return list(some)
         middle = len(some) // 2
+        if not middle and (shape is None or shape[0] != 1):
+            fixed.extend(some)
         return found(some[:middle]) + found(some[middle:]) if middle else []
 
     inner = found([g for g in groups if not any(g is s for s in suspects)]) + found(suspects)
-    return [g for g in groups if any(g is kept for kept in inner)]
+    return [g for g in groups if any(g is kept for kept in inner)], fixed
 
 
 def _merged(history: History) -> History:

@@ -10,6 +10,7 @@ from deployopt.report.records import Facts, told
 from deployopt.report.summary import EARLIER, Report
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+NAMED = 6  # groups or layers in a sentence, of one kind
 
 
 def variants(report: Report) -> list[tuple[str, Facts, bool]]:
@@ -68,11 +69,23 @@ def sentences(facts: Facts, cached: bool) -> list[str]:
         said.append(
             f"sparse training: channels under 1 % of their group's largest norm went from {100 * small['before']:.1f} % to {100 * small['after']:.1f} %"
         )
+    if (whole := facts.get("whole")) and whole["left"]:
+        said.append(_left_whole(whole))
+    if plain := facts.get("parametrizations_removed"):
+        said.append(f"weights were trained as such, without what parametrised them, in {units.listed(plain, NAMED)}")
     if "against_parent" in facts:
         said.append(against_parent(facts["against_parent"]))
     if cached and ("p50_ms" in alignment or facts.get("latency") or "ratio" in facts.get("against_parent", {})):
         said.append(f"these latencies were {EARLIER}")
     return said
+
+
+def _left_whole(found: Facts) -> str:
+    reasons: dict[str, list[str]] = {}
+    for group in found["left"]:
+        reasons.setdefault(group["why"], []).append(f"{group['name']} ({group['channels']})")
+    told = ", ".join(f"{units.listed(names, NAMED)}, since {why}" for why, names in reasons.items())
+    return f"{len(found['left'])} of {units.plural(found['groups'], 'group')} of channels stayed whole: {told}"
 
 
 def _target(target: Facts) -> str:

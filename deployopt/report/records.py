@@ -110,6 +110,19 @@ class GroupSensitivity(TypedDict):
     groups: list[Group]
 
 
+class UncutGroup(TypedDict):
+    name: str
+    channels: int
+    why: str
+
+
+class Whole(TypedDict):
+    """Of so many groups of channels those that lost none."""
+
+    groups: int
+    left: list[UncutGroup]
+
+
 class Pruning(TypedDict, total=False):
     """The record's "pruning"."""
 
@@ -120,6 +133,8 @@ class Pruning(TypedDict, total=False):
     latency: list[Search]
     against_parent: Comparison | NoComparison
     sensitivity: GroupSensitivity
+    whole: Whole
+    parametrizations_removed: list[str]
 
 
 class Score(TypedDict):

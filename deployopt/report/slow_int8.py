@@ -67,6 +67,5 @@ def _by_time(profile: Mapping[str, Any], where: str) -> str:
     if not slow:
         return f"every layer runs in INT8{where}"
     total, taken = float(profile["total_us"]), sum(layer["time_us"] for layer in slow)
-    named = ", ".join(f"{' + '.join(layer['nodes']) or layer['name']} ({layer['kind']}, {layer['precision']})" for layer in slow[:NAMED])
-    more = f" and {len(slow) - NAMED} more" if len(slow) > NAMED else ""
-    return f"{100 * taken / total:.0f} % of its time{where} goes into layers that are not INT8: {named}{more}"
+    named = units.listed([f"{' + '.join(layer['nodes']) or layer['name']} ({layer['kind']}, {layer['precision']})" for layer in slow], NAMED)
+    return f"{100 * taken / total:.0f} % of its time{where} goes into layers that are not INT8: {named}"

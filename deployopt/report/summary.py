@@ -245,9 +245,8 @@ def contract_lines(rows: Sequence[JsonRow], environment: Mapping[str, Any] | Non
         lines.append(f"layers: {_span(profile['runs'] for profile in profiled)} runs {how}")
     flags = Counter(str(f) for c in contracts for f in c.get("flags") or [] if not str(f).startswith(SAID_BY_FIGURES))
     if flags:
-        said = [f"{flag} ({units.plural(n, 'row')})" for flag, n in flags.items()][:FLAGS_SHOWN]
-        more = f" and {len(flags) - FLAGS_SHOWN} more" if len(flags) > FLAGS_SHOWN else ""
-        lines.append(f"flags: {', '.join(said)}{more}")
+        said = [f"{flag} ({units.plural(n, 'row')})" for flag, n in flags.items()]
+        lines.append(f"flags: {units.listed(said, FLAGS_SHOWN)}")
     return lines
 
 

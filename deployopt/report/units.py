@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 UNKNOWN = "–"
@@ -100,6 +100,11 @@ def change(value: float | None, task: Mapping[str, Any]) -> str:
     if value is None:
         return UNKNOWN
     return f"{signed(value)} pp" if is_fraction(task) else f"{signed(value, 3)} {task['unit']}"
+
+
+def listed(items: Sequence[str], most: int) -> str:
+    """At most so many of them, and how many more there are."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def plural(number: int, noun: str) -> str:

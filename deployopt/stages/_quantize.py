@@ -81,11 +81,13 @@ def calibrated(context: StageContext, config: Quantization, network: Network) ->
     Raises:
         UsageError: mixed_precision names a layer that the network lacks.
     """
-    from deployopt.nn import evaluate
+    from deployopt.nn import evaluate, parametrizations
     from deployopt.nn.layer_sensitivity import check_layers
     from deployopt.nn.prepared import Prepared, Scheme
 
     check_layers(network, config.float_layers)
+    if plain := parametrizations.modules(network):
+        context.progress.log(f"{context.name}: quantises weights as such, without what parametrised them, in {', '.join(plain)}")
     train = context.dataset().train
     if len(train) < config.calibration_images and "calibration_images" in config.model_fields_set:
         context.progress.log(f"{context.name}: calibrates on all {len(train)} training images (calibration_images is {config.calibration_images})")

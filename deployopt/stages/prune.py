@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from deployopt.nn.models import Network
     from deployopt.nn.pruning import Cuts, Metric
 
-version = 5
+version = 6
 not_after: frozenset[str] = frozenset({"qat", "ptq", "export", "build", "benchmark"})
 after: frozenset[str] = frozenset()
 cacheable = True
@@ -204,9 +204,10 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
         PruningImpossible: no candidate meets the target, or the result is not faster and that is refused.
         BackendUnavailable: latency decides and cannot be measured here; raised before anything is trained.
     """
-    from deployopt.nn import macs
+    from deployopt.nn import macs, parametrizations
 
     network = load_parent(inputs, context.threads)
+    plain = parametrizations.remove(network)
     whole = dict(zip(("params", "macs"), macs.count(network, network.input_shape), strict=True))
     with Timing(context, copy.deepcopy(network), config.where) if config.is_timed else nullcontext() as timing:
         work = _Pruning(context, config, network, timing)
@@ -218,7 +219,7 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
                 work.compare_with_parent()
             work.recover(iteration)
     reached = dict(zip(("params", "macs"), macs.count(network, network.input_shape), strict=True))
-    facts = {**work.facts, "reached": {name: reached[name] / whole[name] for name in reached}}
+    facts = {**work.facts, "parametrizations_removed": plain, "reached": {name: reached[name] / whole[name] for name in reached}}
     return finish(context, network, expansion.inputs[0].variant, "float", curves=work.curves, validation=work.validation, pruning=facts)
 
 
@@ -298,7 +299,14 @@ class _Pruning:
             kept = self._within(cuts, 1 - (1 - config.target.ratio) * part)
         else:
             kept = self._search(cuts, config.target.latency, iteration)
+        self._tell_whole(cuts, kept)
         cuts.apply(self._network, kept)
+
+    def _tell_whole(self, cuts: Cuts, kept: list[int]) -> None:
+        """Record which groups no iteration has cut so far."""
+        found = [asdict(whole) for whole in cuts.left_whole(kept)]
+        earlier = {whole["name"] for whole in self.facts.get("whole", {"left": found})["left"]}
+        self.facts["whole"] = {"groups": len(cuts.groups) + len(cuts.excluded), "left": [whole for whole in found if whole["name"] in earlier]}
 
     def _within(self, cuts: Cuts, ratio: float) -> list[int]:
         metric = self._config.target.metric

@@ -1,5 +1,7 @@
 """Networks by name, and weights from files."""
 
+from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from deployopt.errors import ArtifactError, ArtifactMismatch, DataNotFound, UsageError
 from deployopt.nn import ARCHITECTURES, CIFAR_ARCHITECTURES, TORCHVISION_ARCHITECTURES, checkpoint, models
+from deployopt.nn.capture import capture
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import SilentProgress
 
@@ -100,6 +103,37 @@ def test_a_third_partys_model_is_told_of_the_data_what_it_asks_for(monkeypatch: 
     with pytest.raises(UsageError, match=r"model\.options\.image_size is 32, and the data have 12") as caught:
         models.build({"arch": "flat", "outputs": 5, "options": {"image_size": 32}}, grey)
     assert caught.value.remedy == "remove model.options.image_size"
+
+
+Scored = namedtuple("Scored", ["logits", "aux"])
+
+
+class Returning(nn.Module):
+    """Returns its logits in some form."""
+
+    def __init__(self, form: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.form, self.head = form, nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> object:
+        return self.form(self.head(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize(
+    ("form", "found"),
+    [
+        (lambda y: {"logits": y, "aux": [y, None]}, r"dict of logits \(Tensor \[2, 5\]\), aux \(list of Tensor \[2, 5\], NoneType\)"),
+        (lambda y: (y, y), r"tuple of Tensor \[2, 5\], Tensor \[2, 5\]"),
+        (lambda y: Scored(y, y), r"Scored of logits \(Tensor \[2, 5\]\), aux"),
+        (lambda y: y[..., None, None], r"Tensor \[2, 5, 1, 1\]"),
+    ],
+)
+def test_a_network_that_returns_more_than_logits_is_refused(form: Callable[[Tensor], object], found: str) -> None:
+    made = models.Network(Returning(form), {"arch": "theirs", "outputs": 5}, PREPROCESSING)
+    with pytest.raises(UsageError, match=rf"theirs must return one tensor \[N, 5\]; in training mode it returned a {found}"):
+        made(torch.rand(2, 3, 16, 16))
+    with pytest.raises(UsageError, match=r"in evaluation mode it returned a"):
+        capture(made, torch.rand(2, 3, 16, 16))
 
 
 class Log(SilentProgress):

@@ -96,6 +96,29 @@ def test_channels_whose_number_the_code_takes_for_granted_stay() -> None:
         assert net(torch.rand(2, 3, 16, 16)).shape == (2, 7)
 
 
+def whys(cuts: pruning.Cuts, kept: list[int]) -> dict[str, str]:
+    return {whole.name: whole.why for whole in cuts.left_whole(kept)}
+
+
+def test_groups_that_stay_whole_are_told_with_the_reason() -> None:
+    cuts = pruning.survey(Network(Padding(), {"arch": "padding", "outputs": 7}, PREPROCESSING), Rules())
+    assert whys(cuts, [8]) == dict.fromkeys(["body.b", "body.gated"], pruning.TAKEN_FOR_GRANTED)  # the head is no such group
+    assert [whole.channels for whole in cuts.left_whole([8])] == [16, 8]
+    assert whys(cuts, [16])["body.a"] == "the target is met without them"
+    assert whys(cuts.with_rules(round_to=16), [16])["body.a"] == "round_to 16 leaves nothing to cut"
+    narrow = pruning.survey(depthwise(), Rules(max_layer_ratio=0.05))
+    assert whys(narrow, narrow.kept(1.0)) == {"body.2": "max_layer_ratio 0.05 of them is less than one"}
+    assert whys(pruning.survey(depthwise(), Rules("bn_scale")), [8]) == {"body.4": "there is no BatchNorm for bn_scale to score them by"}
+    grouped = pruning.survey(resnext(), Rules(round_to=8))
+    whole = {w.name: w for w in grouped.left_whole(grouped.kept(0.5))}
+    assert whole["body.layer1.0.conv2"] == pruning.Whole("body.layer1.0.conv2", 128, "round_to 8 leaves nothing to cut in 32 blocks of 4")
+
+
+def test_nothing_to_cut_says_why() -> None:
+    with pytest.raises(PruningImpossible, match=r"concatenating has no channels .* by the criterion bn_scale; there is no BatchNorm for bn_scale"):
+        pruning.survey(concatenating(), Rules("bn_scale"))
+
+
 def test_mode_hooks_gradients_and_frozen_parameters_are_left_as_found(colours: Dataset) -> None:
     net = resnet8(colours.preprocessing, outputs=3).train()
     net.body.layer1.eval()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import ClassVar
@@ -451,6 +452,7 @@ class Branching(nn.Module):
         self.head = nn.Linear(3, 10)
 
     def forward(self, x: Tensor) -> Tensor:
+        print("the network's own note", file=sys.stderr)
         if x.sum().item() > 0:
             x = x * 2
         return self.head(x.mean((2, 3)))
@@ -481,6 +483,7 @@ def test_a_network_of_one_batch_size_names_the_line_that_fixes_it(way: str, line
         deployed(Network(OneBatch(way), {"arch": "one", "outputs": 10}, PREPROCESSING))
 
 
-def test_untraceable_network_names_the_line() -> None:
+def test_untraceable_network_names_the_line_and_prints_no_graph(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ExportFailed, match=r"test_quantizer\.py:\d+ in forward: `if x\.sum\(\)\.item\(\) > 0:`"):
         deployed(Network(Branching(), {"arch": "branching", "outputs": 10}, PREPROCESSING))
+    assert set(capsys.readouterr().err.splitlines()) == {"the network's own note"}

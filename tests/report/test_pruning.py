@@ -2,6 +2,7 @@
 
 import io
 import re
+from html import unescape
 from typing import Any
 
 import pytest
@@ -24,6 +25,14 @@ FACTS = {
         "ratios": [0.25, 0.5],
         "groups": [{"name": "body.conv1", "channels": 64, "scores": [0.97, 0.61]}, {"name": "body.<i>", "channels": 32, "scores": [0.98, 0.985]}],
     },
+    "whole": {
+        "groups": 12,
+        "left": [
+            *({"name": f"body.{n}.conv1", "channels": 8, "why": "round_to 8 leaves nothing to cut"} for n in range(8)),
+            {"name": "body.<p>", "channels": 16, "why": "the network's code takes their number for granted"},
+        ],
+    },
+    "parametrizations_removed": ["body.stem"],
 }
 
 
@@ -35,13 +44,25 @@ def pruned(report: dict[str, Any]) -> dict[str, Any]:
 
 def test_both_formats_say_what_was_reached_and_measured(pruned: dict[str, Any]) -> None:
     for text in (html.render(pruned), markdown.render(pruned).replace("\\", "")):
+        assert "body.<i>" not in text
         assert "arget 0.5 of the latency on openvino at batch 1 in FP32; kept 41.0 % of the MACs" in text
         assert "multiples of 8, the fastest on openvino at batch 1 in FP32 (1: 1.20 ms, 8: 1.00 ms)" in text
         assert "faster than the uncut network on openvino at batch 1: 0.497 of its p50 (95 % 0.490–0.504, 40 blocks" in text
         assert "from 0.0 % to 31.0 %" in text
         assert "confirming" in text
+        assert "9 of 12 groups of channels stayed whole: body.0.conv1 (8), " in text
+        assert "body.5.conv1 (8) and 2 more, since round_to 8 leaves nothing to cut, body.<p> (16), since the network's code takes" in unescape(text)
+        assert "without what parametrised them, in body.stem" in text
         assert "61.00 %" in text
-        assert "body.<i>" not in text
+
+
+def test_a_cut_of_every_group_says_nothing_of_whole_ones(pruned: dict[str, Any]) -> None:
+    cut = {**FACTS, "whole": {"groups": 12, "left": []}, "parametrizations_removed": []}
+    next(v for v in pruned["variants"] if v["name"] == "prune")["record"] = {"pruning": cut}
+    text = markdown.render(pruned)
+    assert "kept 41.0 % of the MACs" in text
+    assert "whole" not in text
+    assert "parametrised" not in text
 
 
 def test_an_alignment_as_good_as_the_fastest_is_not_called_that(pruned: dict[str, Any]) -> None:

@@ -14,10 +14,10 @@ from deployopt import plugins
 from deployopt.artifact import Availability
 from deployopt.data import Dataset
 from deployopt.errors import BackendUnavailable, PruningImpossible
-from deployopt.nn import checkpoint, evaluate, losses, pruning
+from deployopt.nn import checkpoint, evaluate, losses, models, parametrizations, pruning
 from deployopt.report.pruning import against_parent, is_faster
 from deployopt.runtime.progress import SilentProgress
-from deployopt.stages import Planning, Point, StageContext, StepOutput, _latency, build, finetune, init, prune, qat
+from deployopt.stages import Planning, Point, StageContext, StepOutput, _latency, build, finetune, init, prune, ptq, qat
 from deployopt.stages._latency import Reading, Search
 from deployopt.stages._timing import TimedOn
 from deployopt.store import StoredChoices
@@ -355,6 +355,35 @@ def test_sparse_training_and_steps_without_recovery_come_before_the_last_recover
     assert [r["phase"] for r in step.record["curves"]] == ["prune sparse", "prune 3/3"]
     assert set(step.record["pruning"]["sparse"]["small_channels"]) == {"before", "after"}
     assert len(checkpoint.load(step.folder).lineage) == 3
+
+
+def test_groups_that_no_iteration_cut_are_recorded(run_stages, start: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    wanted = config(iterations=2, between=None, round_to=8, target={"params_ratio": 0.5}, **{"global": True})
+    step = run_stages(tmp_path, [(prune, wanted)], start)[-1]
+    before, after = checkpoint.load(start[-1].folder), checkpoint.load(step.folder)
+    found = step.record["pruning"]["whole"]
+    convolutions = [name for name, module in before.named_modules() if isinstance(module, torch.nn.Conv2d) and "downsample" not in name]
+    uncut = [name for name in convolutions if after.get_submodule(name).out_channels == before.get_submodule(name).out_channels]
+    assert {group["name"] for group in found["left"]} == {name for name in uncut if name != "body.layer1.0.conv2"}  # that is of conv1's group
+    assert 0 < len(found["left"]) < found["groups"] == 6
+
+
+def test_parametrised_weights_are_plain_from_the_cut_on(run_stages, start: list[StepOutput], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    build = models._body
+
+    def normed(*arguments: Any) -> torch.nn.Module:
+        body = build(*arguments)
+        torch.nn.utils.parametrizations.weight_norm(body.layer1[0].conv1)
+        return body
+
+    monkeypatch.setattr(models, "_body", normed)
+    first, pruned, quantized = run_stages(tmp_path, [(init, init.Config(fan_out=False)), (prune, config()), (ptq, ptq.Config(calibration_images=64))])
+    assert parametrizations.modules(checkpoint.load(first.folder)) == ["body.layer1.0.conv1"]
+    assert pruned.record["pruning"]["parametrizations_removed"] == ["body.layer1.0.conv1"]
+    loaded = checkpoint.load(quantized.folder)
+    assert loaded.body.layer1[0].conv1.out_channels < 16
+    assert [entry["op"] for entry in loaded.lineage] == ["remove_parametrizations", "prune", "quantize"]
+    assert "body.layer1.0.conv1" in loaded.lineage[-1]["sites"]
 
 
 @pytest.mark.slow  # prunes twice and trains three times

@@ -50,6 +50,24 @@ def test_weights_that_give_no_numbers_are_named(run_stages, trained: list[StepOu
     assert "what its stages made of the network" in str(caught.value)
 
 
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+def test_a_network_that_returns_more_than_logits_ends_before_anything_is_written(  # type: ignore[no-untyped-def]
+    run_stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    build = models.build
+
+    def with_auxiliary(*arguments: Any) -> models.Network:
+        network = build(*arguments)
+        network.body.register_forward_hook(lambda body, _, logits: {"logits": logits} if body.training == (mode == "training") else logits)
+        return network
+
+    monkeypatch.setattr(models, "build", with_auxiliary)
+    first = [(init, init.Config(fan_out=True))] if mode == "evaluation" else START
+    with pytest.raises(UsageError, match=rf"must return one tensor \[N, 3\]; in {mode} mode it returned a dict of logits \(Tensor \[\d+, 3\]\)"):
+        run_stages(tmp_path, first)
+    assert list(tmp_path.glob(f"{len(first) - 1}-*/*")) == []
+
+
 def test_a_checkpoint_that_gives_no_numbers_is_named(run_stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     """Scored on test, as every variant that is not trained first."""
     build = models.build
