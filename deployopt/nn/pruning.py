@@ -7,8 +7,9 @@ The graph is asked once, on a throw-away copy, which slices of which modules fal
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -357,7 +358,7 @@ def _groups(network: Network, rules: Rules, backward: Backward | None) -> list[G
     names = {module: name for name, module in probe.named_modules()}
     groups = []
     for members in graph.get_all_groups(ignored_layers=[], root_module_types=(nn.Conv2d, nn.Linear)):
-        scores = None if _overruns(members, graph) else importance(members)
+        scores = None if _overruns(members, graph) or _miscut(members) else importance(members)
         if scores is not None:
             groups.append(_group(members, scores, names, graph))
     return _inner([g for g in groups if g.size > 1], macs.on_meta(probe), network.input_shape)
@@ -395,6 +396,12 @@ def _overruns(members: Any, graph: Any) -> bool:
     return False
 
 
+def _miscut(members: Any) -> bool:
+    """Whether Torch-Pruning would cut a grouped transposed convolution, whose weight [in, out / groups, …] it takes for a convolution's."""
+    modules = (dependency.target.module for dependency, _ in members)
+    return any(isinstance(m, nn.ConvTranspose2d) and 1 < m.groups < m.out_channels for m in modules)
+
+
 def _group(members: Any, scores: Tensor, names: dict[nn.Module, str], graph: Any) -> Group:
     slices = []
     blocks = 1
@@ -408,7 +415,7 @@ def _group(members: Any, scores: Tensor, names: dict[nn.Module, str], graph: Any
         if module not in names:  # additions, reshapes, concatenations: nothing to cut
             continue
         if isinstance(module, nn.Conv2d) and 1 < module.groups < module.out_channels:
-            blocks = max(blocks, module.groups)
+            blocks = math.lcm(blocks, module.groups)
         direction: Literal["out", "in"] = "out" if graph.is_out_channel_pruning_fn(dependency.handler) else "in"
         roots = [-1 if root is None else root for root in members[position].root_idxs]
         slices.append(Slice(names[module], direction, np.asarray(indices, dtype=np.int64), np.asarray(roots, dtype=np.int64)))
@@ -419,14 +426,21 @@ def _group(members: Any, scores: Tensor, names: dict[nn.Module, str], graph: Any
 
 
 def _inner(groups: Sequence[Group], shadow: nn.Module, input_shape: tuple[int, ...]) -> list[Group]:
-    """The groups that the output does not depend on, neither its width nor whether there is one. Many are cut at once, and halved only where it does."""
+    """The groups that the output does not depend on, neither its width nor whether there is one. Many are cut at once, and halved only where it does.
+
+    The first channel is cut, and the last: code that takes channels by their places (slices, chunks) goes on with one of them and fails with the other.
+    """
     width, last = _output_shape(shadow, input_shape), list(macs.by_module(shadow, input_shape))[-1]  # as called: the head, most likely
     suspects = [g for g in groups if any((s.module, s.direction) == (last, "out") for s in g.slices)]
 
-    def found(some: Sequence[Group]) -> list[Group]:
+    def runs(some: Sequence[Group], order: int) -> bool:
         candidate = copy.deepcopy(shadow)
-        replay(candidate, _merged([row for g in some for row in g.history(g.size - 1)]))
-        if _output_shape(candidate, input_shape) == width:
+        placed = [replace(g, scores=order * torch.arange(g.size)) for g in some]
+        replay(candidate, _merged([row for g in placed for row in g.history(g.size - 1)]))
+        return _output_shape(candidate, input_shape) == width
+
+    def found(some: Sequence[Group]) -> list[Group]:
+        if runs(some, 1) and runs(some, -1):
             return list(some)
         middle = len(some) // 2
         return found(some[:middle]) + found(some[middle:]) if middle else []

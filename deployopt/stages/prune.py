@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from deployopt.nn.models import Network
     from deployopt.nn.pruning import Cuts, Metric
 
-version = 5
+version = 6
 not_after: frozenset[str] = frozenset({"qat", "ptq", "export", "build", "benchmark"})
 after: frozenset[str] = frozenset()
 cacheable = True
