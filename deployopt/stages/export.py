@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from deployopt.nn.models import Network
 
-version = 6
+version = 7
 not_after = frozenset({"build", "benchmark"})
 after: frozenset[str] = frozenset()
 cacheable = True

@@ -11,7 +11,7 @@ from deployopt.stages._training import finish, load_parent, outputs
 
 __all__ = ["Config", "after", "cacheable", "distributions", "expand", "from_scratch", "not_after", "run", "timed", "trains", "version"]
 
-version = 4
+version = 5
 not_after = frozenset({"qat", "ptq", "export", "build", "benchmark"})
 after: frozenset[str] = frozenset()
 cacheable = True

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Config", "Distill", "after", "cacheable", "distributions", "expand", "from_scratch", "not_after", "run", "timed", "trains", "version"]
 
-version = 6
+version = 7
 not_after = frozenset({"qat", "ptq", "export", "build", "benchmark"})
 after: frozenset[str] = frozenset()
 cacheable = True
