@@ -132,7 +132,10 @@ def _take_name(graph: Graph, folded: str, quantizer: NodeProto) -> None:
 
 
 def _pool_means(model: ModelProto, graph: Graph) -> None:
-    """ReduceMean over exactly height and width of [N, C, H, W] → GlobalAveragePool (and Flatten, if it dropped the axes)."""
+    """ReduceMean over exactly height and width of [N, C, H, W] → GlobalAveragePool; and Reshape if it dropped the axes.
+
+    Not Flatten: ONNX Runtime carries no DQ past it, and the head would compute in FP32.
+    """
     ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*model.graph.value_info, *model.graph.input, *model.graph.output)}
     for node in graph.nodes("ReduceMean"):
         axes = graph.constant(node.input[1]) if len(node.input) > 1 else attribute(node, "axes", None)
@@ -141,7 +144,8 @@ def _pool_means(model: ModelProto, graph: Graph) -> None:
         pooled = node.output[0]
         if not attribute(node, "keepdims", 1):
             pooled = graph.free_name(f"{pooled}.pooled")
-            graph.add_node("Flatten", [pooled], [node.output[0]], f"{node.name}.flatten", axis=1)
+            shape = graph.add_constant(f"{node.name}.shape", np.array([0, -1], np.int64))  # [N, C]
+            graph.add_node("Reshape", [pooled, shape], [node.output[0]], f"{node.name}.reshape")
         node.op_type, node.output[0] = "GlobalAveragePool", pooled
         graph.producers[pooled] = node
         del node.input[1:]

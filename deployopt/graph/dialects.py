@@ -41,13 +41,16 @@ def to_openvino(model: ModelProto) -> ModelProto:
     Q/DQ of a convolution's result before an Add would save no time and only take the results away from those of training. What may be negative
     stays s8, which OpenVINO adds and convolves without a shift by a zero point.
 
+    A graph that joins feature maps (Concat) is told as by `to_unsigned`: behind a Concat OpenVINO 2026.4 computes s8 integers, and u8 ones that a Clip of
+    floats limits, wrongly (by a sixth to a third of the outputs' range in DenseNet-, Inception- and U-Net-like blocks, on AVX2).
+
     Args:
         model: canonical INT8, with the scale "sum" of an Add that no layer reads.
 
     Raises:
         ExportFailed: a scale is missing; names the layer.
     """
-    return _for_x86(model, float_sums=True)
+    return _for_x86(model, float_sums=not any(node.op_type == "Concat" for node in model.graph.node))
 
 
 def _for_x86(model: ModelProto, *, float_sums: bool) -> ModelProto:
@@ -82,6 +85,7 @@ def _for_x86(model: ModelProto, *, float_sums: bool) -> ModelProto:
 def quantize_outputs(graph: Graph, scales: Scales, *, adds_fuse: bool) -> None:
     """Q/DQ after every INT8 convolution and Add whose result some reader (an Add, the pooling, a layer kept in float) would take as a float.
 
+    An Add that follows no convolution directly stays in float: it fuses with none, and no range of it is observed (`nn.placement`).
     A result that is quantised for another reader already gets no second pair. No weights meet the new integers, so those of zero point 0 may use
     all 255 steps; not before pooling by the maximum, where a trained quantiser may follow that needs its own steps.
 
@@ -91,8 +95,8 @@ def quantize_outputs(graph: Graph, scales: Scales, *, adds_fuse: bool) -> None:
     """
     followed = {add.output[0]: graph.producers[name] for add in graph.nodes("Add") for name in add.input if graph.producer(name, "Conv")}
     for node in graph.nodes("Conv", "Add"):
-        if not _in_int8(graph, node):
-            continue  # kept in float (mixed precision), or a normalisation
+        if not _in_int8(graph, node) or (node.op_type == "Add" and node.output[0] not in followed):
+            continue  # kept in float (mixed precision), a normalisation, or a sum of what is activated already
         if adds_fuse and node.op_type == "Conv" and _left_to_add(graph, node):
             continue
         result = _through_relu(graph, node.output[0])
@@ -102,7 +106,7 @@ def quantize_outputs(graph: Graph, scales: Scales, *, adds_fuse: bool) -> None:
         if floating and quantized is not None:
             graph.redirect(result, graph.consumers[quantized][0].output[0], floating)
         elif floating:
-            layer, role = (followed.get(node.output[0], node), "sum") if node.op_type == "Add" else (node, "output")
+            layer, role = (followed[node.output[0]], "sum") if node.op_type == "Add" else (node, "output")
             scale = _observed(scales, layer_name(graph, layer), role)
             if is_non_negative(graph, result) and not any(reader.op_type in TRANSPARENT for reader in floating):
                 scale = np.float32(scale * 127 / 255)

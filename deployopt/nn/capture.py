@@ -67,6 +67,7 @@ def capture(network: nn.Module, example: Tensor) -> GraphModule:
     for name in ("train", "eval"):  # torch.export replaces them by ones that raise
         vars(graph_module).pop(name, None)
     _number_paddings(graph_module)
+    _name_relu6(graph_module)
     return graph_module.eval()
 
 
@@ -113,6 +114,15 @@ def _number_paddings(graph_module: GraphModule) -> None:
         if all(total % 2 == 0 for total in totals):
             node.target = aten.conv2d.default
             node.args = (source, weight, bias, stride, [total // 2 for total in totals], dilation, groups)
+    graph_module.recompile()
+
+
+def _name_relu6(graph_module: GraphModule) -> None:
+    """Write, in place, what nn.ReLU6 computes, a hardtanh from 0 to 6, as F.relu6 is: so `nn.placement` knows it for a ReLU."""
+    for target in (aten.hardtanh.default, aten.hardtanh_.default):
+        for node in graph_module.graph.find_nodes(op="call_function", target=target):
+            if tuple(node.args[1:]) == (0, 6):
+                node.target, node.args = aten.relu6.default, node.args[:1]
     graph_module.recompile()
 
 

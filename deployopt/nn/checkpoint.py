@@ -33,7 +33,12 @@ def specs(network: Network) -> tuple[TensorSpec, TensorSpec]:
 def save(folder: Path, network: Network) -> Artifact:
     """Write both files into `folder` (created if need be); the description last, so that it vouches for the weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    state: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in network.state_dict().items():  # safetensors takes no storage twice: a module with two names is written under both
+        again = tensor.data_ptr() in seen
+        seen.add(tensor.data_ptr())
+        state[name] = (tensor.detach().clone() if again else tensor.detach()).cpu().contiguous()
     atomic_write(folder / WEIGHTS, to_safetensors(state))
     inputs, outputs = specs(network)
     description = {

@@ -46,6 +46,8 @@ SIGN_KEEPING = {
     aten.reshape.default,
     aten.dropout.default,
     aten.dropout_.default,
+    aten.feature_dropout.default,
+    aten.feature_dropout_.default,
     aten.contiguous.default,
 }
 

@@ -55,7 +55,8 @@ ObserverName = Literal["moving_average", "min_max", "mse"]
 SMALLEST_SCALE = 2**-24  # of an all-zero tensor, so that fake-quantisation never divides by zero
 AVERAGING = 0.1  # of a batch in the moving average: a range follows within some ten batches, which is all a short calibration has
 GOLDEN_RATIO = 0.6180339887498949
-TRAINING_ARGUMENT = {BATCH_NORM: 5, aten.dropout.default: 2, aten.dropout_.default: 2}
+DROPOUTS = (aten.dropout, aten.dropout_, aten.feature_dropout, aten.feature_dropout_, aten.alpha_dropout, aten.feature_alpha_dropout)
+TRAINING_ARGUMENT = {BATCH_NORM: 5, **{dropout.default: 2 for dropout in DROPOUTS}}
 MOMENTUM_ARGUMENT, EPS_ARGUMENT = 6, 7
 
 

@@ -7,8 +7,9 @@ The graph is asked once, on a throw-away copy, which slices of which modules fal
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from deployopt.data import Dataset
-from deployopt.errors import ArtifactMismatch, PruningImpossible
+from deployopt.errors import ArtifactMismatch, PruningImpossible, UsageError
 from deployopt.nn import losses, macs
 from deployopt.nn.models import Network
 from deployopt.runtime.preprocessing import to_feed
@@ -391,6 +392,8 @@ def _groups(network: Network, rules: Rules, backward: Backward | None) -> tuple[
         name, channels = names[members[0].dep.target.module], len(members[0].idxs)
         if _overruns(members, graph):
             excluded.append(Whole(name, channels, TAKEN_FOR_GRANTED))
+        elif _miscut(members):
+            excluded.append(Whole(name, channels, "Torch-Pruning cannot cut transposed convolutions of several groups"))
         elif (scores := importance(members)) is None:
             if name != last:
                 excluded.append(Whole(name, channels, f"there is no BatchNorm for {rules.criterion} to score them by"))
@@ -434,6 +437,12 @@ def _overruns(members: Any, graph: Any) -> bool:
     return False
 
 
+def _miscut(members: Any) -> bool:
+    """Whether Torch-Pruning would cut a grouped transposed convolution, whose weight [in, out / groups, …] it takes for a convolution's."""
+    modules = (dependency.target.module for dependency, _ in members)
+    return any(isinstance(m, nn.ConvTranspose2d) and 1 < m.groups < m.out_channels for m in modules)
+
+
 def _group(members: Any, scores: Tensor, names: dict[nn.Module, str], graph: Any) -> Group:
     slices = []
     blocks = 1
@@ -447,7 +456,7 @@ def _group(members: Any, scores: Tensor, names: dict[nn.Module, str], graph: Any
         if module not in names:  # additions, reshapes, concatenations: nothing to cut
             continue
         if isinstance(module, nn.Conv2d) and 1 < module.groups < module.out_channels:
-            blocks = max(blocks, module.groups)
+            blocks = math.lcm(blocks, module.groups)
         direction: Literal["out", "in"] = "out" if graph.is_out_channel_pruning_fn(dependency.handler) else "in"
         roots = [-1 if root is None else root for root in members[position].root_idxs]
         slices.append(Slice(names[module], direction, np.asarray(indices, dtype=np.int64), np.asarray(roots, dtype=np.int64)))
@@ -461,6 +470,8 @@ def _inner(groups: Sequence[Group], last: str, shadow: nn.Module, input_shape: t
     """The groups that the output does not depend on, neither its width nor whether there is one; and those of fixed width, without which there is none, or
     not one row an image. The others make its width. Many are cut at once, and halved only where the output depends on them.
 
+    The first channel is left, and then the last: code that takes channels by their places (slices, chunks) goes on with one of them and fails with the other.
+
     Args:
         last: the layer called last.
     """
@@ -468,10 +479,16 @@ def _inner(groups: Sequence[Group], last: str, shadow: nn.Module, input_shape: t
     suspects = [g for g in groups if any((s.module, s.direction) == (last, "out") for s in g.slices)]
     fixed: list[Group] = []
 
-    def found(some: Sequence[Group]) -> list[Group]:
+    def shape_without(some: Sequence[Group], order: int) -> tuple[int, ...] | None:
         candidate = copy.deepcopy(shadow)
-        replay(candidate, _merged([row for g in some for row in g.history(g.size - 1)]))
-        shape = _output_shape(candidate, input_shape)
+        placed = [replace(g, scores=order * torch.arange(g.size)) for g in some]
+        replay(candidate, _merged([row for g in placed for row in g.history(g.size - 1)]))
+        return _output_shape(candidate, input_shape)
+
+    def found(some: Sequence[Group]) -> list[Group]:
+        shape = shape_without(some, 1)
+        if shape == width:
+            shape = shape_without(some, -1)
         if shape == width:
             return list(some)
         middle = len(some) // 2
@@ -492,9 +509,9 @@ def _merged(history: History) -> History:
 
 
 def _output_shape(shadow: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """None of a network that does not run, since widths do not fit together."""
+    """None of a network that does not run, since widths do not fit together, or makes no rows any more."""
     try:
         with torch.no_grad():
             return tuple(shadow(torch.empty(1, *input_shape, device="meta")).shape)
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError, UsageError):
         return None

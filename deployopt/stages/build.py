@@ -27,7 +27,7 @@ from deployopt.runtime.session import SessionOptions
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
 from deployopt.stages._parity import PARITY_IMAGES, WIDENED, compare, limit_of, onnx_outputs, outputs_by_batch
 
-version = 11
+version = 12
 not_after: frozenset[str] = frozenset()
 after = frozenset({"export"})
 cacheable = True

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from deployopt.errors import ArtifactCorrupt, ArtifactError, ArtifactMismatch
 from deployopt.nn import checkpoint, macs, models, pruning
@@ -117,3 +118,12 @@ def test_a_damaged_folder_is_refused(saved: Path, damage, error: type[Exception]
 def _edit(folder: Path, **changes: object) -> None:
     path = folder / checkpoint.DESCRIPTION
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_module_with_two_names_is_written_under_both(tmp_path: Path) -> None:
+    net = network()
+    net.body.also = net.body.layer1
+    checkpoint.save(tmp_path, net)
+    found = load_file(tmp_path / checkpoint.WEIGHTS)
+    assert found.keys() == net.state_dict().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in net.state_dict().items())

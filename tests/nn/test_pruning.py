@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,6 +118,36 @@ def test_groups_that_stay_whole_are_told_with_the_reason() -> None:
 def test_nothing_to_cut_says_why() -> None:
     with pytest.raises(PruningImpossible, match=r"concatenating has no channels .* by the criterion bn_scale; there is no BatchNorm for bn_scale"):
         pruning.survey(concatenating(), Rules("bn_scale"))
+
+
+class Placed(nn.Module):
+    """Channels that the code takes by their places, groups of 2 and of 3 side by side, and a transposed convolution in groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.sliced, self.rest = nn.Conv2d(3, 16, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1)
+        self.joined = nn.Conv2d(20, 24, 1)
+        self.twos, self.threes = nn.Conv2d(24, 24, 3, padding=1, groups=2), nn.Conv2d(24, 24, 3, padding=1, groups=3)
+        self.up, self.head = nn.ConvTranspose2d(24, 16, 2, 2, groups=4), nn.Linear(16, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = self.joined(torch.cat([self.sliced(x[:, :8]), self.rest(x[:, 8:])], 1)).relu()
+        return self.head(self.up((self.twos(x).relu() + self.threes(x)).relu()).mean((2, 3)))
+
+
+def test_whichever_channels_go_the_network_still_runs() -> None:
+    net = Network(Placed(), {"arch": "placed", "outputs": 7}, PREPROCESSING).eval()
+    cuts = pruning.survey(net, Rules())
+    assert {group.name: group.blocks for group in cuts.groups} == {"body.joined": 6, "body.sliced": 1, "body.rest": 1}
+    for seed in range(6):
+        torch.manual_seed(seed)
+        cuts.groups = tuple(replace(group, scores=torch.rand(group.size)) for group in cuts.groups)
+        kept, cut = [int(group.size * 0.6) for group in cuts.groups], copy.deepcopy(net)
+        cuts.apply(cut, kept)
+        with torch.inference_mode():
+            assert cut(torch.rand(2, 3, 16, 16)).shape == (2, 7)
+        assert tuple(cuts.cost(kept).values()) == counts(cut)
 
 
 def test_mode_hooks_gradients_and_frozen_parameters_are_left_as_found(colours: Dataset) -> None:

@@ -1,0 +1,106 @@
+"""INT8 of networks that are no ResNets: joined feature maps, sums of activated tensors, nn.ReLU6 and Dropout2d, run by both CPU runtimes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from small_networks import PREPROCESSING
+from torch import Tensor, nn
+
+from deployopt.backends import onnxruntime, openvino
+from deployopt.nn.capture import capture, example_input
+from deployopt.nn.export import canonical
+from deployopt.nn.models import Network
+from deployopt.nn.placement import layers
+from deployopt.nn.prepared import Prepared, Scheme
+from deployopt.nn.quantizer import fake_quantized, recorded_scales
+from deployopt.runtime.progress import SilentProgress
+from deployopt.runtime.session import SessionOptions
+
+
+class Block(nn.Module):
+    """A stem, three convolutions that a subclass connects, and a head behind the mean."""
+
+    def __init__(self, last: int = 16) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(16, 8, 1)
+        self.last, self.head = nn.Conv2d(last, 16, 3, padding=1), nn.Linear(16, 7)
+
+    def out(self, x: Tensor) -> Tensor:
+        return self.head(self.last(x).relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Inception(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        return self.out(F.max_pool2d(torch.cat([self.a(x).relu(), self.b(x).relu() * 0.25], 1), 2))
+
+
+class Dense(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        return self.out(torch.cat([x, self.a(x).relu(), self.b(x)], 1))
+
+
+class UNet(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        small = F.max_pool2d(self.a(x).relu(), 2)
+        return self.out(torch.cat([x, F.interpolate(small, scale_factor=2.0), self.b(x)], 1))
+
+
+class Sums(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        return self.out(self.a(x).relu() + self.b(x).relu())
+
+
+def quantized(body: nn.Module) -> tuple[Network, nn.Module]:
+    network = Network(body, {"arch": type(body).__name__, "outputs": 7}, PREPROCESSING).eval()
+    prepared = Prepared(network, Scheme())
+    prepared.calibrate([torch.rand(16, *network.input_shape) for _ in range(2)])
+    prepared.write_back(network)
+    return network, fake_quantized(network)
+
+
+@pytest.mark.parametrize("backend", [onnxruntime, openvino], ids=["onnxruntime", "openvino"])
+@pytest.mark.parametrize(("make", "last"), [(Inception, 16), (Dense, 32), (UNet, 32), (Sums, 8)])
+def test_runtimes_compute_all_layers_in_int8_and_what_torch_does(make: type[Block], last: int, backend: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, module = quantized(make(last))
+    onnx.save(canonical(module, network, recorded_scales(network)), tmp_path / "canonical.onnx")
+    path = backend.prepare(tmp_path / "canonical.onnx", "int8", tmp_path / "prepared.onnx")
+    assert backend.count_layers(str(path), "int8", SilentProgress()) == {"int8": 5}
+    images = torch.rand(16, *network.input_shape)
+    with torch.inference_mode(), backend.open(path, SessionOptions(precision="int8")) as session:
+        wanted = module(images).numpy()
+        (found,) = session.infer({"input": images.numpy()}).values()
+    assert np.abs(found - wanted).max() < 0.03 * np.abs(wanted).max()
+
+
+class Mobile(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(inplace=True), nn.Dropout2d(0.5), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU6())
+        self.head = nn.Linear(8, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_relu6_is_a_relu_and_dropout2d_drops_in_training_only() -> None:
+    torch.manual_seed(0)
+    network = Network(Mobile(), {"arch": "mobile", "outputs": 7}, PREPROCESSING).eval()
+    found = layers(capture(network, example_input(PREPROCESSING)).graph)
+    assert [layer.signed_input for layer in found] == [True, False, False]
+    assert [str(layer.observed["output"].target) for layer in found[:2]] == ["aten.relu6.default"] * 2
+    prepared, images = Prepared(network, Scheme()), torch.rand(4, *network.input_shape)
+    prepared.calibrate([images])
+    prepared.freeze_observers()
+    assert torch.equal(prepared(images), prepared(images))
+    prepared.train()
+    assert not torch.equal(prepared(images), prepared(images))
