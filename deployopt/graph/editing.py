@@ -11,7 +11,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from deployopt.errors import ExportFailed
 
-PRODUCTS = ("Conv", "Gemm", "MatMul")  # the layers that carry weights
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # the layers that carry weights
 TRANSPARENT = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity")  # move values, compute none
 
 
