@@ -178,6 +178,11 @@ def unmoved(graph: Graph, tensor: str) -> str:
     return tensor
 
 
+def dequantizer_of(graph: Graph, tensor: str) -> NodeProto | None:
+    """The DequantizeLinear whose values a tensor holds, perhaps pooled by their maximum or reshaped."""
+    return graph.producer(unmoved(graph, tensor), "DequantizeLinear")
+
+
 def has_constant_weight(graph: Graph, node: NodeProto) -> bool:
     """Whether a product multiplies by a stored weight (and not two activations)."""
     tensor = node.input[1]
