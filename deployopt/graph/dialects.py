@@ -10,7 +10,7 @@ from onnx import ModelProto, NodeProto, checker, helper
 
 from deployopt.errors import ExportFailed
 from deployopt.graph.canonical import Scales, stored_scales
-from deployopt.graph.editing import PRODUCTS, TRANSPARENT, Graph, attribute, clone, layer_name, with_shapes
+from deployopt.graph.editing import PRODUCTS, TRANSPARENT, Graph, attribute, clone, dequantizer_of, layer_name, with_shapes
 
 SATURATION_KEY = "deployopt.int16_saturation"  # read by runtime/onnxruntime_session.py
 _PAIR_SAFE = 64  # 2 · 255 · 64 < 2^15: a pair of products of x86's vpmaddubsw fits int16
@@ -85,7 +85,8 @@ def _for_x86(model: ModelProto, *, float_sums: bool) -> ModelProto:
 def quantize_outputs(graph: Graph, scales: Scales, *, adds_fuse: bool) -> None:
     """Q/DQ after every INT8 convolution and Add whose result some reader (an Add, the pooling, a layer kept in float) would take as a float.
 
-    An Add that follows no convolution directly stays in float: it fuses with none, and no range of it is observed (`nn.placement`).
+    An Add that follows no convolution directly, or one that another Add follows too, stays in float: it fuses with none, and no range of it is observed
+    (`nn.placement`).
     A result that is quantised for another reader already gets no second pair. No weights meet the new integers, so those of zero point 0 may use
     all 255 steps; not before pooling by the maximum, where a trained quantiser may follow that needs its own steps.
 
@@ -93,7 +94,7 @@ def quantize_outputs(graph: Graph, scales: Scales, *, adds_fuse: bool) -> None:
         scales: as `canonicalize` stores them. An Add's are kept with the layer it follows: the operand that is not the quantised identity.
         adds_fuse: leave the result of a convolution that only an Add with a quantised operand reads, as the convolution's kernel adds that itself.
     """
-    followed = {add.output[0]: graph.producers[name] for add in graph.nodes("Add") for name in add.input if graph.producer(name, "Conv")}
+    followed = {add.output[0]: graph.producers[name] for add in graph.nodes("Add") for name in add.input if _made_for_one_add(graph, name)}
     for node in graph.nodes("Conv", "Add"):
         if not _in_int8(graph, node) or (node.op_type == "Add" and node.output[0] not in followed):
             continue  # kept in float (mixed precision), a normalisation, or a sum of what is activated already
@@ -113,17 +114,25 @@ def quantize_outputs(graph: Graph, scales: Scales, *, adds_fuse: bool) -> None:
             graph.redirect(result, _add_pair(graph, result, scale), floating)
 
 
+def _made_for_one_add(graph: Graph, tensor: str) -> bool:
+    """Whether a tensor is a convolution's result that exactly one Add reads."""
+    return graph.producer(tensor, "Conv") is not None and sum(reader.op_type == "Add" for reader in graph.consumers[tensor]) == 1
+
+
 def _in_int8(graph: Graph, node: NodeProto) -> bool:
     """Whether an INT8 kernel computes a convolution or Add: its operands are quantised, or one is a convolution's that this kernel fuses with."""
-    makers = [graph.producers.get(name) for name in node.input[:2]]
-    fused = [m for m in makers if node.op_type == "Add" and m is not None and m.op_type == "Conv" and _in_int8(graph, m)]
-    return all(m in fused or (m is not None and m.op_type == "DequantizeLinear") for m in makers)
+
+    def is_fused(operand: str) -> bool:
+        maker = graph.producer(operand, "Conv")
+        return node.op_type == "Add" and maker is not None and _in_int8(graph, maker)
+
+    return all(dequantizer_of(graph, operand) is not None or is_fused(operand) for operand in node.input[:2])
 
 
 def _left_to_add(graph: Graph, conv: NodeProto) -> bool:
     """Whether nothing but an Add with a quantised operand reads a convolution's result."""
     readers = graph.consumers.get(conv.output[0], [])
-    return len(readers) == 1 and readers[0].op_type == "Add" and any(graph.producer(name, "DequantizeLinear") for name in readers[0].input)
+    return len(readers) == 1 and readers[0].op_type == "Add" and any(dequantizer_of(graph, name) for name in readers[0].input)
 
 
 def _through_relu(graph: Graph, tensor: str) -> str:
@@ -236,7 +245,7 @@ def quantize_biases(graph: Graph) -> None:
     """
     for node in graph.nodes("Conv", "Gemm"):
         bias = graph.constant(node.input[2]) if len(node.input) == 3 else None
-        x, w = (graph.producer(name, "DequantizeLinear") for name in node.input[:2])
+        x, w = (dequantizer_of(graph, name) for name in node.input[:2])
         if bias is None or x is None or w is None or bias.ndim != 1:
             continue
         x_scale, w_scale = graph.constant(x.input[1]), graph.constant(w.input[1])
@@ -306,7 +315,7 @@ def saturating_layers(graph: Graph) -> list[str]:
     """
     found = []
     for node in graph.nodes(*PRODUCTS):
-        x, w = (graph.producer(name, "DequantizeLinear") for name in node.input[:2])
+        x, w = (dequantizer_of(graph, name) for name in node.input[:2])
         if x is None or w is None:
             continue
         zero, weight = graph.constant(x.input[2]) if len(x.input) > 2 else None, graph.constant(w.input[0])

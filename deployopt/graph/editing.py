@@ -11,7 +11,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from deployopt.errors import ExportFailed
 
-PRODUCTS = ("Conv", "Gemm", "MatMul")  # the layers that carry weights
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # the layers that carry weights
 TRANSPARENT = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity")  # move values, compute none
 
 
@@ -176,6 +176,11 @@ def unmoved(graph: Graph, tensor: str) -> str:
     while (node := graph.producers.get(tensor)) is not None and node.op_type in TRANSPARENT:
         tensor = node.input[0]
     return tensor
+
+
+def dequantizer_of(graph: Graph, tensor: str) -> NodeProto | None:
+    """The DequantizeLinear whose values a tensor holds, perhaps pooled by their maximum or reshaped."""
+    return graph.producer(unmoved(graph, tensor), "DequantizeLinear")
 
 
 def has_constant_weight(graph: Graph, node: NodeProto) -> bool:

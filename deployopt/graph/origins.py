@@ -9,7 +9,6 @@ from onnx import GraphProto, NodeProto
 
 from deployopt.graph.editing import PRODUCTS
 
-_ANCHORS = frozenset({*PRODUCTS, "ConvTranspose"})  # what the nodes around are fused into
 _MADE_UNIQUE, _LAYOUT = re.compile(r"_token_\d+$"), re.compile(r"_nchwc$")  # what ONNX Runtime appends to the names it derives
 
 
@@ -70,7 +69,7 @@ class _Nodes:
         """The nodes before `anchor` along first inputs up to its product, [] if there is none before a node that is taken."""
         before: list[int] = []
         node = anchor
-        while self.nodes[node].op_type not in _ANCHORS:
+        while self.nodes[node].op_type not in PRODUCTS:  # what the nodes around are fused into
             earlier = self.producers.get(self.nodes[node].input[0]) if self.nodes[node].input else None
             if earlier is None or earlier in taken:
                 return []

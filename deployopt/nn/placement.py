@@ -8,7 +8,10 @@ TensorRT's placement for a residual block, Q for a quantise/dequantise pair, (R)
                                               identity
 
 - every Conv2d and Linear reads a quantised input and a quantised weight (per output channel);
-- of a residual Add only the identity operand is quantised, so that conv2 + add + relu become one INT8 kernel;
+- of a residual Add only the identity operand is quantised, so that conv2 + add + relu become one INT8 kernel. A convolution whose result several
+  Adds read fuses with none of them, and they stay in float;
+- a tensor that one layer reads as it is and another pooled by its maximum or reshaped, or that layers read pooled in several ways, is quantised once,
+  before that: with two scales on one tensor no kernel could write integers that both readers take;
 - a range is recorded for the output of each convolution and for the sum, after their ReLU: runtimes whose kernels also write INT8 (ONNX
   Runtime on x86) need those scales wherever nothing quantised reads the tensor;
 - a layer kept in float (mixed precision) reads and writes floats, and so does the Add that it is the main operand of.
@@ -20,6 +23,7 @@ that reads (input, identity) or makes it (output, sum): names of torch.export or
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, cast
@@ -34,21 +38,28 @@ BATCH_NORM = aten.batch_norm.default
 ADDS = {aten.add.Tensor, aten.add_.Tensor}
 RELUS = {aten.relu.default, aten.relu_.default, aten.relu6.default, aten.relu6_.default}  # those that kernels fuse
 POSITIVE = RELUS | {aten.sigmoid.default, aten.sigmoid_.default, aten.hardsigmoid.default, aten.softmax.int}
-SIGN_KEEPING = {
+MOVING = {  # values, and computing none: rounding before and after is the same. What `graph.editing.TRANSPARENT` says of ONNX
     aten.max_pool2d.default,
+    aten.flatten.using_ints,
+    aten.view.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.contiguous.default,
+    aten.dropout.default,  # scales them in training, and is gone in the exported graph
+    aten.dropout_.default,
+    aten.feature_dropout.default,
+    aten.feature_dropout_.default,
+}
+SIGN_KEEPING = MOVING | {
     aten.avg_pool2d.default,
     aten.adaptive_avg_pool2d.default,
     aten.adaptive_max_pool2d.default,
     operator.getitem,  # the values or the indices of that
     aten.mean.dim,
-    aten.flatten.using_ints,
-    aten.view.default,
-    aten.reshape.default,
-    aten.dropout.default,
-    aten.dropout_.default,
-    aten.feature_dropout.default,
-    aten.feature_dropout_.default,
-    aten.contiguous.default,
 }
 
 Role = Literal["input", "identity", "output", "sum"]
@@ -64,7 +75,7 @@ class Layer:
         name: module path of the weight's owner.
         node: the convolution or matrix product. Its arguments are (input, weight, bias …).
         add: the residual Add that the layer's output is the main operand of.
-        quantized: role → tensor that is quantised for its consumer ("input" for `node`, "identity" for `add`).
+        quantized: role → tensor that is quantised for its consumer ("input" for `node`, "identity" for `add`), perhaps before it is pooled or reshaped.
         observed: role → tensor whose scale is recorded; some layer may quantise it too ("output" of a convolution, "sum" of its Add).
         signed_input: the input may be negative.
     """
@@ -81,9 +92,9 @@ class Layer:
         return cast(Node, self.node.args[1])
 
     def edges(self) -> Iterator[tuple[Role, Node, Node]]:
-        """(role, tensor, consumer) of each quantised activation."""
+        """(role, tensor, node that reads it) of each quantised activation. While the graph is as `layers` found it."""
         for role, tensor in self.quantized.items():
-            yield role, tensor, self.node if role == "input" else cast(Node, self.add)
+            yield role, tensor, cast(Node, _reader(tensor, self.node if role == "input" else cast(Node, self.add)))
 
     def weight_limit(self, saturation_guard: bool) -> int:
         """Largest magnitude of the integer weights: 127, or 63 for a guarded layer whose input may be negative.
@@ -132,7 +143,30 @@ def layers(graph: Graph, float_layers: Collection[str] = ()) -> list[Layer]:
             add, layer.quantized["identity"] = residuals[node]
             layer.observed["sum"] = _activated(add)
         found.append(layer)
+    _quantize_once(found)
     return found
+
+
+def _quantize_once(found: list[Layer]) -> None:
+    """Where several of the quantised tensors hold the values of one, moved, let that one be quantised instead."""
+    tensors = {tensor for layer in found for tensor in layer.quantized.values()}
+    holding = Counter(_unmoved(tensor) for tensor in tensors)
+    for layer in found:
+        layer.quantized.update({role: _unmoved(tensor) for role, tensor in layer.quantized.items() if holding[_unmoved(tensor)] > 1})
+
+
+def _unmoved(node: Node) -> Node:
+    """The tensor whose values this one holds, before they were moved."""
+    while node.target in MOVING:
+        node = cast(Node, node.args[0])
+    return node
+
+
+def _reader(tensor: Node, consumer: Node) -> Node | None:
+    """The node that reads `tensor` where `consumer` does, or where it reads it moved; None if it does not."""
+    if tensor in consumer.all_input_nodes:
+        return consumer
+    return next((found for node in consumer.all_input_nodes if node.target in MOVING and (found := _reader(tensor, node))), None)
 
 
 def _activated(node: Node) -> Node:
@@ -146,11 +180,15 @@ def _own_weight(node: Node) -> bool:
 
 
 def _residuals(graph: Graph, layer_nodes: list[Node]) -> dict[Node, tuple[Node, Node]]:
-    """Convolution → (Add, identity operand). Of two operands made by convolutions the one behind more of them is the main path."""
+    """Convolution → (Add, identity operand). Of two operands made by convolutions the one behind more of them is the main path.
+
+    Without convolutions whose results several Adds read: each of those would take it for its own, and the scales of one for another's.
+    """
     depth: dict[Node, int] = {}
     for node in graph.nodes:
         depth[node] = max((depth[n] for n in node.all_input_nodes), default=0) + (node.target is CONVOLUTION)
-    made_by = {norm_of(n) or n: n for n in layer_nodes if n.target is CONVOLUTION}
+    results = {norm_of(n) or n: n for n in layer_nodes if n.target is CONVOLUTION}
+    made_by = {result: n for result, n in results.items() if sum(user.target in ADDS for user in result.users) == 1}
     found = {}
     for node in graph.nodes:
         operands = [a for a in node.args[:2] if isinstance(a, Node)]

@@ -212,6 +212,7 @@ class PlacementQuantizer(Quantizer):  # type: ignore[misc]
                 keys[role] = tensor.name
                 note(consumer).input_qspec_map[tensor] = self._activation(layer, role, tensor, "activation")
                 if role == "input":  # torchao's conv + BatchNorm rewrite reads this map by position: input, then weight
+                    note(layer.node).input_qspec_map.setdefault(layer.node.args[0], None)  # of an input that is quantised before it is pooled or reshaped
                     keys["weight"] = f"{layer.name}.weight"
                     note(layer.node).input_qspec_map[layer.weight] = self._weight(layer)
             for role, tensor in layer.observed.items():

@@ -111,8 +111,8 @@ def insert_quantization(graph_module: GraphModule, entry: Mapping[str, Any], ext
     if missing := {layer.name for layer in found} ^ (set(sites) - set(extra_float)):
         raise ArtifactMismatch(f"the scales and the network's layers differ at {', '.join(sorted(missing))}", _remedy())
     dequantized: dict[Node, Node] = {}
-    for layer in found:
-        for role, tensor, consumer in layer.edges():
+    for layer, edges in [(layer, list(layer.edges())) for layer in found]:
+        for role, tensor, consumer in edges:
             if tensor not in dequantized:
                 dequantized[tensor] = _quantize_activation(graph_module, tensor, sites[layer.name][role])
             consumer.replace_input_with(tensor, dequantized[tensor])

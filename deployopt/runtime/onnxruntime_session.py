@@ -24,7 +24,7 @@ NOT_OFFERED = {  # ONNX Runtime inserts casts around its FP32 kernels: right res
 }
 PRODUCTS = {  # convolutions and matrix products of optimised graphs (docs/ContribOperators.md), and what they compute in
     **dict.fromkeys(("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm"), "int8"),
-    **dict.fromkeys(("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"), "fp32"),
+    **dict.fromkeys(("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"), "fp32"),
 }
 _PRECISIONS = {"float": "fp32", "float16": "fp16", "int8": "int8", "uint8": "int8"}  # by an input's type, as profiles name it
 Origins = Callable[[Path, Path], Sequence[Tuple[str, ...]]]  # (file, optimised file) → the file's nodes that each optimised node stands for

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 
 from deployopt import backends, plugins
 from deployopt.artifact import Artifact, Precision
+from deployopt.bench.environment import versions
 from deployopt.errors import BackendUnavailable, StageFailed, UsageError
 from deployopt.runtime import host
 from deployopt.runtime.session import SessionOptions
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from deployopt.bench.harness import Measured
 
+EXPORTERS = ("onnx", "onnxscript")  # distributions
 SECONDS = 1.0  # timed for each candidate
 IMAGES = 32
 
@@ -47,8 +49,10 @@ class TimedOn(StageConfig):
 
 
 def key_parts(where: TimedOn) -> dict[str, Any]:
-    """What a decision timed there depends on beside the step's inputs, for `Expansion.parameters`: this machine, and the runtime's version."""
-    return {"machine": host.timing_facts(), "runtime": backends.find(where.backend).probe().version}
+    """What a decision timed there depends on beside the step's inputs, for `Expansion.parameters`: this machine, the runtime's version, and those of
+    the packages that export and prepare candidates."""
+    backend = backends.find(where.backend)
+    return {"machine": host.timing_facts(), "runtime": backend.probe().version, "distributions": versions((*EXPORTERS, *backend.distributions))}
 
 
 class Candidates:

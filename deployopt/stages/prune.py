@@ -28,7 +28,7 @@ cacheable = True
 timed = False  # only some configs are; `expand` then names the machine and the runtime
 trains = True
 from_scratch = False
-distributions = (*DISTRIBUTIONS, "torch-pruning", "onnx")
+distributions = (*DISTRIBUTIONS, "torch-pruning")
 
 
 class Latency(TimedOn):

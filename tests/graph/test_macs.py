@@ -1,3 +1,5 @@
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
 from residual_onnx import quantized, residual
 
 from deployopt.graph.canonical import canonicalize
@@ -20,3 +22,11 @@ def test_macs_are_those_counted_by_hand():
 
 def test_quantisation_changes_no_macs():
     assert by_node(canonicalize(quantized()[0])) == COUNTED_BY_HAND
+
+
+def test_a_transposed_convolution_multiplies_what_it_reads():
+    image, outcome = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", c, size, size]) for name, c, size in (("x", 8, 5), ("y", 6, 10)))
+    node = helper.make_node("ConvTranspose", ["x", "up.weight"], ["y"], strides=[2, 2], group=2)
+    weight = numpy_helper.from_array(np.zeros((8, 3, 2, 2), np.float32), "up.weight")
+    model = helper.make_model(helper.make_graph([node], "up", [image], [outcome], [weight]), opset_imports=[helper.make_opsetid("", 21)])
+    assert by_node(canonicalize(model)) == {"up": 8 * 5 * 5 * 3 * 2 * 2}

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from deployopt.artifact import Availability
 from deployopt.errors import BackendUnavailable, StageFailed, UsageError
 from deployopt.nn import checkpoint, layer_sensitivity
 from deployopt.nn.quantizer import fake_quantized, quantization
-from deployopt.stages import StepOutput, _mixed_precision, _timing, build, export, finetune, init, ptq, qat
+from deployopt.stages import Planning, Point, StepOutput, _mixed_precision, _timing, build, export, finetune, init, ptq, qat
 from deployopt.stages._quantize import MixedPrecision, Sensitivity
 
 TRAIN = {"batch_size": 32, "warmup_epochs": 0.0}
@@ -166,3 +167,12 @@ def test_learned_scales_train_and_stay_positive(run_stages, floating: list[StepO
     sites = [quantization(checkpoint.load(step.folder))["sites"]["body.conv1"]["weight"] for step in (learned, observed)]  # type: ignore[index]
     assert min(sites[0]) > 0
     assert sites[0] != sites[1]
+
+
+@pytest.mark.parametrize("stage", [ptq, qat])
+def test_the_key_names_what_builds_candidates_where_timing_decides(stage: Any) -> None:
+    planning = Planning([Point("torch", "init", "float")], stage.__name__)
+    (given,) = stage.expand(stage.Config(mixed_precision=("body.conv1",)), planning)
+    assert given.parameters == {}
+    (timed,) = stage.expand(stage.Config(mixed_precision="auto"), planning)
+    assert timed.parameters["distributions"].items() >= {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime")}.items()

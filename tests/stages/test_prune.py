@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -428,8 +429,9 @@ def test_options_that_exclude_each_other_are_refused(options: dict[str, Any], me
 )
 def test_the_key_names_the_machine_and_the_runtime_where_timing_decides(options: dict[str, Any], backend: str) -> None:
     (step,) = prune.expand(config(**options), Planning([Point("torch", "init", "float")], "prune"))
-    assert set(step.parameters) == {"machine", "runtime"}
+    assert set(step.parameters) == {"machine", "runtime", "distributions"}
     assert step.parameters["runtime"] == plugins.find("backends", backend).probe().version
+    assert step.parameters["distributions"].items() >= {name: version(name) for name in ("onnx", "onnxscript", backend)}.items()
 
 
 def test_the_key_names_no_machine_where_timing_only_warns() -> None:
