@@ -6,7 +6,8 @@
 For each backend: ResNet-18 with ImageNet's stem is trained on digits of 64 pixels, pruned to `latency.ratio`, trained again, exported, built and measured
 by `benchmark` against the dense network: other processes, other rounds and longer than in the search. Each repeat measures anew. A figure is the ratio of
 p50 latencies, pruned to dense, from interleaved rounds. Of networks below a millisecond much is spent between the layers, whatever their widths, and no
-candidate may reach half. Adds to benchmarks/results/latency_target.json and .md: a backend measured again with as many threads replaces its line.
+candidate may reach half. Adds to benchmarks/results/latency_target.json and .md: a backend measured again with as many threads replaces its line; another
+ratio, batch size or time starts both files anew.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def to_openvino(model: ModelProto) -> ModelProto:
     floats limits, wrongly (by a sixth to a third of the outputs' range in DenseNet-, Inception- and U-Net-like blocks, on AVX2).
 
     Args:
-        model: canonical INT8, with the scale "sum" of an Add that no layer reads.
+        model: canonical INT8, with the scale "sum" of an Add that no layer reads; with a Concat what `to_unsigned` needs.
 
     Raises:
         ExportFailed: a scale is missing; names the layer.

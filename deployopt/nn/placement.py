@@ -14,7 +14,8 @@ TensorRT's placement for a residual block, Q for a quantise/dequantise pair, (R)
   before that: with two scales on one tensor no kernel could write integers that both readers take;
 - a range is recorded for the output of each convolution and for the sum, after their ReLU: runtimes whose kernels also write INT8 (ONNX
   Runtime on x86) need those scales wherever nothing quantised reads the tensor;
-- a layer kept in float (mixed precision) reads and writes floats, and so does the Add that it is the main operand of.
+- a layer kept in float (mixed precision) reads and writes floats, and so does the Add that it is the main operand of; rounded ones where it reads a
+  pooled tensor that is quantised before the pooling.
 
 A layer is known by the module path of its weight relative to the network ("body.layer1.0.conv1"), a tensor by the layer
 that reads (input, identity) or makes it (output, sum): names of torch.export or torchao are never stored.

@@ -470,7 +470,8 @@ def _inner(groups: Sequence[Group], last: str, shadow: nn.Module, input_shape: t
     """The groups that the output does not depend on, neither its width nor whether there is one; and those of fixed width, without which there is none, or
     not one row an image. The others make its width. Many are cut at once, and halved only where the output depends on them.
 
-    The first channel is left, and then the last: code that takes channels by their places (slices, chunks) goes on with one of them and fails with the other.
+    Once each group's first channel is cut, and once its last: code that takes channels by their places (slices, chunks) goes on without one of them and
+    fails without the other.
 
     Args:
         last: the layer called last.
@@ -481,7 +482,7 @@ def _inner(groups: Sequence[Group], last: str, shadow: nn.Module, input_shape: t
 
     def shape_without(some: Sequence[Group], order: int) -> tuple[int, ...] | None:
         candidate = copy.deepcopy(shadow)
-        placed = [replace(g, scores=order * torch.arange(g.size)) for g in some]
+        placed = [replace(g, scores=order * torch.arange(float(g.size))) for g in some]
         replay(candidate, _merged([row for g in placed for row in g.history(g.size - 1)]))
         return _output_shape(candidate, input_shape)
 

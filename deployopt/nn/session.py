@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from deployopt.errors import BackendUnavailable, DeviceUnavailable, UsageError
-from deployopt.nn import checkpoint
+from deployopt.nn import checkpoint, parametrizations
 from deployopt.runtime.session import Feed, SessionOptions, TensorSpec
 
 
@@ -107,6 +107,7 @@ def _open(path: Path, options: SessionOptions, *, compiled: bool) -> TorchSessio
     torch.set_num_threads(options.threads * options.streams)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # a 10-bit mantissa is not FP32
     network = checkpoint.load(path if path.is_dir() else path.parent)
+    parametrizations.replay(network, parametrizations.modules(network))  # exports hold the weights, not what computes them
     module: nn.Module = network
     if any(entry["op"] == "quantize" for entry in network.lineage):
         from deployopt.nn import quantizer

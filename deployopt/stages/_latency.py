@@ -27,7 +27,7 @@ ALIGNMENTS = (1, 4, 8, 16)
 ALIGNING_LIFETIMES = 3  # of all alignments' sessions, timed together as long as one lifetime is elsewhere: two give no interval worth the name
 PRECISION: Literal["fp32"] = "fp32"
 PARENT = "parent"
-CONFIRMING_LIFETIMES = 4  # of its sessions' processes, for the candidate that is taken: each keeps its luck in memory layout for life
+CONFIRMING_LIFETIMES = 4  # of its sessions' processes, for the candidate that is taken, twice that if undecided: each keeps its luck in memory layout for life
 BLOCKS = 40  # of candidate and parent in turn: more than reports need, since each decision costs or saves a build
 TOLERANCE = 0.03  # a candidate this far below the target is close enough
 CONFIRMED = 0.01  # the confirming measurement may be so far above it: intervals are about as wide
@@ -231,8 +231,8 @@ class Search:
         candidate = {"candidate": _candidate(self._network, self._cuts, kept)}
         reading = self._timing.compare(candidate, lifetimes)["candidate"]
         confirming = kept in self._tried
-        if not confirming and self._undecided(reading):
-            reading = self._timing.compare(candidate, CONFIRMING_LIFETIMES)["candidate"]
+        if self._undecided(reading):
+            reading = self._timing.compare(candidate, 2 * lifetimes if confirming else CONFIRMING_LIFETIMES)["candidate"]
         tried = _Tried(kept, self._cuts.cost(kept)["macs"], reading, confirming)
         self._tried[kept] = tried
         self._trace.append({"macs_ratio": tried.macs / self._parent_macs, **asdict(reading), "confirming": confirming})

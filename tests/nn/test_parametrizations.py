@@ -12,12 +12,13 @@ from torch.nn.utils import parametrizations as by_pytorch
 from torch.nn.utils import parametrize
 
 from deployopt.errors import ArtifactMismatch, UsageError
-from deployopt.nn import checkpoint, models, parametrizations, pruning
+from deployopt.nn import checkpoint, models, parametrizations, pruning, session
 from deployopt.nn.export import deployed
 from deployopt.nn.models import Network
 from deployopt.nn.prepared import Prepared, Scheme
 from deployopt.nn.quantizer import fake_quantized
 from deployopt.runtime.preprocessing import Preprocessing
+from deployopt.runtime.session import SessionOptions
 
 PREPROCESSING = Preprocessing(8, 3, None, (0.5,) * 3, (0.25,) * 3)
 Wrap = Callable[[nn.Module], nn.Module]
@@ -108,3 +109,11 @@ def test_hooks_from_before_parametrizations_are_refused(function: str, monkeypat
     with pytest.raises(UsageError, match=rf"wrapped: the weight of 0 is computed by a hook of torch\.nn\.utils\.{function}") as caught:
         models.build({"arch": "wrapped", "outputs": 5}, PREPROCESSING)
     assert caught.value.remedy == f"apply torch.nn.utils.parametrizations.{function} instead"
+
+
+def test_sessions_run_the_weights_that_exports_hold(network: Network, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, network)
+    with session.open(tmp_path, SessionOptions(threads=1)) as opened:
+        assert parametrizations.modules(opened._module) == []
+        found = opened.infer({"input": images().numpy()})["output"]
+    torch.testing.assert_close(torch.from_numpy(found), outputs(network))

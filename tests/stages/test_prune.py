@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,29 @@ def test_out_of_tries_the_next_best_is_confirmed_until_one_holds_or_none_is_left
     hopeless.luck = 0.2
     with pytest.raises(PruningImpossible, match=r"best reached by 2 candidates.*; 2 met it at first and not when confirmed over 4 process lifetimes"):
         search(hopeless, network, 0.5)
+
+
+class UnclearTiming(FakeTiming):
+    """Below eight lifetimes an interval that says nothing."""
+
+    def __init__(self, whole_macs: int) -> None:
+        super().__init__(whole_macs)
+        self.lifetimes: list[int] = []
+
+    def compare(self, candidates: Mapping[str, Any], lifetimes: int = 1) -> dict[str, Reading]:
+        self.lifetimes.append(lifetimes)
+        found = super().compare(candidates, lifetimes)
+        return {key: replace(r, ratio_ci95=[0.8 * r.ratio, 1.2 * r.ratio]) if lifetimes < 8 else r for key, r in found.items()}
+
+
+def test_an_unclear_reading_is_taken_again_over_more_lifetimes(start: list[StepOutput]) -> None:
+    network = checkpoint.load(start[0].folder)
+    whole = pruning.survey(network, pruning.Rules())
+    timing = UnclearTiming(whole.cost([g.size for g in whole.groups])["macs"])
+    found = search(timing, network, 0.5)
+    assert timing.lifetimes[:2] == [1, _latency.CONFIRMING_LIFETIMES]
+    assert timing.lifetimes[-2:] == [_latency.CONFIRMING_LIFETIMES, 2 * _latency.CONFIRMING_LIFETIMES]
+    assert found["reached"]["ratio_ci95"][1] < 1.02 * found["reached"]["ratio"]
 
 
 def test_the_fastest_candidate_is_confirmed_where_it_is_as_little_above_the_target_as_a_confirmed_one_may_be(start: list[StepOutput]) -> None:
