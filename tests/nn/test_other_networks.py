@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from small_networks import PREPROCESSING
 from torch import Tensor, nn
 
-from deployopt.backends import onnxruntime, openvino
+from deployopt.backends import BuildRequest, onnxruntime, openvino, tensorrt_rtx
 from deployopt.nn.capture import capture, example_input
 from deployopt.nn.export import canonical
 from deployopt.nn.models import Network
@@ -140,6 +140,16 @@ def test_runtimes_compute_layers_in_int8_and_what_torch_does(make: type[Block], 
         wanted = module(images).numpy()
         (found,) = session.infer({"input": images.numpy()}).values()
     assert np.abs(found - wanted).max() < 0.03 * np.abs(wanted).max()
+
+
+@pytest.mark.skipif(not tensorrt_rtx.probe().builds, reason="TensorRT-RTX is not installed")
+@pytest.mark.parametrize(("make", "last", "layers_in"), [(Skip, 16, {"int8": 5}), (Up, 8, {"int8": 4, "fp32": 1})])
+def test_tensorrt_rtx_builds_layers_in_int8(make: type[Block], last: int, layers_in: dict[str, int], tmp_path: Path) -> None:
+    network, _ = quantized(make(last))
+    onnx.save(canonical(fake_quantized(network), network, recorded_scales(network)), tmp_path / "canonical.onnx")
+    path = tensorrt_rtx.prepare(tmp_path / "canonical.onnx", "int8", tmp_path / "prepared.onnx")
+    artifact = tensorrt_rtx.build(path, tmp_path, BuildRequest("int8", (1,), 1, "cpu"), SilentProgress())
+    assert artifact.metadata["verified"]["executed"] == layers_in
 
 
 @pytest.mark.parametrize("make", [Skip, Pools])
