@@ -175,4 +175,6 @@ def test_the_key_names_what_builds_candidates_where_timing_decides(stage: Any) -
     (given,) = stage.expand(stage.Config(mixed_precision=("body.conv1",)), planning)
     assert given.parameters == {}
     (timed,) = stage.expand(stage.Config(mixed_precision="auto"), planning)
-    assert timed.parameters["distributions"].items() >= {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime")}.items()
+    found = timed.parameters["distributions"]
+    assert found.items() >= {name: version(name) for name in ("onnx", "onnxscript")}.items()
+    assert found["onnxruntime"] or found["onnxruntime-gpu"]
