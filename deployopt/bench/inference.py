@@ -96,7 +96,7 @@ def predict(
     """
     missing = [str(image) for image in images if not Path(image).is_file()]
     if missing:
-        found = f"found nothing at {', '.join(missing[:5])}{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}"
+        found = f"found nothing at {units.listed(missing, 5)}"
         raise UsageError(f"wanted {units.plural(len(images), 'image file')}, {found}", "give paths of image files; a folder's are FOLDER/*.jpg")
     target = resolve(artifact, backend)
     described = describe(target)

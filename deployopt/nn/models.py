@@ -26,8 +26,11 @@ from deployopt.nn import (
     parametrizations,
     stem_of,
 )
+from deployopt.report import units
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import Progress, SilentProgress
+
+NAMED = 6  # tensors in an error, of one kind
 
 
 class Normalize(nn.Module):
@@ -210,7 +213,7 @@ def load_body(body: nn.Module, state: dict[str, Tensor], source: str, progress: 
     missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or unexpected or misshaped:
         shapes = [f"{key} (wanted {list(wanted[key].shape)}, found {list(found[key].shape)})" for key in sorted(misshaped)]
-        lists = [f"{title}: {_some(keys)}" for title, keys in (("missing", missing), ("unexpected", unexpected), ("misshaped", shapes)) if keys]
+        lists = [f"{title}: {units.listed(keys, NAMED)}" for title, keys in (("missing", missing), ("unexpected", unexpected), ("misshaped", shapes)) if keys]
         raise ArtifactMismatch(f"{source} does not fit this architecture; {'; '.join(lists)}", "correct model.arch, model.stem or model.weights")
     body.load_state_dict(found)
 
@@ -224,7 +227,3 @@ def _described(found: object) -> str:
     if parts is not None:
         return f"{kind} of {', '.join(f'{name} ({_described(part)})' for name, part in parts.items())}"
     return f"{kind} of {', '.join(map(_described, found))}" if isinstance(found, (tuple, list)) else kind
-
-
-def _some(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
