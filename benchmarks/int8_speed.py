@@ -5,7 +5,7 @@
 
 Batches 1 and 8 with all threads on one stream show latency; OpenVINO's throughput mode, batch 1 with a stream on every thread, is timed as well. Ratios
 are paired by block; several rounds repeat the whole comparison in fresh processes. Weights are random: speed does not depend on them. Writes
-benchmarks/results/int8_speed.json and .md.
+benchmarks/results/int8_speed_with_vnni.json and .md, or ..._without_vnni, by this machine's CPU.
 
 What to expect: a CPU without VNNI multiplies 32 pairs of INT8 with two instructions (vpmaddubsw, vpmaddwd) and 8 pairs of FP32 with one (vfmadd), so that
 equally good kernels are 2 times faster in INT8; with VNNI it is 4 times.
@@ -34,6 +34,7 @@ from deployopt.bench.images import natural_noise
 from deployopt.bench.scenarios import ScenarioName
 from deployopt.runtime.openvino_session import load_vendor
 from deployopt.runtime.preprocessing import to_feed
+from deployopt.runtime.saturation import has_vnni_here
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NNCF = Path(__file__).resolve().parent / "nncf_quantize.py"
@@ -135,8 +136,9 @@ def main() -> None:
         print(arch, *(f"{r['scenario']} b{r['batch']} {r['ratios']}" for r in rounds), nncf["no_nncf"] or "", sep="\n  ", flush=True)
     facts = {"threads": arguments.threads, "image_size": arguments.image_size, "environment": environment(("onnxruntime", "openvino"))}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "int8_speed.json").write_text(json.dumps({**facts, "networks": networks}, indent=2) + "\n")
-    (RESULTS / "int8_speed.md").write_text(markdown(networks, facts))
+    name = f"int8_speed_{'with' if has_vnni_here() else 'without'}_vnni"
+    (RESULTS / f"{name}.json").write_text(json.dumps({**facts, "networks": networks}, indent=2) + "\n")
+    (RESULTS / f"{name}.md").write_text(markdown(networks, facts))
 
 
 if __name__ == "__main__":

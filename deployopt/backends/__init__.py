@@ -39,12 +39,13 @@ class BuildRequest:
 class Backend(Protocol):
     """The attributes of a backend module.
 
-    Five more are optional: `Options`, the pydantic model of its build options; `builds_onnx`, True if what it builds is ONNX files that the runtime reads,
-    so no engine that must be held to ONNX Runtime's outputs; `builds_on_opening`, True if `open` builds an engine whose kernels are chosen by timing them, so
-    that nothing else may go on meanwhile; `verify(path, options: SessionOptions, progress, timeout_s) -> Verified`, which tells of any ONNX file what the
-    runtime really executes, and raises as `build`: so `deployopt bench` can show it of files that no build stage has seen; and `providers`, the other devices
-    or libraries that the runtime computes with, by name. Each is a module that is a backend of its own. A recipe asks for them with the build option
-    `providers`; their rows are called NAME-PROVIDER, so that they are compared with their own FP32 row.
+    Six more are optional: `Options`, the pydantic model of its build options; `settle(options, precision) -> options`, which says what they leave to this
+    machine: that is part of a build's key, and the fourth argument of its `prepare`; `builds_onnx`, True if what it builds is ONNX files that the runtime
+    reads, so no engine that must be held to ONNX Runtime's outputs; `builds_on_opening`, True if `open` builds an engine whose kernels are chosen by timing
+    them, so that nothing else may go on meanwhile; `verify(path, options: SessionOptions, progress, timeout_s) -> Verified`, which tells of any ONNX file
+    what the runtime really executes, and raises as `build`: so `deployopt bench` can show it of files that no build stage has seen; and `providers`, the
+    other devices or libraries that the runtime computes with, by name. Each is a module that is a backend of its own. A recipe asks for them with the build
+    option `providers`; their rows are called NAME-PROVIDER, so that they are compared with their own FP32 row, and take no options.
 
     Attributes:
         __name__: of the module; a session's child process imports it to call `open`.
@@ -120,6 +121,12 @@ def find(name: str) -> Backend:
 def names() -> list[str]:
     """Every backend, each followed by its further providers. Imports them all."""
     return [row for name in plugins.names("backends") for row in (name, *(f"{name}{_SEPARATOR}{p}" for p in _providers(plugins.find("backends", name))))]
+
+
+def settled(name: str, options: Mapping[str, Any], precision: str) -> dict[str, Any]:
+    """Build options with all said that they leave to this machine, for the row `name`. Again settled, they are the same."""
+    settle = getattr(find(name), "settle", None)
+    return dict(options) if settle is None else settle(options, precision)
 
 
 def asked(name: str, options: Mapping[str, Any]) -> list[str]:

@@ -5,31 +5,59 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from deployopt.artifact import Artifact, Verified
 from deployopt.backends import BuildRequest
-from deployopt.backends._shared import load
-from deployopt.errors import BuildFailed
+from deployopt.backends._shared import bind, load
+from deployopt.config import Strict
 from deployopt.runtime.child import run_in_child
 from deployopt.runtime.clock import now_ns, seconds_since
 from deployopt.runtime.files import atomic_write
 from deployopt.runtime.progress import Progress
+from deployopt.runtime.saturation import VNNI_KEY, has_vnni_here
 from deployopt.runtime.session import TensorSpec
 
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto
 
 
-def prepare(canonical: Path, precision: str, out: Path, dialect: Callable[[ModelProto], ModelProto] | None = None) -> Path:
+_FOR_VNNI = "its INT8 is for CPUs with VNNI; for x86 CPUs without, build it with the option vnni: false"
+
+
+class CpuOptions(Strict):
+    """Build options of the runtimes that compute INT8 on x86 CPUs."""
+
+    vnni: bool | None = None
+    """Whether INT8 is for CPUs with VNNI (AVX-VNNI, AVX512-VNNI), whose sums of products cannot overflow, so that no kernel has to clip activations; null:
+    if this machine's has it. On an x86 CPU without, such a file runs slowly in ONNX Runtime and is refused by OpenVINO."""
+
+
+def settle(options: Mapping[str, Any], precision: str) -> dict[str, Any]:
+    """`CpuOptions` with `vnni` said, where INT8 depends on it."""
+    settled = {key: value for key, value in options.items() if key != "vnni"}
+    if precision == "int8":
+        vnni = options.get("vnni")
+        settled["vnni"] = has_vnni_here() if vnni is None else vnni
+    return settled
+
+
+def prepare(
+    canonical: Path, precision: str, out: Path, dialect: Callable[..., ModelProto] | None = None, options: Mapping[str, Any] = MappingProxyType({})
+) -> Path:
     """INT8 in the runtime's dialect, if it has one; float precisions as they are.
+
+    Args:
+        dialect: takes the graph and, by its name, `vnni`.
+        options: `CpuOptions`, if there is a dialect.
 
     Raises:
         ExportFailed: a scale that only this dialect needs is missing; names the layer.
     """
     model = load(canonical)
     if precision == "int8" and dialect is not None:
-        model = dialect(model)
+        model = dialect(model, vnni=settle(options, precision)["vnni"])
     atomic_write(out, model.SerializeToString(deterministic=True))
     return out
 
@@ -42,22 +70,25 @@ def build(
     *,
     counter: str,
     provider: str,
+    accepted: type[Strict] = Strict,
     arguments: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     unverified: str | None = None,
+    misfit: str | None = None,
 ) -> Artifact:
     """Store the ONNX and have the runtime tell what it compiles it to.
 
     Args:
         counter, arguments: as of `verify`.
+        accepted: the model of the options that the request may hold.
         options: that sessions on it are opened with, in their `extra`.
         unverified: why what it returns says nothing of what is executed, if so.
+        misfit: why what is built does not run on this machine, if so.
 
     Raises:
-        BuildFailed, BackendUnavailable, ProviderFallback, ArtifactMismatch: the runtime does not take the model.
+        BuildFailed: an option that there is not. BuildFailed, BackendUnavailable, ProviderFallback, ArtifactMismatch: the runtime does not take the model.
     """
-    if request.options:
-        raise BuildFailed(f"{provider} builds take no options, found {', '.join(request.options)}", "remove them from the recipe's build.options")
+    bind(provider, accepted, request.options)
     start = now_ns()
     path = out / "model.onnx"
     model = load(prepared)
@@ -71,6 +102,8 @@ def build(
         "build_seconds": seconds_since(start),
         "verified": None if unverified else asdict(verified),
         "verified_reason": unverified,
+        "misfit": misfit,
+        "notes": [_FOR_VNNI] if any(p.key == VNNI_KEY for p in model.metadata_props) else [],
     }
     return Artifact.of("onnx", path, inputs=specs(model.graph.input), outputs=specs(model.graph.output), metadata=metadata)
 

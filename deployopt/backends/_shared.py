@@ -1,13 +1,16 @@
-"""What all backends share: probing a vendor's module, ONNX files read with their faults named."""
+"""What all backends share: probing a vendor's module, build options checked, ONNX files read with their faults named."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import ValidationError
 
 from deployopt.artifact import Availability
-from deployopt.errors import ExportFailed, LackingEnvironment, MissingDependency
+from deployopt.config import Strict
+from deployopt.errors import BuildFailed, ExportFailed, LackingEnvironment, MissingDependency
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -20,6 +23,22 @@ def probe(load_vendor: Callable[[], Any], describe: Callable[[Any], Availability
     except LackingEnvironment as exc:
         return Availability(False, False, None, None, exc.message, remedy=exc.remedy)
     return describe(vendor)
+
+
+M = TypeVar("M", bound=Strict)
+
+
+def bind(backend: str, model: type[M], options: Mapping[str, Any]) -> M:
+    """Options of a recipe as the backend's model.
+
+    Raises:
+        BuildFailed: every wrong option at once, with those there are.
+    """
+    try:
+        return model.model_validate(dict(options))
+    except ValidationError as exc:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
+        raise BuildFailed(f"options of {backend}: {faults} (available: {', '.join(model.model_fields)})", "mend them in the recipe's build stage") from exc
 
 
 def load(path: Path) -> ModelProto:

@@ -6,15 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any
 
 from deployopt.artifact import Artifact, Verified
 from deployopt.backends import BuildRequest
 from deployopt.backends._shared import load
 from deployopt.config import Strict
-from deployopt.errors import ArtifactMismatch, BackendUnavailable, BuildFailed
+from deployopt.errors import ArtifactMismatch, BackendUnavailable
 from deployopt.runtime import manifest
 from deployopt.runtime.child import run_in_child
 from deployopt.runtime.cuda import device_index, find_gpu
@@ -37,22 +35,6 @@ class BuildOptionsModel(Strict):
 
     tf32: bool = False
     """Let FP32 be computed in TF32 (10 bits of mantissa) on GPUs from Ampere on. Its row says so."""
-
-
-M = TypeVar("M", bound=BuildOptionsModel)
-
-
-def bind(backend: str, model: type[M], options: Mapping[str, Any]) -> M:
-    """Options of a recipe as the backend's model.
-
-    Raises:
-        BuildFailed: every wrong option at once, with those there are.
-    """
-    try:
-        return model.model_validate(dict(options))
-    except ValidationError as exc:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
-        raise BuildFailed(f"options of {backend}: {faults} (available: {', '.join(model.model_fields)})", "mend them in the recipe's build stage") from exc
 
 
 def prepare(canonical: Path, out: Path, *, weakly_typed: bool = False) -> Path:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
 from deployopt.artifact import Artifact, Availability, Verified
 from deployopt.backends import BuildRequest, _onnx, _shared
-from deployopt.config import Strict
 from deployopt.runtime import host
 from deployopt.runtime.onnxruntime_session import NOT_OFFERED, PRODUCTS, PROVIDER, create_exact, load_vendor, open_session
 from deployopt.runtime.progress import Progress
@@ -25,12 +26,14 @@ build_depends_on_machine = False
 builds_onnx = True
 providers = {name: f"{__package__}._onnxruntime_{name}" for name in ("cuda", "tensorrt")}
 
+settle = _onnx.settle
+
 _COUNTER = f"{__name__}:count_layers"
 _FLOATS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-class Options(Strict):
-    """Build options of ONNX Runtime."""
+class Options(_onnx.CpuOptions):
+    """Build options of ONNX Runtime; `vnni` concerns its CPU provider."""
 
     providers: tuple[Literal["cpu", "cuda", "tensorrt"], ...] = Field(("cpu",), min_length=1, strict=False)
     """Execution providers to build for; each has rows of its own (onnxruntime, onnxruntime-cuda, onnxruntime-tensorrt). cuda and
@@ -52,14 +55,14 @@ def _offered(ort: Any) -> Availability:
     return Availability(True, True, ort.__version__, host.cpu()["model"], None, {"fp32": None, "int8": None, **NOT_OFFERED})
 
 
-def prepare(canonical: Path, precision: str, out: Path) -> Path:
+def prepare(canonical: Path, precision: str, out: Path, options: Mapping[str, Any] = MappingProxyType({})) -> Path:
     from deployopt.graph.dialects import to_unsigned
 
-    return _onnx.prepare(canonical, precision, out, to_unsigned)
+    return _onnx.prepare(canonical, precision, out, to_unsigned, options)
 
 
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:
-    return _onnx.build(prepared, out, request, progress, counter=_COUNTER, provider=PROVIDER)
+    return _onnx.build(prepared, out, request, progress, counter=_COUNTER, provider=PROVIDER, accepted=_onnx.CpuOptions)
 
 
 def verify(path: Path, options: SessionOptions, progress: Progress, timeout_s: float) -> Verified:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact, Availability, Verified
 from deployopt.backends import BuildRequest, _onnx, _shared
-from deployopt.runtime.openvino_session import DEVICE, compile_model, executed_layers, load_vendor, not_offered, open_session
+from deployopt.runtime.openvino_session import DEVICE, LACKS_VNNI, compile_model, executed_layers, load_vendor, not_offered, open_session
 from deployopt.runtime.progress import Progress
+from deployopt.runtime.saturation import saturates_here
 from deployopt.runtime.session import Session, SessionOptions
 
 distributions = ("openvino", "onnx")
 build_depends_on_machine = False
 builds_onnx = True
+
+Options = _onnx.CpuOptions
+settle = _onnx.settle
 
 _COUNTER = f"{__name__}:count_layers"
 _LAYERS = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul"})  # CPU plugin's layerType
@@ -34,14 +39,15 @@ def _offered(ov: Any) -> Availability:
     return Availability(True, True, ov.__version__, core.get_property(DEVICE, "FULL_DEVICE_NAME"), None, offered)
 
 
-def prepare(canonical: Path, precision: str, out: Path) -> Path:
+def prepare(canonical: Path, precision: str, out: Path, options: Mapping[str, Any] = MappingProxyType({})) -> Path:
     from deployopt.graph.dialects import to_openvino
 
-    return _onnx.prepare(canonical, precision, out, to_openvino)
+    return _onnx.prepare(canonical, precision, out, to_openvino, options)
 
 
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:
-    return _onnx.build(prepared, out, request, progress, counter=_COUNTER, provider=DEVICE)
+    misfit = LACKS_VNNI if settle(request.options, request.precision).get("vnni") and saturates_here() else None
+    return _onnx.build(prepared, out, request, progress, counter=_COUNTER, provider=DEVICE, accepted=Options, misfit=misfit)
 
 
 def verify(path: Path, options: SessionOptions, progress: Progress, timeout_s: float) -> Verified:
@@ -60,5 +66,5 @@ def _origins(path: Path, names: Sequence[Sequence[str]]) -> list[tuple[str, ...]
 
 def count_layers(path: str, precision: str, progress: Progress) -> dict[str, int]:
     """Convolutions and matrix products of the compiled model, by the precision the CPU plugin chose for each."""
-    compiled = compile_model(Path(path), SessionOptions(precision=precision))
+    compiled = compile_model(Path(path), SessionOptions(precision=precision), to_run=False)
     return dict(Counter(layer.precision for layer in executed_layers(compiled) if layer.kind in _LAYERS))

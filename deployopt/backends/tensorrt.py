@@ -97,7 +97,7 @@ def prepare(canonical: Path, precision: str, out: Path) -> Path:
 
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:
     """One optimisation profile: minimum batch 1, optimum and maximum the largest of `request.batch_sizes`."""
-    options = _tensorrt.bind(_VENDOR, Options, request.options)
+    options = _shared.bind(_VENDOR, Options, request.options)
     wanted = BuildOptions(
         tuple(request.batch_sizes),
         workspace_mib=options.workspace_mib,

@@ -78,7 +78,7 @@ def prepare(canonical: Path, precision: str, out: Path) -> Path:
 
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:
     """One optimisation profile: minimum batch 1, optimum and maximum the largest of `request.batch_sizes`."""
-    options = _tensorrt.bind(_VENDOR, Options, request.options)
+    options = _shared.bind(_VENDOR, Options, request.options)
     targets = tuple(f"{c:.1f}" for c in options.compute_capabilities) if options.compute_capabilities else _default_targets(request.device)
     if request.precision in INT8_PRECISIONS and _TURING in targets and len(targets) > 1:
         raise BuildFailed(

@@ -11,15 +11,15 @@ from onnx import ModelProto, NodeProto, checker, helper
 from deployopt.errors import ExportFailed
 from deployopt.graph.canonical import Scales, stored_scales
 from deployopt.graph.editing import PRODUCTS, TRANSPARENT, Graph, attribute, clone, dequantizer_of, layer_name, with_shapes
+from deployopt.runtime.saturation import SATURATION_KEY, VNNI_KEY
 
-SATURATION_KEY = "deployopt.int16_saturation"  # read by runtime/onnxruntime_session.py
 _PAIR_SAFE = 64  # 2 · 255 · 64 < 2^15: a pair of products of x86's vpmaddubsw fits int16
 _POOLING = ("GlobalAveragePool", "AveragePool", "GlobalMaxPool", "ReduceMean", "ReduceMax")
 _SIGN_KEEPING = frozenset({*TRANSPARENT, *_POOLING, "QuantizeLinear", "DequantizeLinear"})
 _BIAS_LIMIT = 2**30  # leaves as much of the int32 accumulator to the products
 
 
-def to_unsigned(model: ModelProto) -> ModelProto:
+def to_unsigned(model: ModelProto, *, vnni: bool = False) -> ModelProto:
     """The dialect of ONNX Runtime on x86 CPUs: u8 activations, s8 weights, int32 biases, Q/DQ around every Add and pooling.
 
     Activations keep their signed scale; the zero point becomes 0 where a tensor cannot be negative (then a ReLU fuses) and 128 elsewhere, so the
@@ -27,14 +27,16 @@ def to_unsigned(model: ModelProto) -> ModelProto:
 
     Args:
         model: canonical INT8, with the scales "output" of each convolution before an Add and "sum" of an Add that no layer reads.
+        vnni: for CPUs with VNNI, whose sums of products cannot overflow. Others need activations that end at 127 steps, as in the signed graph; for these
+            what exceeds the observed range goes on to 255 steps, as its type has it, and no kernel has to clip it.
 
     Raises:
         ExportFailed: a scale is missing; names the layer.
     """
-    return _for_x86(model, float_sums=False)
+    return _for_x86(model, float_sums=False, vnni=vnni)
 
 
-def to_openvino(model: ModelProto) -> ModelProto:
+def to_openvino(model: ModelProto, *, vnni: bool = False) -> ModelProto:
     """The dialect of OpenVINO on CPUs: as `to_unsigned`, less what its convolutions compute in float between int32 sums and INT8 results anyway.
 
     They add biases and the other operand of an Add in float, without rounding in between, whether or not the graph has it there: int32 biases and
@@ -46,14 +48,15 @@ def to_openvino(model: ModelProto) -> ModelProto:
 
     Args:
         model: canonical INT8, with the scale "sum" of an Add that no layer reads; with a Concat what `to_unsigned` needs.
+        vnni: as of `to_unsigned`.
 
     Raises:
         ExportFailed: a scale is missing; names the layer.
     """
-    return _for_x86(model, float_sums=not any(node.op_type == "Concat" for node in model.graph.node))
+    return _for_x86(model, float_sums=not any(node.op_type == "Concat" for node in model.graph.node), vnni=vnni)
 
 
-def _for_x86(model: ModelProto, *, float_sums: bool) -> ModelProto:
+def _for_x86(model: ModelProto, *, float_sums: bool, vnni: bool) -> ModelProto:
     """Canonical INT8 with unsigned activations, pooling on integers, and the layers that may saturate named in its metadata.
 
     Args:
@@ -64,11 +67,11 @@ def _for_x86(model: ModelProto, *, float_sums: bool) -> ModelProto:
     trained = graph.nodes("QuantizeLinear")
     quantize_outputs(graph, stored_scales(model), adds_fuse=float_sums)
     make_unsigned(graph, keep_signed=float_sums)
-    limited = [q for q in trained if _from_zero(graph, q)]
+    limited = [] if vnni else [q for q in trained if _from_zero(graph, q)]
     if not float_sums:
         clip_integers(graph, limited)
         quantize_biases(graph)
-    saturating = saturating_layers(graph)
+    saturating = saturating_layers(graph, clipped=not vnni)
     hoist_quantizers(graph)
     if float_sums:
         clip_before_rounding(graph, limited)
@@ -76,6 +79,8 @@ def _for_x86(model: ModelProto, *, float_sums: bool) -> ModelProto:
     props = {p.key: p.value for p in model.metadata_props}
     if saturating:
         props[SATURATION_KEY] = ",".join(saturating)
+    if vnni:
+        props[VNNI_KEY] = "required"
     helper.set_model_props(model, props)
     model = with_shapes(model)
     checker.check_model(model, full_check=True)
@@ -308,10 +313,11 @@ def _sole_dequantizer(graph: Graph, quantizer: NodeProto) -> NodeProto | None:
     return readers[0] if len(readers) == 1 and readers[0].op_type == "DequantizeLinear" else None
 
 
-def saturating_layers(graph: Graph) -> list[str]:
-    """Layers in which x86 CPUs without VNNI may saturate: inputs over the whole u8 range times weights beyond ±64.
+def saturating_layers(graph: Graph, *, clipped: bool) -> list[str]:
+    """Layers in which x86 CPUs without VNNI may saturate: inputs over the whole u8 range times weights beyond ±64 (see `runtime.saturation`).
 
-    vpmaddubsw adds two u8 · s8 products in int16 (Intel SDM). After a ReLU inputs end at 127, where two products fit.
+    Args:
+        clipped: inputs of zero point 0 end at 127, where two products fit.
     """
     found = []
     for node in graph.nodes(*PRODUCTS):
@@ -319,7 +325,7 @@ def saturating_layers(graph: Graph) -> list[str]:
         if x is None or w is None:
             continue
         zero, weight = graph.constant(x.input[2]) if len(x.input) > 2 else None, graph.constant(w.input[0])
-        whole_range = zero is not None and zero.dtype == np.uint8 and bool(zero > 0)
+        whole_range = zero is not None and zero.dtype == np.uint8 and (not clipped or bool(zero > 0))
         if whole_range and weight is not None and int(np.abs(weight.astype(np.int16)).max()) > _PAIR_SAFE:
             found.append(layer_name(graph, node))
     return found

@@ -10,13 +10,13 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 
 from deployopt.errors import ArtifactMismatch, BackendUnavailable
-from deployopt.runtime import host
 from deployopt.runtime.feeds import check_feed, check_feeds
 from deployopt.runtime.profile import WARM_UP_RUNS, typical
+from deployopt.runtime.saturation import SATURATION_KEY, saturates_here
 from deployopt.runtime.session import Array, Feed, LayerTime, Loaded, SessionOptions, TensorSpec
 
 PROVIDER = "CPUExecutionProvider"
-SATURATION_KEY = "deployopt.int16_saturation"  # written by graph/dialects.py
+EXACT = "session.x64quantprecision"  # "1": kernels that cannot saturate; source: onnxruntime_session_options_config_keys.h
 NOT_OFFERED = {  # ONNX Runtime inserts casts around its FP32 kernels: right results, but never that precision
     "fp16": "ONNX Runtime's CPU kernels compute FP16 graphs in FP32",
     "bf16": "ONNX Runtime has no BF16 convolution on CPUs",
@@ -100,20 +100,12 @@ def create(
 
 
 def create_exact(path: Path, threads: int, optimized: Optional[Path] = None, profile: Optional[Path] = None) -> Any:
-    """As `create`, with slower kernels that cannot saturate where the model says that the fast ones might, and this CPU is one on which they do.
-
-    Source: onnxruntime_session_options_config_keys.h, x64quantprecision.
-    """
+    """As `create`, with slower kernels that cannot saturate where the model says that the fast ones might, and this CPU is one on which they do."""
     session = create(path, threads, optimized=optimized, profile=profile)
-    if lacks_vnni(host.cpu()["isa"]) and SATURATION_KEY in session.get_modelmeta().custom_metadata_map:
+    if saturates_here() and SATURATION_KEY in session.get_modelmeta().custom_metadata_map:
         del session  # its profile is written when it goes, under the name that the next one's may get
-        return create(path, threads, {"session.x64quantprecision": "1"}, optimized, profile)
+        return create(path, threads, {EXACT: "1"}, optimized, profile)
     return session
-
-
-def lacks_vnni(isa: Sequence[str]) -> bool:
-    """Whether an x86 CPU multiplies u8 by s8 with sums in int16, which saturate."""
-    return "avx2" in isa and not {"avx_vnni", "avx512_vnni"} & set(isa)
 
 
 def _vendor_errors(ort: Any) -> Any:

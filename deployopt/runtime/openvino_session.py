@@ -9,14 +9,17 @@ import numpy as np
 from deployopt.errors import ArtifactMismatch, BackendUnavailable
 from deployopt.runtime.feeds import check_feed, check_feeds
 from deployopt.runtime.profile import WARM_UP_RUNS
+from deployopt.runtime.saturation import VNNI_KEY, saturates_here
 from deployopt.runtime.session import Array, Feed, LayerTime, Loaded, SessionOptions, TensorSpec
 
 DEVICE = "CPU"
+_ONNX_METADATA = "framework"  # where a model that was read from ONNX keeps it
 _TELEMETRY = "openvino_telemetry"
 _HINTS = {"fp32": "f32", "int8": "f32", "fp16": "f16", "bf16": "bf16"}  # of what is not INT8; without it AMX machines run FP32 in BF16
 _CAPABILITIES = {"int8": "INT8", "fp16": "FP16", "bf16": "BF16"}
 _PRECISIONS = {"i8": "int8", "u8": "int8", "f32": "fp32", "f16": "fp16", "bf16": "bf16"}
 Origins = Callable[[Path, Sequence[Sequence[str]]], Sequence[Tuple[str, ...]]]  # (file, what OpenVINO fused by layer) → the file's nodes by layer
+LACKS_VNNI = "its INT8 is for CPUs with VNNI; on this one sums of products would overflow"
 _MIXED = "OpenVINO's CPU plugin takes the INT8 dialect with FP32 around it: that is precision int8"
 
 
@@ -69,15 +72,16 @@ class Executed(NamedTuple):
     origins: Tuple[str, ...]
 
 
-def compile_model(path: Path, options: SessionOptions, profiling: bool = False) -> Any:
+def compile_model(path: Path, options: SessionOptions, profiling: bool = False, to_run: bool = True) -> Any:
     """An `openvino.CompiledModel` for the lowest latency of one stream, or the throughput of several; no precision that was not asked for.
 
     Args:
         profiling: have every layer timed, which slows inference down.
+        to_run: False if only its layers are to be read.
 
     Raises:
         BackendUnavailable: OpenVINO is not installed, or does not execute this precision here.
-        ArtifactMismatch: not a model that this version of OpenVINO can run.
+        ArtifactMismatch: not a model that this version of OpenVINO can run, or to be run and for CPUs with VNNI, which this one lacks.
     """
     ov = load_vendor()
     core = ov.Core()
@@ -92,7 +96,10 @@ def compile_model(path: Path, options: SessionOptions, profiling: bool = False) 
         "PERF_COUNT": profiling,
     }
     try:
-        return core.compile_model(core.read_model(str(path)), DEVICE, properties)
+        model = core.read_model(str(path))
+        if to_run and saturates_here() and model.has_rt_info([_ONNX_METADATA, VNNI_KEY]):
+            raise ArtifactMismatch(f"{path.name}: {LACKS_VNNI}", "build it on this machine, or with build.options.openvino.vnni: false")
+        return core.compile_model(model, DEVICE, properties)
     except RuntimeError as exc:
         raise ArtifactMismatch(f"OpenVINO {ov.__version__} cannot run {path.name}: {exc}", "deployopt run RECIPE --fresh --until build") from exc
 

@@ -102,8 +102,7 @@ class Candidates:
             with context.progress.track(f"export {name}", None):
                 onnx.save(export(), str(folder / "canonical.onnx"))
             request = BuildRequest(self.precision, (self.batch,), self._threads, context.device)
-            backend = backends.find(self.backend)
-            self._built[name] = build_prepared(backend, folder / "canonical.onnx", folder, request, context.progress)
+            self._built[name] = build_prepared(self.backend, folder / "canonical.onnx", folder, request, context.progress)
         return self._built[name]
 
     def measure(self, artifacts: Mapping[str, Artifact], seconds: float, blocks: int | None = None, seed: int = 0) -> dict[str, Measured]:

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
@@ -27,7 +28,7 @@ from deployopt.runtime.session import SessionOptions
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
 from deployopt.stages._parity import PARITY_IMAGES, WIDENED, compare, limit_of, onnx_outputs, outputs_by_batch
 
-version = 12
+version = 13
 not_after: frozenset[str] = frozenset()
 after = frozenset({"export"})
 cacheable = True
@@ -85,8 +86,10 @@ def expand(config: Config, planning: Planning) -> list[Expansion]:
 
 
 def _build_options(config: Config, name: str) -> dict[str, Any]:
-    """Of a row's backend; which providers there are is this stage's concern."""
-    given = config.options.get(backends.runtime_of(name), {})
+    """Of a row's backend, of which further providers take none; which providers there are is this stage's concern."""
+    if name != backends.runtime_of(name):
+        return {}
+    given = config.options.get(name, {})
     return {key: value for key, value in given.items() if key != backends.PROVIDERS}
 
 
@@ -98,17 +101,18 @@ def _step(source: Point, name: str, config: Config, probed: Availability | None)
         inputs=(source,),
         makes=(Point("engine", source.variant, source.family, precision=source.precision, backend=name, max_batch=max(config.batch_sizes)),),
         label=f"{source.variant}-{name}-{source.precision}",
-        parameters=_parameters(name, config, probed),
+        parameters=_parameters(name, source.precision, config, probed),
         why_not=probed.obstacle(name, source.precision) if probed else None,
     )
 
 
-def _parameters(name: str, config: Config, probed: Availability | None) -> dict[str, Any]:
+def _parameters(name: str, precision: str, config: Config, probed: Availability | None) -> dict[str, Any]:
     """What this one artifact depends on: its own backend's options and versions, no other's."""
     parameters: dict[str, Any] = {"backend": name, "options": _build_options(config, name)}
     if probed is None:  # no key is made of them then, and a backend's module loads NumPy
         return parameters
     backend = backends.find(name)
+    parameters["options"] = backends.settled(name, parameters["options"], precision)
     parameters |= {"runtime": probed.version, "distributions": versions(backend.distributions)}
     parameters["runs"] = probed.runs  # what does not run where it is built is not compared, and its record says why
     parameters["on_unverified"] = config.on_unverified  # the policy decides whether what was built is kept
@@ -131,11 +135,11 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     name = expansion.parameters["backend"]
     onnx = inputs[0].artifacts[source.artifact]
     request = BuildRequest(
-        str(target.precision), config.batch_sizes, context.threads, context.device, _build_options(config, name), 60 * config.timeout_minutes
+        str(target.precision), config.batch_sizes, context.threads, context.device, expansion.parameters["options"], 60 * config.timeout_minutes
     )
     try:
         backend = backends.find(name)
-        artifact = build_prepared(backend, onnx.path, context.folder, request, context.progress)
+        artifact = build_prepared(name, onnx.path, context.folder, request, context.progress)
         verified = _verified(artifact, len(onnx.metadata.get("float_layers", ())))
         shortfall = _shortfall(artifact, request.precision, verified)
         if shortfall and config.on_unverified == "fail":
@@ -164,11 +168,13 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     return StepResult(record, {target.artifact: artifact})
 
 
-def build_prepared(backend: Backend, canonical: Path, folder: Path, request: BuildRequest, progress: Progress) -> Artifact:
-    """A canonical ONNX in the backend's dialect, built into `folder`. Raises ExportFailed, BuildFailed."""
+def build_prepared(name: str, canonical: Path, folder: Path, request: BuildRequest, progress: Progress) -> Artifact:
+    """A canonical ONNX in a backend's dialect, built into `folder`. Raises ExportFailed, BuildFailed."""
+    backend, options = backends.find(name), backends.settled(name, request.options, request.precision)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        prepared = backend.prepare(canonical, request.precision, Path(scratch) / "model.onnx")
-        return backend.build(prepared, folder, request, progress)
+        asked = [options] if hasattr(backend, "settle") else []
+        prepared = cast(Any, backend).prepare(canonical, request.precision, Path(scratch) / "model.onnx", *asked)
+        return backend.build(prepared, folder, replace(request, options=options), progress)
 
 
 def _why_not_here(backend: Backend, artifact: Artifact) -> str | None:

@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from residual_onnx import CONVOLUTIONS, images, layers_by_kind, quantized, run
+from residual_onnx import CONVOLUTIONS, images, layers_by_kind, quantized, residual, run
 
 from deployopt.errors import ExportFailed
 from deployopt.graph.canonical import SCALES_KEY, canonicalize
 from deployopt.graph.checks import check
-from deployopt.graph.dialects import SATURATION_KEY, to_openvino, to_unsigned
+from deployopt.graph.dialects import to_openvino, to_unsigned
 from deployopt.graph.editing import Graph, unmoved
+from deployopt.runtime.saturation import SATURATION_KEY, VNNI_KEY
 
 
 def canonical(stem_limit=63):
@@ -168,6 +169,41 @@ def test_only_wide_weights_behind_the_whole_u8_range_may_saturate():
     narrow, wide = (to_unsigned(canonical(stem_limit=limit)) for limit in (63, 127))
     assert {p.key for p in narrow.metadata_props} == {SCALES_KEY}
     assert {p.key: p.value for p in wide.metadata_props}[SATURATION_KEY] == "conv1"
+
+
+@pytest.mark.parametrize("dialect", [to_unsigned, to_openvino])
+def test_for_vnni_nothing_is_clipped_and_the_file_says_where_others_would_overflow(dialect):
+    portable, for_vnni = dialect(canonical()), dialect(canonical(), vnni=True)
+    check(for_vnni)
+    assert any(n.op_type == "Clip" for n in portable.graph.node)
+    assert not any(n.op_type == "Clip" for n in for_vnni.graph.node)
+    assert VNNI_KEY not in {p.key for p in portable.metadata_props}
+    props = {p.key: p.value for p in for_vnni.metadata_props}
+    assert VNNI_KEY in props
+    behind_a_relu = {"layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2", "layer2.0.downsample.0", "fc"}
+    assert set(props[SATURATION_KEY].split(",")) == behind_a_relu  # not conv1, whose weights are guarded
+
+
+def with_ranges(factor):
+    """The canonical network with the ranges of what follows a ReLU as many times as wide."""
+    model = canonical()
+    scales = {n.input[1] for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] != "normal"}
+    for tensor in model.graph.initializer:
+        if tensor.name in scales:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), tensor.name))
+    return model
+
+
+@pytest.mark.parametrize("dialect", [to_unsigned, to_openvino])
+def test_for_vnni_what_lies_within_the_ranges_is_the_same_to_the_bit(dialect):
+    np.testing.assert_array_equal(*(run(dialect(with_ranges(4), vnni=vnni), images(64)) for vnni in (False, True)))
+
+
+@pytest.mark.parametrize("dialect", [to_unsigned, to_openvino])
+def test_for_vnni_what_lies_beyond_the_ranges_goes_on_to_twice_of_them(dialect):
+    wanted = run(canonicalize(residual()), images(64))
+    cut, whole = (np.abs(run(dialect(with_ranges(0.6), vnni=vnni), images(64)) - wanted).mean() for vnni in (False, True))
+    assert whole < 0.8 * cut
 
 
 def test_optimised_kernels_agree_with_the_reference():

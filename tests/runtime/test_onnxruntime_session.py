@@ -11,8 +11,9 @@ from deployopt.errors import ArtifactMismatch, BackendUnavailable, UsageError
 from deployopt.graph.canonical import canonicalize
 from deployopt.graph.dialects import to_unsigned
 from deployopt.runtime import host
-from deployopt.runtime.onnxruntime_session import create, create_exact, lacks_vnni, open_session
+from deployopt.runtime.onnxruntime_session import EXACT, create, create_exact, open_session
 from deployopt.runtime.sampler import time_streams
+from deployopt.runtime.saturation import saturates_here
 from deployopt.runtime.session import SessionOptions, TensorSpec
 
 
@@ -92,7 +93,7 @@ def test_a_graph_that_might_saturate_is_run_exactly(tmp_path):
     model, scales = quantized(stem_limit=127)
     unsigned = to_unsigned(canonicalize(model, scales=scales))
     onnx.save(unsigned, tmp_path / "model.onnx")
-    if not lacks_vnni(host.cpu()["isa"]):
+    if not saturates_here():
         pytest.skip("this CPU has VNNI: nothing saturates")
     careless = create(tmp_path / "model.onnx", threads=1).run(None, {"image": images(1000)})[0]
     found = create_exact(tmp_path / "model.onnx", threads=1).run(None, {"image": images(1000)})[0]
@@ -101,11 +102,17 @@ def test_a_graph_that_might_saturate_is_run_exactly(tmp_path):
     assert (found.argmax(1) == reference.argmax(1)).mean() >= 0.99
 
 
-def test_vnni_is_read_from_the_isa():
-    assert lacks_vnni(["avx2"])
-    assert not lacks_vnni(["avx2", "avx_vnni"])
-    assert not lacks_vnni(["avx2", "avx512_vnni"])
-    assert not lacks_vnni(["neon"])
+@pytest.mark.parametrize(("isa", "exactly"), [(["avx2"], True), (["avx2", "avx_vnni"], False), (["neon"], False)])
+def test_a_file_for_vnni_is_run_by_kernels_that_cannot_saturate_where_there_is_none(tmp_path, monkeypatch, isa, exactly):
+    model, scales = quantized()
+    onnx.save(to_unsigned(canonicalize(model, scales=scales), vnni=True), tmp_path / "model.onnx")
+    monkeypatch.setattr(host, "cpu", lambda: {"isa": isa})
+    given = create_exact(tmp_path / "model.onnx", threads=1).get_session_options()
+    if not exactly:
+        with pytest.raises(RuntimeError):
+            given.get_session_config_entry(EXACT)
+    else:
+        assert given.get_session_config_entry(EXACT) == "1"
 
 
 def test_streams_run_one_session_at_once(path):

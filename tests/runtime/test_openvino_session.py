@@ -11,7 +11,7 @@ from deployopt.errors import ArtifactMismatch, BackendUnavailable, UsageError
 from deployopt.graph.canonical import canonicalize
 from deployopt.graph.dialects import to_openvino
 from deployopt.runtime import host
-from deployopt.runtime.openvino_session import compile_model, load_vendor, not_offered, open_session
+from deployopt.runtime.openvino_session import compile_model, executed_layers, load_vendor, not_offered, open_session
 from deployopt.runtime.sampler import time_streams
 from deployopt.runtime.session import SessionOptions, TensorSpec
 
@@ -92,6 +92,17 @@ def test_int8_computes_what_the_file_says(tmp_path):
     differs = (np.abs(found - reference) > 0.01 * reference.std()).any(axis=1)
     assert differs.mean() <= 0.03
     assert (found.argmax(1) == reference.argmax(1)).mean() >= 0.99
+
+
+def test_a_file_for_vnni_is_refused_where_its_sums_would_overflow(tmp_path, monkeypatch):
+    model, scales = quantized()
+    for name, vnni in (("portable", False), ("vnni", True)):
+        onnx.save(to_openvino(canonicalize(model, scales=scales), vnni=vnni), tmp_path / f"{name}.onnx")
+    monkeypatch.setattr(host, "cpu", lambda: {"isa": ["avx2"]})
+    open_session(tmp_path / "portable.onnx", SessionOptions(precision="int8"))
+    with pytest.raises(ArtifactMismatch, match="for CPUs with VNNI; on this one sums of products would overflow"):
+        open_session(tmp_path / "vnni.onnx", SessionOptions(precision="int8"))
+    assert executed_layers(compile_model(tmp_path / "vnni.onnx", SessionOptions(precision="int8"), to_run=False))
 
 
 def test_junk_is_a_mismatch_with_the_file_named(tmp_path):

@@ -16,6 +16,7 @@ from deployopt.data import ArraySet
 from deployopt.errors import BuildFailed
 from deployopt.graph.canonical import canonicalize
 from deployopt.graph.casts import cast
+from deployopt.runtime import host
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import SilentProgress
 from deployopt.stages import Planning, Point, StepOutput, build
@@ -132,6 +133,30 @@ def test_the_cpu_provider_builds_beside_others(tmp_path):
     assert (result.record["status"], result.record["provider"]) == ("ok", "CPUExecutionProvider")
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(("isa", "given", "wanted"), [("avx2", None, False), ("avx512_vnni", None, True), ("avx512_vnni", False, False), ("avx2", True, True)])
+def test_int8_is_keyed_and_built_for_this_machines_cpu_or_the_one_asked_for(tmp_path, monkeypatch, backend, isa, given, wanted):
+    facts = host.cpu()
+    monkeypatch.setattr(host, "cpu", lambda: {**facts, "isa": ["avx2", isa]})
+    config = build.Config(backends=[backend], options={backend: {} if given is None else {"vnni": given}})
+    floating, int8 = build.expand(config, planning("fp32", "int8"))
+    assert (floating.parameters["options"], int8.parameters["options"]) == ({}, {"vnni": wanted})
+    result, folder, _ = ran(tmp_path, config, int8, canonical())
+    clips = [n for n in onnx.load(folder / "model.onnx").graph.node if n.op_type == "Clip"]
+    assert bool(clips) is not wanted
+    assert result.record["notes"] == (["its INT8 is for CPUs with VNNI; for x86 CPUs without, build it with the option vnni: false"] if wanted else [])
+    refused = backend == "openvino" and isa == "avx2" and wanted
+    assert result.record["status"] == ("built" if refused else "ok")
+    assert (result.record["reason"] is not None) == refused
+    assert result.record["verified"]["quantized_layers"] == result.record["verified"]["quantizable_layers"] > 0
+
+
+def test_the_cpus_options_are_not_those_of_other_providers():
+    config = build.Config(backends=["onnxruntime"], options={"onnxruntime": {"providers": ["cpu", "cuda"], "vnni": False}})
+    cpu, cuda = build.expand(config, planning("int8"))
+    assert (cpu.parameters["options"], cuda.parameters["options"]) == ({"vnni": False}, {})
+
+
 def test_away_from_the_machine_that_will_build_nothing_is_asked_of_it(fake):
     config, here = build.Config(backends=["fake", "openvino"]), planning("fp16", "int8")
     steps, away = build.expand(config, here), build.expand(config, replace(here, here=False))
@@ -172,7 +197,7 @@ def test_a_precision_the_backend_does_not_know_is_said(fake):
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_int8_is_built_and_verified(tmp_path, backend):
-    config = build.Config(backends=[backend], on_unverified="fail")
+    config = build.Config(backends=[backend], on_unverified="fail", options={backend: {"vnni": False}})
     (step,) = build.expand(config, planning("int8"))
     result, folder, logged = ran(tmp_path, config, step, canonical())
     assert (result.record["status"], result.record["reason"], result.record["notes"], logged) == ("ok", None, [], [])
