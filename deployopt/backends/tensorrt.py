@@ -106,7 +106,7 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) 
         timing_cache=str(cache_home() / "tensorrt") if options.timing_cache else None,
         error_on_timing_cache_miss=options.error_on_timing_cache_miss,
     )
-    return _tensorrt.build(prepared, out, request, progress, vendor=_VENDOR, options=wanted)
+    return _tensorrt.build(prepared, out, request, progress, vendor=_VENDOR, options=wanted, compress=options.compress)
 
 
 def open(path: Path, options: SessionOptions) -> Session:

@@ -86,7 +86,7 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) 
             f"build for {_TURING} in a recipe of its own: take it out of tensorrt_rtx's compute_capabilities here",
         )
     wanted = BuildOptions(tuple(request.batch_sizes), targets, tf32=options.tf32)
-    return _tensorrt.build(prepared, out, request, progress, vendor=_VENDOR, options=wanted)
+    return _tensorrt.build(prepared, out, request, progress, vendor=_VENDOR, options=wanted, compress=options.compress)
 
 
 def _default_targets(device: str) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 TORCH_OPENERS = {TORCH: "deployopt.nn.session:open", TORCH_COMPILE: "deployopt.nn.session:open_compiled"}
-ENGINE_SUFFIXES = (".engine", ".plan")
+ENGINE_SUFFIXES = (".engine", ".plan", f".engine{manifest.COMPRESSED}")
 KNOWN_FILES = (".onnx", *ENGINE_SUFFIXES, WEIGHTS)
 THREADS_OF_SWEEP = re.compile(r"(^|-)t\d+$")  # as `scenarios.scenarios` names them
 CLASSES_KEY = "deployopt.classes"  # in an ONNX file, written by the export stage
@@ -176,9 +176,10 @@ def _file(path: Path, backend: str | None) -> Target:
         return Target(path.parent.name, path, backend or TORCH, "fp32", run=run)
     if path.suffix == ".onnx":
         return Target(path.stem, path, backend or "onnxruntime", precision_of(path), run=run)
-    if path.suffix in ENGINE_SUFFIXES:
+    if path.name.endswith(ENGINE_SUFFIXES):
         recorded = manifest.read(path)
-        return Target(path.stem, path, backend or recorded.vendor, recorded.precision, run=run)
+        name = path.name.removesuffix(manifest.COMPRESSED).rpartition(".")[0]
+        return Target(name, path, backend or recorded.vendor, recorded.precision, run=run)
     raise UsageError(f"'{path.name}' is no artifact (known: {', '.join(KNOWN_FILES)})", "give such a file, a run folder, or RUN:variant/backend/precision/b1")
 
 

@@ -18,6 +18,7 @@ from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.session import TensorSpec
 
 SCHEMA = 2
+COMPRESSED = ".xz"  # ends the name of an engine that is stored compressed
 _PACKAGES = {"tensorrt_rtx": "tensorrt-rtx-cu13"}  # where a vendor's module comes from, if not from a package of its name: as our extras have it
 Profile = Mapping[str, Mapping[str, Tuple[int, ...]]]  # input → {"min", "opt", "max"}: shape
 REBUILD = "deployopt run RECIPE --fresh --until build"  # where the library refuses an engine that its manifest vouches for
@@ -27,7 +28,7 @@ class Manifest(NamedTuple):
     """What is known of an engine.
 
     Attributes:
-        sha256, size_bytes: of the engine.
+        sha256, size_bytes: of the engine, decompressed if its file is not.
         vendor, version: the module that built it ("tensorrt", "tensorrt_rtx") and its version.
         cuda: version of the CUDA runtime library there; None if none was found.
         platform: operating system and machine type, e.g. "linux-x86_64".
@@ -124,11 +125,12 @@ def read_engine(engine: Path) -> Tuple[Manifest, bytes]:
     """
     manifest = read(engine)
     try:
-        plan = engine.read_bytes()
+        stored = engine.read_bytes()
     except FileNotFoundError as exc:
         raise ArtifactCorrupt(f"{engine.name} is missing beside its manifest", rebuild(engine)) from exc
-    if not plan:
+    if not stored:
         raise ArtifactCorrupt(f"{engine.name} is empty; its manifest says {manifest.size_bytes} bytes", rebuild(engine))
+    plan = _decompressed(engine, stored, manifest.size_bytes) if engine.suffix == COMPRESSED else stored
     found = sha256_bytes(plan)
     if found != manifest.sha256:
         raise ArtifactCorrupt(
@@ -137,6 +139,23 @@ def read_engine(engine: Path) -> Tuple[Manifest, bytes]:
             rebuild(engine),
         )
     return manifest, plan
+
+
+def compressed(plan: bytes) -> bytes:
+    """An engine as a file that ends in `COMPRESSED` holds it."""
+    import lzma
+
+    return lzma.compress(plan)
+
+
+def _decompressed(engine: Path, stored: bytes, size: int) -> bytes:
+    """What a compressed file holds, of which no more than a byte beyond `size` is looked at."""
+    import lzma
+
+    try:
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(stored, max_length=size + 1)
+    except (lzma.LZMAError, EOFError) as exc:
+        raise ArtifactCorrupt(f"{engine.name} cannot be decompressed: {exc}", rebuild(engine)) from exc
 
 
 def _package(manifest: Manifest) -> str:

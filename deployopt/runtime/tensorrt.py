@@ -368,7 +368,7 @@ def build_file(
 
     Args:
         vendor: "tensorrt" or "tensorrt_rtx".
-        onnx, engine: paths of the source and of the engine.
+        onnx, engine: paths of the source and of the engine, which is compressed if that ends in `manifest.COMPRESSED`.
         precision: as typed in the ONNX; recorded.
         device: "cpu" or "cuda:N": the GPU it is built for, where there is one.
         options: `BuildOptions.to_json`.
@@ -431,9 +431,10 @@ def _gpu(trt: Vendor, device: str) -> Optional[Gpu]:
 
 def _save(target: Path, plan: bytes, described: manifest.Manifest) -> None:
     """Write the engine and its manifest, or neither. Raises BuildFailed where the disk is full."""
-    with built_onto(target, len(plan)):
+    stored = manifest.compressed(plan) if target.suffix == manifest.COMPRESSED else plan
+    with built_onto(target, len(stored)):
         try:
-            atomic_write(target, plan)
+            atomic_write(target, stored)
             manifest.write(target, described)
         except OSError:
             target.unlink(missing_ok=True)

@@ -20,12 +20,13 @@ from typed_onnx import CHANNELS, CLASSES, SIZE, Graph, canonical
 
 from deployopt.artifact import Artifact
 from deployopt.backends import BuildRequest, _tensorrt, tensorrt, tensorrt_rtx
+from deployopt.bench import targets
 from deployopt.errors import ArtifactCorrupt, ArtifactMismatch, BackendUnavailable, BuildFailed, DeployoptError, ExportFailed
 from deployopt.graph.casts import cast
 from deployopt.graph.tensorrt import check_tensorrt8
 from deployopt.runtime import manifest
 from deployopt.runtime.cuda import Gpu, find_gpu
-from deployopt.runtime.hashing import sha256_file
+from deployopt.runtime.hashing import sha256_bytes, sha256_file
 from deployopt.runtime.preprocessing import Preprocessing
 from deployopt.runtime.progress import SilentProgress
 from deployopt.runtime.session import SessionOptions, TensorSpec
@@ -181,6 +182,18 @@ def test_int8_with_fp16_around_it_is_built_and_its_layers_still_run_in_int8(tmp_
     assert {spec.dtype for spec in (*built.inputs, *built.outputs)} == {"float32"}
 
 
+def test_a_compressed_engine_is_the_same_to_the_byte_and_a_fraction_of_the_size(tmp_path, int8):
+    request = BuildRequest("int8", (1, 4), options={"compute_capabilities": [8.6], "compress": True})
+    built = tensorrt_rtx.build(int8.path.with_name("model.onnx"), tmp_path, request, SilentProgress())
+    assert built.path == tmp_path / "model.engine.xz"
+    described, plan = manifest.read_engine(built.path)
+    assert (described.sha256, described.size_bytes) == (sha256_bytes(plan), len(plan))
+    assert built.size_bytes == built.path.stat().st_size < 0.2 * len(plan)
+    assert len(plan) == pytest.approx(int8.size_bytes, rel=0.01)
+    assert built.metadata["verified"] == int8.metadata["verified"]
+    assert targets.resolve(built.path).precision == "int8"
+
+
 def test_tensorrt_8_gets_its_dialect(tmp_path, monkeypatch):
     old = ModuleType("tensorrt")
     old.Builder, old.__version__ = object, "8.6.1"
@@ -227,7 +240,7 @@ def test_default_targets_are_this_gpu_or_the_common_ones(tmp_path):
 @pytest.mark.parametrize(
     ("precision", "options", "message"),
     [
-        ("fp32", {"workspace": 3}, r"workspace: Extra inputs are not permitted \(available: tf32, compute_capabilities\)"),
+        ("fp32", {"workspace": 3}, r"workspace: Extra inputs are not permitted \(available: tf32, compress, compute_capabilities\)"),
         ("fp32", {"compute_capabilities": ["8.6"]}, "Input should be a valid number"),
         ("fp32", {"compute_capabilities": []}, "at least 1 item"),
         ("fp32", {"compute_capabilities": [8.6, 8.6]}, "each compute capability once"),

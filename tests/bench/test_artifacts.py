@@ -147,7 +147,7 @@ def test_what_cannot_be_opened_is_said(tmp_path):
         bench(tmp_path / "absent.onnx")
     unknown = tmp_path / "model.tflite"
     unknown.write_bytes(b"")
-    with pytest.raises(UsageError, match=r"known: .onnx, .engine, .plan, model.safetensors"):
+    with pytest.raises(UsageError, match=r"known: .onnx, .engine, .plan, .engine.xz, model.safetensors"):
         bench(unknown)
     with pytest.raises(UsageError, match="wanted a run folder"):
         bench(f"{tmp_path}:qat/openvino/int8/b1")

@@ -57,6 +57,35 @@ def test_an_engine_that_fits_passes_with_its_bytes(tmp_path):
     assert (found.precision, plan) == ("int8", b"plan")
 
 
+def test_a_compressed_engine_is_read_as_what_it_holds(tmp_path):
+    plan = b"__global__ void kernel() {}" * 10_000
+    engine = tmp_path / "model.engine.xz"
+    engine.write_bytes(manifest.compressed(plan))
+    manifest.write(engine, describe(plan))
+    assert engine.stat().st_size < len(plan) / 100
+    assert manifest.path_of(engine).name == "model.engine.xz.json"
+    assert opened(engine)[1] == plan
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"),
+    [
+        (b"this is no xz file", "cannot be decompressed"),
+        (manifest.compressed(b"a plan that is cut")[:-20], "the file changed"),
+        (manifest.compressed(b"plaN"), r"\(4 bytes\), found .* \(4 bytes\)"),
+        (manifest.compressed(bytes(10**8)), r"\(4 bytes\), found .* \(5 bytes\)"),
+        (b"", "is empty"),
+    ],
+)
+def test_a_compressed_engine_that_holds_something_else(tmp_path, stored, said):
+    """Nothing beyond the size that the manifest tells is unpacked."""
+    engine = tmp_path / "model.engine.xz"
+    engine.write_bytes(stored)
+    manifest.write(engine, describe(b"plan"))
+    with pytest.raises(ArtifactCorrupt, match=said):
+        manifest.read_engine(engine)
+
+
 def test_flipped_byte(tmp_path):
     engine = put(tmp_path)
     engine.write_bytes(b"plaN")
