@@ -5,7 +5,8 @@
 
 Batches 1 and 8 with all threads on one stream show latency; OpenVINO's throughput mode, batch 1 with a stream on every thread, is timed as well. Ratios
 are paired by block; several rounds repeat the whole comparison in fresh processes. Weights are random: speed does not depend on them. Writes
-benchmarks/results/int8_speed_with_vnni.json and .md, or ..._without_vnni, by this machine's CPU.
+benchmarks/results/int8_speed_with_vnni.json and .md, or ..._without_vnni, by this machine's CPU. With VNNI
+INT8 as it is built for CPUs without is timed too.
 
 What to expect: a CPU without VNNI multiplies 32 pairs of INT8 with two instructions (vpmaddubsw, vpmaddwd) and 8 pairs of FP32 with one (vfmadd), so that
 equally good kernels are 2 times faster in INT8; with VNNI it is 4 times.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import subprocess
 import sys
@@ -34,7 +36,7 @@ from deployopt.bench.images import natural_noise
 from deployopt.bench.scenarios import ScenarioName
 from deployopt.runtime.openvino_session import load_vendor
 from deployopt.runtime.preprocessing import to_feed
-from deployopt.runtime.saturation import has_vnni_here
+from deployopt.runtime.saturation import has_vnni_here, saturates_here
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NNCF = Path(__file__).resolve().parent / "nncf_quantize.py"
@@ -42,7 +44,11 @@ PAIRS = (
     Pair("ONNX Runtime FP32 / INT8", "onnxruntime/fp32", "onnxruntime/int8"),
     Pair("OpenVINO FP32 / INT8", "openvino/fp32", "openvino/int8"),
     Pair("OpenVINO INT8, NNCF's / ours", "openvino/nncf", "openvino/int8"),
+    Pair("ONNX Runtime INT8, clipped for CPUs without VNNI / for this one", "onnxruntime/clipped", "onnxruntime/int8"),
+    Pair("OpenVINO INT8, clipped for CPUs without VNNI / for this one", "openvino/clipped", "openvino/int8"),
 )
+NNCF_PAIR = PAIRS[2]
+BACKENDS = {"onnxruntime": onnxruntime, "openvino": openvino}
 CALIBRATION_IMAGES = 16
 
 
@@ -53,9 +59,12 @@ def files(arch: str, image_size: int, folder: Path, nncf_python: str) -> tuple[d
         (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
     found = {
         f"{name}/{precision}": backend.prepare(folder / f"{precision}.onnx", precision, folder / f"{name}-{precision}.onnx")
-        for name, backend in (("onnxruntime", onnxruntime), ("openvino", openvino))
+        for name, backend in BACKENDS.items()
         for precision in ("fp32", "int8")
     }
+    if has_vnni_here():
+        for name, backend in BACKENDS.items():
+            found[f"{name}/clipped"] = backend.prepare(folder / "int8.onnx", "int8", folder / f"{name}-clipped.onnx", {"vnni": False})
     np.save(folder / "images.npy", to_feed(natural_noise(CALIBRATION_IMAGES, image_size, image_size, 3, seed=0)))
     command = [nncf_python, str(NNCF), str(folder / "fp32.onnx"), str(folder / "images.npy"), str(folder / "nncf.xml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -110,7 +119,7 @@ def markdown(networks: dict[str, Any], facts: dict[str, Any]) -> str:
         if network["nncf"]:
             lines.append(f"| {arch} | | | NNCF's network | by NNCF {network['nncf']['nncf']}, OpenVINO {network['nncf']['openvino']} | | |")
         if network["no_nncf"]:
-            lines.append(f"| {arch} | | | {PAIRS[-1][0]} | not measured: {network['no_nncf']} | | |")
+            lines.append(f"| {arch} | | | {NNCF_PAIR.label} | not measured: {network['no_nncf']} | | |")
     return "\n".join(lines) + "\n"
 
 
@@ -136,7 +145,7 @@ def main() -> None:
         print(arch, *(f"{r['scenario']} b{r['batch']} {r['ratios']}" for r in rounds), nncf["no_nncf"] or "", sep="\n  ", flush=True)
     facts = {"threads": arguments.threads, "image_size": arguments.image_size, "environment": environment(("onnxruntime", "openvino"))}
     RESULTS.mkdir(exist_ok=True)
-    name = f"int8_speed_{'with' if has_vnni_here() else 'without'}_vnni"
+    name = f"int8_speed_{'with_vnni' if has_vnni_here() else 'without_vnni' if saturates_here() else platform.machine()}"
     (RESULTS / f"{name}.json").write_text(json.dumps({**facts, "networks": networks}, indent=2) + "\n")
     (RESULTS / f"{name}.md").write_text(markdown(networks, facts))
 

@@ -24,7 +24,7 @@ class BuildRequest:
         batch_sizes: that will be measured; an optimisation profile spans them.
         threads: CPU threads the artifact will run with.
         device: "cpu" or "cuda:N".
-        options: the recipe's options for this backend.
+        options: the recipe's options for this backend, as `settled` says them.
         timeout_s: native code that takes longer is ended, and the build has failed.
     """
 
@@ -45,7 +45,8 @@ class Backend(Protocol):
     them, so that nothing else may go on meanwhile; `verify(path, options: SessionOptions, progress, timeout_s) -> Verified`, which tells of any ONNX file
     what the runtime really executes, and raises as `build`: so `deployopt bench` can show it of files that no build stage has seen; and `providers`, the
     other devices or libraries that the runtime computes with, by name. Each is a module that is a backend of its own. A recipe asks for them with the build
-    option `providers`; their rows are called NAME-PROVIDER, so that they are compared with their own FP32 row, and take no options.
+    option `providers`; their rows are called NAME-PROVIDER, so that they are compared with their own FP32 row. Of the backend's
+    options they get those that their own `Options` has, if there is one.
 
     Attributes:
         __name__: of the module; a session's child process imports it to call `open`.
@@ -124,8 +125,11 @@ def names() -> list[str]:
 
 
 def settled(name: str, options: Mapping[str, Any], precision: str) -> dict[str, Any]:
-    """Build options with all said that they leave to this machine, for the row `name`. Again settled, they are the same."""
-    settle = getattr(find(name), "settle", None)
+    """Build options that concern the row `name`, with all said that they leave to this machine. Again settled, they are the same."""
+    backend = find(name)
+    model, settle = getattr(backend, "Options", None), getattr(backend, "settle", None)
+    if model is not None and name != runtime_of(name):
+        options = {key: value for key, value in options.items() if key in model.model_fields}
     return dict(options) if settle is None else settle(options, precision)
 
 

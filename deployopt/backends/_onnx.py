@@ -16,14 +16,14 @@ from deployopt.runtime.child import run_in_child
 from deployopt.runtime.clock import now_ns, seconds_since
 from deployopt.runtime.files import atomic_write
 from deployopt.runtime.progress import Progress
-from deployopt.runtime.saturation import VNNI_KEY, has_vnni_here
+from deployopt.runtime.saturation import VNNI_KEY, has_vnni_here, saturates_here
 from deployopt.runtime.session import TensorSpec
 
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto
 
 
-_FOR_VNNI = "its INT8 is for CPUs with VNNI; for x86 CPUs without, build it with the option vnni: false"
+_FOR_VNNI = "its INT8 is for CPUs with VNNI: for x86 CPUs without, set build.options.{runtime}.vnni: false"
 
 
 class CpuOptions(Strict):
@@ -69,32 +69,35 @@ def build(
     progress: Progress,
     *,
     counter: str,
+    runtime: str,
     provider: str,
     accepted: type[Strict] = Strict,
     arguments: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     unverified: str | None = None,
-    misfit: str | None = None,
+    lacks_vnni: str | None = None,
 ) -> Artifact:
     """Store the ONNX and have the runtime tell what it compiles it to.
 
     Args:
         counter, arguments: as of `verify`.
+        runtime: the backend's name in a recipe.
         accepted: the model of the options that the request may hold.
         options: that sessions on it are opened with, in their `extra`.
         unverified: why what it returns says nothing of what is executed, if so.
-        misfit: why what is built does not run on this machine, if so.
+        lacks_vnni: why what is for CPUs with VNNI does not run without, if so.
 
     Raises:
         BuildFailed: an option that there is not. BuildFailed, BackendUnavailable, ProviderFallback, ArtifactMismatch: the runtime does not take the model.
     """
-    bind(provider, accepted, request.options)
+    bind(runtime, accepted, request.options)
     start = now_ns()
     path = out / "model.onnx"
     model = load(prepared)
     atomic_write(path, prepared.read_bytes())
     with progress.track(f"compile for {provider}", None):
         verified = verify(path, request.precision, progress, request.timeout_s, counter=counter, arguments=arguments)
+    for_vnni = any(p.key == VNNI_KEY for p in model.metadata_props)
     metadata = {
         "precision": request.precision,
         "provider": provider,
@@ -102,8 +105,8 @@ def build(
         "build_seconds": seconds_since(start),
         "verified": None if unverified else asdict(verified),
         "verified_reason": unverified,
-        "misfit": misfit,
-        "notes": [_FOR_VNNI] if any(p.key == VNNI_KEY for p in model.metadata_props) else [],
+        "misfit": lacks_vnni if for_vnni and saturates_here() else None,
+        "notes": [_FOR_VNNI.format(runtime=runtime)] if for_vnni else [],
     }
     return Artifact.of("onnx", path, inputs=specs(model.graph.input), outputs=specs(model.graph.output), metadata=metadata)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from deployopt.artifact import FLOAT_PRECISIONS, Artifact, Verified
 from deployopt.backends import BuildRequest, _onnx, _onnxruntime_gpu
 from deployopt.backends.onnxruntime import layers_by_precision
+from deployopt.config import Strict
 from deployopt.runtime.onnxruntime_gpu import CUDA, CUDA_NOT_OFFERED, create, open_session
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
@@ -16,6 +17,7 @@ from deployopt.runtime.session import Session, SessionOptions
 distributions = ("onnxruntime-gpu", "onnx")
 build_depends_on_machine = False
 builds_onnx = True
+Options = Strict
 
 _COUNTER = f"{__name__}:count_layers"
 
@@ -27,7 +29,7 @@ def prepare(canonical: Path, precision: str, out: Path) -> Path:
 
 
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:
-    return _onnx.build(prepared, out, request, progress, counter=_COUNTER, provider=CUDA, arguments={"device": request.device})
+    return _onnx.build(prepared, out, request, progress, counter=_COUNTER, runtime="onnxruntime-cuda", provider=CUDA, arguments={"device": request.device})
 
 
 def verify(path: Path, options: SessionOptions, progress: Progress, timeout_s: float) -> Verified:

@@ -10,6 +10,7 @@ from typing import Any
 from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact
 from deployopt.backends import BuildRequest, _onnx, _onnxruntime_gpu, _tensorrt
 from deployopt.backends._shared import load
+from deployopt.config import Strict
 from deployopt.runtime.onnxruntime_gpu import PROFILE, TENSORRT, create, open_session
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import Session, SessionOptions
@@ -18,6 +19,7 @@ from deployopt.runtime.tensorrt import ranges_of
 distributions = ("onnxruntime-gpu", "tensorrt", "onnx")
 build_depends_on_machine = False
 builds_onnx = True
+Options = Strict
 builds_on_opening = True
 
 _UNVERIFIED = "ONNX Runtime's TensorRT provider does not tell what its engine computes in"
@@ -39,6 +41,7 @@ def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) 
         request,
         progress,
         counter=f"{__name__}:check_nodes",
+        runtime="onnxruntime-tensorrt",
         provider=TENSORRT,
         arguments={"device": request.device, "profile": profile},
         options={PROFILE: profile},

@@ -38,7 +38,9 @@ def bind(backend: str, model: type[M], options: Mapping[str, Any]) -> M:
         return model.model_validate(dict(options))
     except ValidationError as exc:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
-        raise BuildFailed(f"options of {backend}: {faults} (available: {', '.join(model.model_fields)})", "mend them in the recipe's build stage") from exc
+        raise BuildFailed(
+            f"options of {backend}: {faults} (available: {', '.join(model.model_fields) or 'none'})", "mend them in the recipe's build stage"
+        ) from exc
 
 
 def load(path: Path) -> ModelProto:

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from deployopt.artifact import Artifact, Availability, Verified
 from deployopt.backends import BuildRequest, _onnx, _shared
@@ -46,6 +46,12 @@ class Options(_onnx.CpuOptions):
             raise ValueError(f"a provider is named twice: {', '.join(names)}")
         return names
 
+    @model_validator(mode="after")
+    def _of_the_cpu(self) -> Self:
+        if self.vnni is not None and "cpu" not in self.providers:
+            raise ValueError("vnni concerns the provider cpu, which is not among the providers")
+        return self
+
 
 def probe() -> Availability:
     return _shared.probe(load_vendor, _offered)
@@ -62,7 +68,7 @@ def prepare(canonical: Path, precision: str, out: Path, options: Mapping[str, An
 
 
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:
-    return _onnx.build(prepared, out, request, progress, counter=_COUNTER, provider=PROVIDER, accepted=_onnx.CpuOptions)
+    return _onnx.build(prepared, out, request, progress, counter=_COUNTER, runtime="onnxruntime", provider=PROVIDER, accepted=_onnx.CpuOptions)
 
 
 def verify(path: Path, options: SessionOptions, progress: Progress, timeout_s: float) -> Verified:

@@ -12,7 +12,6 @@ from deployopt.artifact import FLOAT_PRECISIONS, INT8_PRECISIONS, Artifact, Avai
 from deployopt.backends import BuildRequest, _onnx, _shared
 from deployopt.runtime.openvino_session import DEVICE, LACKS_VNNI, compile_model, executed_layers, load_vendor, not_offered, open_session
 from deployopt.runtime.progress import Progress
-from deployopt.runtime.saturation import saturates_here
 from deployopt.runtime.session import Session, SessionOptions
 
 distributions = ("openvino", "onnx")
@@ -46,8 +45,7 @@ def prepare(canonical: Path, precision: str, out: Path, options: Mapping[str, An
 
 
 def build(prepared: Path, out: Path, request: BuildRequest, progress: Progress) -> Artifact:
-    misfit = LACKS_VNNI if settle(request.options, request.precision).get("vnni") and saturates_here() else None
-    return _onnx.build(prepared, out, request, progress, counter=_COUNTER, provider=DEVICE, accepted=Options, misfit=misfit)
+    return _onnx.build(prepared, out, request, progress, counter=_COUNTER, runtime="openvino", provider=DEVICE, accepted=Options, lacks_vnni=LACKS_VNNI)
 
 
 def verify(path: Path, options: SessionOptions, progress: Progress, timeout_s: float) -> Verified:

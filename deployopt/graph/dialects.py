@@ -1,4 +1,4 @@
-"""Canonical INT8 (TensorRT's Q/DQ placement) → what other runtimes run fastest. The same integers, told differently."""
+"""Canonical INT8 (TensorRT's Q/DQ placement) → what other runtimes run fastest. The same integers, told differently, as far as the observed ranges go."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def to_unsigned(model: ModelProto, *, vnni: bool = False) -> ModelProto:
     """The dialect of ONNX Runtime on x86 CPUs: u8 activations, s8 weights, int32 biases, Q/DQ around every Add and pooling.
 
     Activations keep their signed scale; the zero point becomes 0 where a tensor cannot be negative (then a ReLU fuses) and 128 elsewhere, so the
-    integers are those of the signed graph.
+    integers are those of the signed graph (with `vnni` within the observed ranges).
 
     Args:
         model: canonical INT8, with the scales "output" of each convolution before an Add and "sum" of an Add that no layer reads.
@@ -67,19 +67,20 @@ def _for_x86(model: ModelProto, *, float_sums: bool, vnni: bool) -> ModelProto:
     trained = graph.nodes("QuantizeLinear")
     quantize_outputs(graph, stored_scales(model), adds_fuse=float_sums)
     make_unsigned(graph, keep_signed=float_sums)
-    limited = [] if vnni else [q for q in trained if _from_zero(graph, q)]
+    limited = [q for q in trained if _from_zero(graph, q)]
+    clipped = [] if vnni else limited
     if not float_sums:
-        clip_integers(graph, limited)
+        clip_integers(graph, clipped)
         quantize_biases(graph)
     saturating = saturating_layers(graph, clipped=not vnni)
     hoist_quantizers(graph)
     if float_sums:
-        clip_before_rounding(graph, limited)
+        clip_before_rounding(graph, clipped)
     graph.finish()
     props = {p.key: p.value for p in model.metadata_props}
     if saturating:
         props[SATURATION_KEY] = ",".join(saturating)
-    if vnni:
+    if vnni and limited:
         props[VNNI_KEY] = "required"
     helper.set_model_props(model, props)
     model = with_shapes(model)

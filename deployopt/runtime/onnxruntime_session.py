@@ -108,6 +108,14 @@ def create_exact(path: Path, threads: int, optimized: Optional[Path] = None, pro
     return session
 
 
+def _is_exact(options: Any) -> bool:
+    """Whether a session was made with `EXACT`."""
+    try:
+        return bool(options.get_session_config_entry(EXACT) == "1")
+    except RuntimeError:  # it was not said
+        return False
+
+
 def _vendor_errors(ort: Any) -> Any:
     """Every exception type of ONNX Runtime; they share no base of their own."""
     state = ort.capi.onnxruntime_pybind11_state
@@ -198,7 +206,9 @@ class _Loaded:
     def __init__(self, session: Any, feeds: Sequence[Feed], outputs: Mapping[str, Array]) -> None:
         make = load_vendor().OrtValue.ortvalue_from_numpy
         self._run = session.run_with_iobinding
-        self._threads = session.get_session_options().intra_op_num_threads  # type: int
+        options = session.get_session_options()
+        self._threads = options.intra_op_num_threads  # type: int
+        self._exact = _is_exact(options)
         self._results = {name: make(np.empty_like(array)) for name, array in outputs.items()}
         self._feeds = [{name: make(np.ascontiguousarray(array)) for name, array in feed.items()} for feed in feeds]
         self._bindings = []
@@ -221,7 +231,8 @@ class _Loaded:
 
     def execution(self) -> Dict[str, str]:
         """As `session.Explained`; see `create`."""
-        return {"waiting_threads": "spin"} if self._threads > 1 else {}
+        exact = {"int8_kernels": "exact, since sums in 16 bits might overflow on this CPU"} if self._exact else {}
+        return {**({"waiting_threads": "spin"} if self._threads > 1 else {}), **exact}
 
 
 def _runs(events: Sequence[Mapping[str, Any]]) -> List[List[LayerTime]]:

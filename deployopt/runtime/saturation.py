@@ -9,7 +9,9 @@ from deployopt.runtime import host
 
 # Of an ONNX file's metadata, written by graph/dialects.py:
 SATURATION_KEY = "deployopt.int16_saturation"  # layers of which pairs of products can exceed int16
-VNNI_KEY = "deployopt.vnni"  # there if the file is for CPUs with VNNI, and so clips no activation for the sake of int16
+VNNI_KEY = "deployopt.vnni"  # there if the file is for CPUs with VNNI: activations are not clipped that int16 would need clipped
+
+_X86 = frozenset({"x86_64", "amd64", "i386", "i586", "i686"})
 
 
 def has_vnni(isa: Sequence[str]) -> bool:
@@ -18,9 +20,9 @@ def has_vnni(isa: Sequence[str]) -> bool:
 
 
 def saturates_here() -> bool:
-    """Whether this machine's CPU is one that sums products in 16 bits."""
-    isa = host.cpu()["isa"]
-    return "avx2" in isa and not has_vnni(isa)
+    """Whether this machine's CPU sums products in 16 bits, as far as is known: an x86 CPU whose instructions cannot be read (not on Linux) counts as one."""
+    cpu = host.cpu()
+    return cpu["architecture"].lower() in _X86 and not has_vnni(cpu["isa"])
 
 
 def has_vnni_here() -> bool:

@@ -75,7 +75,8 @@ class Explained(Protocol):
 
     def execution(self) -> Dict[str, str]:
         """How it was executed so far, for the row's contract: {"cuda_graph": "off", "on" or "refused: why"}, {"waiting_threads": "spin", "block" or
-        "spin, then block"}; nothing of threads where one inference has only one. {"shape_specialization": "eager"} of TensorRT-RTX."""
+        "spin, then block"}; nothing of threads where one inference has only one. {"shape_specialization": "eager"} of TensorRT-RTX. {"int8_kernels":
+        "exact, since …"} where slower ones than usual were chosen."""
 
 
 class Session(Protocol):

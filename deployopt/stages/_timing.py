@@ -1,4 +1,5 @@
-"""Candidates timed while a stage decides: built by the real backend and measured interleaved, as `build` and `benchmark` do with what is shipped."""
+"""Candidates timed while a stage decides: built by the real backend, with the defaults of its options, and measured interleaved, as `build` and `benchmark`
+do with what is shipped."""
 
 from __future__ import annotations
 
@@ -51,8 +52,15 @@ class TimedOn(StageConfig):
 def key_parts(where: TimedOn) -> dict[str, Any]:
     """What a decision timed there depends on beside the step's inputs, for `Expansion.parameters`: this machine, the runtime's version, and those of
     the packages that export and prepare candidates."""
+    from deployopt.stages import build
+
     backend = backends.find(where.backend)
-    return {"machine": host.timing_facts(), "runtime": backend.probe().version, "distributions": versions((*EXPORTERS, *backend.distributions))}
+    return {
+        "build": build.version,
+        "machine": host.timing_facts(),
+        "runtime": backend.probe().version,
+        "distributions": versions((*EXPORTERS, *backend.distributions)),
+    }
 
 
 class Candidates:

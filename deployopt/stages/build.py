@@ -86,10 +86,8 @@ def expand(config: Config, planning: Planning) -> list[Expansion]:
 
 
 def _build_options(config: Config, name: str) -> dict[str, Any]:
-    """Of a row's backend, of which further providers take none; which providers there are is this stage's concern."""
-    if name != backends.runtime_of(name):
-        return {}
-    given = config.options.get(name, {})
+    """Of a row's backend; which providers there are is this stage's concern."""
+    given = config.options.get(backends.runtime_of(name), {})
     return {key: value for key, value in given.items() if key != backends.PROVIDERS}
 
 
@@ -172,8 +170,8 @@ def build_prepared(name: str, canonical: Path, folder: Path, request: BuildReque
     """A canonical ONNX in a backend's dialect, built into `folder`. Raises ExportFailed, BuildFailed."""
     backend, options = backends.find(name), backends.settled(name, request.options, request.precision)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        asked = [options] if hasattr(backend, "settle") else []
-        prepared = cast(Any, backend).prepare(canonical, request.precision, Path(scratch) / "model.onnx", *asked)
+        settling = [options] if hasattr(backend, "settle") else []  # its `prepare` takes them too
+        prepared = cast(Any, backend).prepare(canonical, request.precision, Path(scratch) / "model.onnx", *settling)
         return backend.build(prepared, folder, replace(request, options=options), progress)
 
 
