@@ -143,7 +143,11 @@ def main() -> None:
             rounds = [one_round(paths, arguments, scenario, batch, seed) for seed in range(arguments.rounds) for scenario, batch in asked]
         networks[arch] = {"rounds": rounds, "rounding": differences, **nncf}
         print(arch, *(f"{r['scenario']} b{r['batch']} {r['ratios']}" for r in rounds), nncf["no_nncf"] or "", sep="\n  ", flush=True)
-    facts = {"threads": arguments.threads, "image_size": arguments.image_size, "environment": environment(("onnxruntime", "openvino"))}
+    facts = {
+        "threads": arguments.threads,
+        "image_size": arguments.image_size,
+        "environment": environment((*onnxruntime.distributions, *openvino.distributions)),
+    }
     RESULTS.mkdir(exist_ok=True)
     name = f"int8_speed_{'with_vnni' if has_vnni_here() else 'without_vnni' if saturates_here() else platform.machine()}"
     (RESULTS / f"{name}.json").write_text(json.dumps({**facts, "networks": networks}, indent=2) + "\n")

@@ -184,6 +184,16 @@ def test_for_vnni_nothing_is_clipped_and_the_file_says_where_others_would_overfl
     assert set(props[SATURATION_KEY].split(",")) == behind_a_relu  # not conv1, whose weights are guarded
 
 
+@pytest.mark.parametrize("dialect", [to_unsigned, to_openvino])
+def test_a_file_in_which_nothing_would_be_clipped_is_for_every_cpu(dialect):
+    model, _ = quantized()
+    scales = {layer: {"output": 0.1, "sum": 0.1} for layer in CONVOLUTIONS}
+    for node in model.graph.node:
+        node.op_type = {"Relu": "Tanh"}.get(node.op_type, node.op_type)
+    portable, for_vnni = (dialect(canonicalize(model, scales=scales), vnni=vnni) for vnni in (False, True))
+    assert for_vnni == portable
+
+
 def with_ranges(factor):
     """The canonical network with the ranges of what follows a ReLU as many times as wide."""
     model = canonical()

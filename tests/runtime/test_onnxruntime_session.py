@@ -11,9 +11,9 @@ from deployopt.errors import ArtifactMismatch, BackendUnavailable, UsageError
 from deployopt.graph.canonical import canonicalize
 from deployopt.graph.dialects import to_unsigned
 from deployopt.runtime import host
-from deployopt.runtime.onnxruntime_session import EXACT, create, create_exact, open_session
+from deployopt.runtime.onnxruntime_session import create, create_exact, open_session
 from deployopt.runtime.sampler import time_streams
-from deployopt.runtime.saturation import saturates_here
+from deployopt.runtime.saturation import SATURATION_KEY, saturates_here
 from deployopt.runtime.session import SessionOptions, TensorSpec
 
 
@@ -102,17 +102,25 @@ def test_a_graph_that_might_saturate_is_run_exactly(tmp_path):
     assert (found.argmax(1) == reference.argmax(1)).mean() >= 0.99
 
 
-@pytest.mark.parametrize(("isa", "exactly"), [(["avx2"], True), (["avx2", "avx_vnni"], False), (["neon"], False)])
-def test_a_file_for_vnni_is_run_by_kernels_that_cannot_saturate_where_there_is_none(tmp_path, monkeypatch, isa, exactly):
+@pytest.mark.parametrize(("architecture", "isa", "exact"), [("x86_64", ["avx2"], True), ("x86_64", ["avx2", "avx_vnni"], False), ("aarch64", ["neon"], False)])
+def test_a_file_for_vnni_is_run_by_kernels_that_cannot_saturate_where_there_is_none(tmp_path, monkeypatch, architecture, isa, exact):
+    """Those take u8 weights, of which each product is summed in 32 bits."""
     model, scales = quantized()
-    onnx.save(to_unsigned(canonicalize(model, scales=scales), vnni=True), tmp_path / "model.onnx")
-    monkeypatch.setattr(host, "cpu", lambda: {"isa": isa})
-    given = create_exact(tmp_path / "model.onnx", threads=1).get_session_options()
-    if not exactly:
-        with pytest.raises(RuntimeError):
-            given.get_session_config_entry(EXACT)
-    else:
-        assert given.get_session_config_entry(EXACT) == "1"
+    dialect = to_unsigned(canonicalize(model, scales=scales), vnni=True)
+    onnx.save(dialect, tmp_path / "model.onnx")
+    monkeypatch.setattr(host, "cpu", lambda: {"architecture": architecture, "isa": isa})
+    with open_session(tmp_path / "model.onnx", SessionOptions(precision="int8")) as session:
+        loaded = session.load([{"image": images(1)}])
+        assert ("int8_kernels" in loaded.execution()) == exact
+        found = session.infer({"image": images(64)})["logits"]
+    assert np.abs(found - run(dialect, images(64))).max() < 0.1 * np.abs(found).max()
+    create_exact(tmp_path / "model.onnx", 1, optimized=tmp_path / "optimized.onnx")
+    optimized = onnx.load(tmp_path / "optimized.onnx")
+    stored = {t.name: t.data_type for t in optimized.graph.initializer}
+    weights = {n.input[3]: stored[n.input[3]] for n in optimized.graph.node if n.op_type in ("QLinearConv", "QGemm")}
+    (saturating,) = [p.value.split(",") for p in dialect.metadata_props if p.key == SATURATION_KEY]
+    assert sum(kind == onnx.TensorProto.UINT8 for kind in weights.values()) >= (len(saturating) if exact else 0)
+    assert exact or onnx.TensorProto.UINT8 not in weights.values()
 
 
 def test_streams_run_one_session_at_once(path):

@@ -137,14 +137,14 @@ def test_the_cpu_provider_builds_beside_others(tmp_path):
 @pytest.mark.parametrize(("isa", "given", "wanted"), [("avx2", None, False), ("avx512_vnni", None, True), ("avx512_vnni", False, False), ("avx2", True, True)])
 def test_int8_is_keyed_and_built_for_this_machines_cpu_or_the_one_asked_for(tmp_path, monkeypatch, backend, isa, given, wanted):
     facts = host.cpu()
-    monkeypatch.setattr(host, "cpu", lambda: {**facts, "isa": ["avx2", isa]})
+    monkeypatch.setattr(host, "cpu", lambda: {**facts, "architecture": "x86_64", "isa": ["avx2", isa]})
     config = build.Config(backends=[backend], options={backend: {} if given is None else {"vnni": given}})
     floating, int8 = build.expand(config, planning("fp32", "int8"))
     assert (floating.parameters["options"], int8.parameters["options"]) == ({}, {"vnni": wanted})
     result, folder, _ = ran(tmp_path, config, int8, canonical())
     clips = [n for n in onnx.load(folder / "model.onnx").graph.node if n.op_type == "Clip"]
     assert bool(clips) is not wanted
-    assert result.record["notes"] == (["its INT8 is for CPUs with VNNI; for x86 CPUs without, build it with the option vnni: false"] if wanted else [])
+    assert result.record["notes"] == ([f"its INT8 is for CPUs with VNNI: for x86 CPUs without, set build.options.{backend}.vnni: false"] if wanted else [])
     refused = backend == "openvino" and isa == "avx2" and wanted
     assert result.record["status"] == ("built" if refused else "ok")
     assert (result.record["reason"] is not None) == refused
@@ -152,9 +152,28 @@ def test_int8_is_keyed_and_built_for_this_machines_cpu_or_the_one_asked_for(tmp_
 
 
 def test_the_cpus_options_are_not_those_of_other_providers():
-    config = build.Config(backends=["onnxruntime"], options={"onnxruntime": {"providers": ["cpu", "cuda"], "vnni": False}})
+    options = {"providers": ["cpu", "cuda"], "vnni": False}
+    config = build.Config(backends=["onnxruntime"], options={"onnxruntime": options})
     cpu, cuda = build.expand(config, planning("int8"))
     assert (cpu.parameters["options"], cuda.parameters["options"]) == ({"vnni": False}, {})
+    backends.onnxruntime.Options(**options)
+    with pytest.raises(ValidationError, match="vnni concerns the provider cpu"):
+        backends.onnxruntime.Options(providers=["cuda"], vnni=False)
+
+
+def test_a_third_partys_backend_may_settle_its_options_and_prepare_by_them(fake, tmp_path):
+    def prepare(canonical, precision, out, options):
+        assert options == {"level": 5, "here": "int8"}
+        out.write_bytes(canonical.read_bytes())
+        return out
+
+    fake.settle, fake.prepare = lambda options, precision: {**options, "here": precision}, prepare
+    config = build.Config(backends=["fake"], options={"fake": {"level": 5}})
+    (step,) = build.expand(config, planning("int8"))
+    assert step.parameters["options"] == {"level": 5, "here": "int8"}
+    result, _, _ = ran(tmp_path, config, step, canonical())
+    assert result.record["status"] == "ok"
+    assert fake.requests[0].options == {"level": 5, "here": "int8"}
 
 
 def test_away_from_the_machine_that_will_build_nothing_is_asked_of_it(fake):
