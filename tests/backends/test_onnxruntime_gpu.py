@@ -79,6 +79,7 @@ def test_tensorrt_is_given_one_profile_which_every_session_opens_with(tmp_path):
         BuildRequest("fp32", (8, 1)),
         SilentProgress(),
         counter="deployopt.backends.onnxruntime:count_layers",
+        runtime="onnxruntime-tensorrt",
         provider=PROVIDER,
         options={PROFILE: profile},
     )

@@ -453,7 +453,7 @@ def test_options_that_exclude_each_other_are_refused(options: dict[str, Any], me
 )
 def test_the_key_names_the_machine_and_the_runtime_where_timing_decides(options: dict[str, Any], backend: str) -> None:
     (step,) = prune.expand(config(**options), Planning([Point("torch", "init", "float")], "prune"))
-    assert set(step.parameters) == {"machine", "runtime", "distributions"}
+    assert set(step.parameters) == {"build", "machine", "runtime", "distributions"}
     assert step.parameters["runtime"] == plugins.find("backends", backend).probe().version
     found = step.parameters["distributions"]
     assert found.items() >= {name: version(name) for name in ("onnx", "onnxscript")}.items()
