@@ -157,12 +157,13 @@ def fastest(timing: Timing, network: Network, cuts: Cuts, reach: Callable[[Cuts]
 
 @dataclass
 class _Tried:
-    """A candidate of the search and the latest reading of it."""
+    """A candidate of the search and the latest reading of it; `lucky` if an earlier one met the target."""
 
     kept: tuple[int, ...]
     macs: int
     reading: Reading
     confirmed: bool = False
+    lucky: bool = False
 
 
 class Search:
@@ -170,7 +171,8 @@ class Search:
 
     The search runs over the share of MACs that is kept, of which latency is a rising, if bumpy, function: candidates lie close together, since any
     MACs can be reached closely. Each step interpolates between the nearest candidates on either side of the target, or extrapolates to it. What is taken is
-    measured again, over several lifetimes of its process; if that says otherwise, the search goes on from there.
+    measured again, over several lifetimes of its process; if that says otherwise, the search goes on from there. So is the candidate that bounds the search
+    from above, where a larger one was faster: a process may be slow for life, and what lies beyond would never be tried.
 
     Args:
         metric: what is aimed at: "ratio" to the parent, or "ms".
@@ -212,8 +214,11 @@ class Search:
         with progress.track("search for latency", TRIES) as bar:
             for _ in range(TRIES):
                 best = self._best()
+                bound = self._bound(best)
                 budget = None if best is not None and self._close(best) else self._next(best)
-                if budget is not None:
+                if bound is not None and not bound.confirmed and self._is_slower_than_a_larger_one(bound):
+                    self._read(bound.kept, CONFIRMING_LIFETIMES)
+                elif budget is not None:
                     self._read(budget)
                 elif best is not None and not best.confirmed:
                     self._read(best.kept, CONFIRMING_LIFETIMES)
@@ -230,10 +235,11 @@ class Search:
     def _read(self, kept: tuple[int, ...], lifetimes: int = 1) -> None:
         candidate = {"candidate": _candidate(self._network, self._cuts, kept)}
         reading = self._timing.compare(candidate, lifetimes)["candidate"]
-        confirming = kept in self._tried
+        before = self._tried.get(kept)
+        confirming, lucky = before is not None, before is not None and (before.lucky or self._meets(before))
         if self._undecided(reading):
             reading = self._timing.compare(candidate, 2 * lifetimes if confirming else CONFIRMING_LIFETIMES)["candidate"]
-        tried = _Tried(kept, self._cuts.cost(kept)["macs"], reading, confirming)
+        tried = _Tried(kept, self._cuts.cost(kept)["macs"], reading, confirming, lucky)
         self._tried[kept] = tried
         self._trace.append({"macs_ratio": tried.macs / self._parent_macs, **asdict(reading), "confirming": confirming})
 
@@ -257,6 +263,15 @@ class Search:
         """The largest candidate that meets the target by its latest reading."""
         return max((t for t in self._tried.values() if self._meets(t)), key=lambda t: t.macs, default=None)
 
+    def _bound(self, best: _Tried | None) -> _Tried | None:
+        """The smallest candidate above `best` that does not meet the target."""
+        slower = (t for t in self._tried.values() if not self._meets(t) and (best is None or t.macs > best.macs))
+        return min(slower, key=lambda t: t.macs, default=None)
+
+    def _is_slower_than_a_larger_one(self, tried: _Tried) -> bool:
+        larger = [self._value(t.reading) for t in self._tried.values() if t.macs > tried.macs]
+        return min([self._whole, *larger]) < (1 - TOLERANCE) * self._value(tried.reading)
+
     def _nearest(self) -> _Tried | None:
         """The fastest candidate read once, if that reading is as little above the target as a confirming one may be."""
         near = (t for t in self._tried.values() if not t.confirmed and self._value(t.reading) <= self._goal * (1 + CONFIRMED))
@@ -265,8 +280,8 @@ class Search:
     def _next(self, best: _Tried | None) -> tuple[int, ...] | None:
         """The widths to try next, None if nothing untried lies between the nearest candidates."""
         aim = self._goal * (1 - TOLERANCE / 2)
-        slower = [(t.macs, self._value(t.reading)) for t in self._tried.values() if not self._meets(t) and (best is None or t.macs > best.macs)]
-        high_macs, high = min(slower, default=(self._macs, self._whole))
+        bound = self._bound(best)
+        high_macs, high = (self._macs, self._whole) if bound is None else (bound.macs, self._value(bound.reading))
         if not self._tried:
             low_macs, wanted = self._smallest, self._macs * self._goal / self._whole  # as if latency were proportional to MACs
         elif best is None:  # on the line that the uncut network and the nearest candidate tell, since a part of latency goes with no MACs
@@ -285,7 +300,7 @@ class Search:
     def _impossible(self) -> PruningImpossible:
         fastest_tried = min(self._tried.values(), key=lambda t: self._value(t.reading))
         rules, reading = self._cuts.rules, fastest_tried.reading
-        lucky = sum(t.confirmed for t in self._tried.values())
+        lucky = sum(t.lucky for t in self._tried.values())
         unconfirmed = f"; {lucky} met it at first and not when confirmed over {CONFIRMING_LIFETIMES} process lifetimes" if lucky else ""
         return PruningImpossible(
             f"wanted latency.{self._metric} {self._goal:.3g} on {self._timing.backend} at batch {self._timing.batch}; the best reached by {len(self._tried)} "
