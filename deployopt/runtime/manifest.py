@@ -28,7 +28,7 @@ class Manifest(NamedTuple):
     """What is known of an engine.
 
     Attributes:
-        sha256, size_bytes: of the engine, decompressed if its file is not.
+        sha256, size_bytes: of the engine itself, also where its file is compressed.
         vendor, version: the module that built it ("tensorrt", "tensorrt_rtx") and its version.
         cuda: version of the CUDA runtime library there; None if none was found.
         platform: operating system and machine type, e.g. "linux-x86_64".
