@@ -22,7 +22,8 @@ from deployopt.errors import BuildFailed, DeployoptError, StageFailed
 from deployopt.runtime.process import describe_exit, error_from_json, error_to_json, leave, tail
 from deployopt.runtime.progress import Bar, ContextManagerOfBar, Progress, SilentProgress
 
-GRACE_SECONDS = 0.8  # with the time it takes to end a process, Ctrl-C is honoured within a second
+GRACE_SECONDS = 0.5  # with the time it takes to end a process on a busy machine, Ctrl-C is honoured within a second
+LAST_WORDS_SECONDS = 1.0  # in which those that lost a companion may say why they fail
 Message = Dict[str, Any]
 _OVERDUE = "allow it more time, in a recipe by build.timeout_minutes, or a faster build"
 _FOREIGN = "the log has the traceback; what it does not explain, as memory that ran out, is a fault to report"
@@ -85,7 +86,7 @@ def _watch(child: "_Child", children: Sequence["_Child"], progress: Progress) ->
     """Follow one of several children; if it fails, give the others a moment to say why they do, and end them."""
     child.follow(progress)
     if child.failed:
-        deadline = time.monotonic() + GRACE_SECONDS
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
         for other in children:
             other.kill_after(deadline - time.monotonic())
 

@@ -315,7 +315,7 @@ def test_cancelled_build_leaves_nothing(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fp32.onnx", "model.onnx"]
 
 
-def deep(layers=60):
+def deep(layers=600):
     """A network whose build takes some seconds."""
     graph = Graph("fp32")
     x = graph.conv("input", "c0", 3)
