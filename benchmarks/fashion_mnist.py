@@ -1,13 +1,13 @@
 """Fashion-MNIST, whole 10,000-image test split: what pruning plus INT8 costs against a dense network trained as long in total.
 
     python benchmarks/fashion_mnist.py --limits 20000 --seeds 0 1 2       # about two and a half hours on two AVX2 cores
-    python benchmarks/fashion_mnist.py --limits 60000 --seeds 0           # about an hour and a quarter on two AVX-512 cores
+    python benchmarks/fashion_mnist.py --limits 60000 --seeds 0           # about two hours on two AVX-512 cores
 
-Both are ResNet-18 with its ImageNet stem on images scaled to 32 pixels. The dense one is trained in three schedules, each from the full learning rate to
-zero and together as long as those before it (warm restarts, https://arxiv.org/abs/1608.03983), and judged after the second and the third. The other, on
-20,000 images: fine-tune + recovery at 27 % of the MACs + QAT; on 60,000, where a network that small learns less than the dense one: the dense one's first
-two schedules + recovery at 39 %, taught by that network, + QAT. So they can be compared after as many images, and after fewer, where the dense one has
-computed about as much or still more: both are told (Scratch-E and Scratch-B of https://arxiv.org/abs/1810.05270).
+Both are ResNet-18 with its ImageNet stem on images scaled to 32 pixels, trained in schedules that each go from the full learning rate to zero (warm
+restarts, https://arxiv.org/abs/1608.03983): TRAININGS below. The dense one's each take as long as those before together, and it is judged after each but
+the first. The other one is cut after the first or second, goes on smaller, and ends after as many epochs in all: at 27 % of the MACs on 20,000 images; at
+39 % on 60,000, of which a network that small learns less than the dense one. So they can be compared after as many images, and after fewer, where the
+dense one has computed about as much or still more: both are told (Scratch-E and Scratch-B of https://arxiv.org/abs/1810.05270).
 The loss is paired: both networks' predictions on the same images, its interval a bootstrap over images, and so says nothing about the spread over seeds,
 which is listed. Networks are trained in two processes of one thread, which on two cores is a quarter faster than one of two. When all are trained, they
 are timed on test images at 64 pixels, batch 1, two threads: the dense one's FP32 on ONNX Runtime against INT8, interleaved; with `--train-only` that is
@@ -45,12 +45,13 @@ RESULT = Path(__file__).resolve().parent / "results" / "fashion_mnist.json"
 KINDS = ("dense", "compressed")
 RUNTIMES = ("onnxruntime", "openvino")
 PAIRS = [Pair(f"dense FP32 on ONNX Runtime / pruned INT8 on {runtime}", "onnxruntime/fp32", f"{runtime}/int8") for runtime in RUNTIMES]
-EPOCHS = {  # by training images: twice "dense", then as many as both together; those of the other network as many in all
-    20_000: {"dense": 12, "finetune": 2, "recovery": 44, "qat": 2},
-    60_000: {"dense": 8, "finetune": 16, "recovery": 15, "qat": 1},
+AUGMENT = "augment: {horizontal_flip: true, crop_padding: 2}"
+TRAINING, QAT_TRAINING = f"batch_size: 128, lr: 0.05, {AUGMENT}", f"batch_size: 128, lr: 0.005, {AUGMENT}"
+TRAININGS = {  # by training images: stages with their epochs, in order
+    20_000: {"dense": "finetune 12, finetune 12, finetune 24", "compressed": "finetune 2, prune 44, qat 2"},
+    60_000: {"dense": "finetune 8, finetune 8, finetune 16, finetune 32", "compressed": "finetune 8, finetune 8, prune 15, finetune 31, qat 2"},
 }
-TAUGHT = frozenset({60_000})  # recovery learns from the uncut network too
-JUDGED = {"finetune_2": 2, "finetune_3": 4}  # the dense network's stages, and how often it has had its first number of epochs then
+MACS_RATIO = {20_000: 0.27, 60_000: 0.39}  # of the pruned network; one that small learns less than the dense one from all images
 RECIPE = """
 name: {name}
 seed: {seed}
@@ -62,26 +63,6 @@ stages:
   - build: {{backends: [onnxruntime, openvino], batch_sizes: [1, {batch}]}}
   - benchmark: {{batch_sizes: [1, {batch}], min_seconds: 0.5, profile: false, accuracy: {scored}}}
 """
-DENSE = """
-  - finetune: {{epochs: {dense}, warmup_epochs: 1, {training}}}
-  - finetune: {{epochs: {dense}, {training}}}
-  - finetune: {{epochs: {twice}, {training}}}
-"""
-COMPRESSED = {
-    20_000: """
-  - finetune: {{epochs: {finetune}, warmup_epochs: 1, {training}}}
-  - prune: {{target: {{macs_ratio: 0.27}}, finetune: {{epochs: {recovery}, {training}}}}}
-  - qat: {{epochs: {qat}, {qat_training}, distill: {{}}}}
-""",
-    60_000: """
-  - finetune: {{epochs: {dense}, warmup_epochs: 1, {training}}}
-  - finetune: {{epochs: {dense}, {training}}}
-  - prune: {{target: {{macs_ratio: 0.39}}, finetune: {{epochs: {recovery}, {training}, distill: {{}}}}}}
-  - qat: {{epochs: {qat}, {qat_training}, distill: {{}}}}
-""",
-}
-AUGMENT = "augment: {horizontal_flip: true, crop_padding: 2}"
-TRAINING, QAT_TRAINING = f"batch_size: 128, lr: 0.05, {AUGMENT}", f"batch_size: 128, lr: 0.005, {AUGMENT}"
 BATCH = 50  # images are scored in
 
 
@@ -89,14 +70,31 @@ def folder_of(limit: int, seed: int, kind: str) -> Path:
     return RUNS / f"{limit}-{seed}-{kind}"
 
 
+def steps(training: str) -> list[tuple[str, int]]:
+    """The stages of one of `TRAININGS` with their epochs."""
+    words = [step.split() for step in training.split(", ")]
+    return [(stage, int(epochs)) for stage, epochs in words]
+
+
+def stage_of(limit: int, kind: str, epochs: int) -> str:
+    """One training stage, in YAML."""
+    if kind == "prune":
+        return f"  - prune: {{target: {{macs_ratio: {MACS_RATIO[limit]}}}, finetune: {{epochs: {epochs}, {TRAINING}}}}}"
+    if kind == "qat":
+        return f"  - qat: {{epochs: {epochs}, {QAT_TRAINING}, distill: {{}}}}"
+    return f"  - finetune: {{epochs: {epochs}, {TRAINING}}}"
+
+
 def run(limit: int, seed: int, kind: str, threads: int, until: str | None) -> Report:
     """Train, export, build and score one of the two networks. What its own benchmark stage times beside other trainings is not used."""
-    compressed, folder, epochs = kind == "compressed", folder_of(limit, seed, kind), EPOCHS[limit]
+    compressed, folder = kind == "compressed", folder_of(limit, seed, kind)
+    stages = [stage_of(limit, *training) for training in steps(TRAININGS[limit][kind])]
+    stages[0] = stages[0].replace("{", "{warmup_epochs: 1, ", 1)
     text = RECIPE.format(
         name=kind,
         seed=seed,
         limit=limit,
-        stages=(COMPRESSED[limit] if compressed else DENSE).format(**epochs, twice=2 * epochs["dense"], training=TRAINING, qat_training=QAT_TRAINING),
+        stages="\n".join(stages),
         precision="int8" if compressed else "fp32",
         batch=BATCH,
         scored=str(compressed).lower(),  # for the agreement with the quantised network; both are scored below
@@ -129,12 +127,13 @@ def paired_loss(dense: NDArray[np.float64], compressed: NDArray[np.float64]) -> 
     return {"loss_pp": float(difference.mean()), "loss_ci95": [float(low), float(high)], "n": len(difference)}
 
 
-def speed(folders: dict[str, Path], size: int = 64, rounds: int = 3) -> list[dict[str, Any]]:
+def speed(folders: dict[str, Path], limit: int, size: int = 64, rounds: int = 3) -> list[dict[str, Any]]:
     """The trained networks exported for inputs of another size, and timed in `rounds` sets of new processes."""
     with TemporaryDirectory() as temporary:
         paths = {}
-        for kind, last, precision, runtimes in (("dense", "finetune_3", "fp32", (onnxruntime,)), ("compressed", "qat", "int8", (onnxruntime, openvino))):
-            (stage,) = (folders[kind] / "run").glob(f"[0-9][0-9]-{last}")
+        for kind, precision, runtimes in (("dense", "fp32", (onnxruntime,)), ("compressed", "int8", (onnxruntime, openvino))):
+            last = len(steps(TRAININGS[limit][kind])) - 1
+            (stage,) = (folders[kind] / "run").glob(f"{last:02}-*")
             network = checkpoint.load(stage)
             network.preprocessing = network.preprocessing._replace(image_size=size)
             canonical = Path(temporary) / f"{kind}.onnx"
@@ -147,20 +146,23 @@ def speed(folders: dict[str, Path], size: int = 64, rounds: int = 3) -> list[dic
         return [interleaved(paths, PAIRS, images, source="test split", threads=2, seconds=5, seed=seed) for seed in range(rounds)]
 
 
+def judged(training: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The dense network's stages from the second on, each with the epochs it has been trained for then."""
+    return [(f"finetune_{i}", sum(epochs for _, epochs in training[:i])) for i in range(2, len(training) + 1)]
+
+
 def experiment(limit: int, seed: int, reports: dict[str, Report]) -> dict[str, Any]:
     """What the two finished runs of one seed on `limit` training images (a tenth of them held out for validation) show."""
     folders = {kind: folder_of(limit, seed, kind) for kind in KINDS}
-    faster, rows, epochs = speed(folders), {}, EPOCHS[limit]
+    faster, rows, trainings = speed(folders, limit), {}, {kind: steps(training) for kind, training in TRAININGS[limit].items()}
     macs = {kind: report["variants"][-1]["macs"] for kind, report in reports.items()}
-    computed = epochs["finetune"] * macs["dense"] + (epochs["recovery"] + epochs["qat"]) * macs["compressed"]
-    if limit in TAUGHT:
-        computed += epochs["recovery"] * macs["dense"] / 3  # a teacher's forward pass, of which training is about three
+    cut = [stage for stage, _ in trainings["compressed"]].index("prune")
+    computed = sum(epochs * macs["dense" if i < cut else "compressed"] for i, (_, epochs) in enumerate(trainings["compressed"]))
     for runtime in RUNTIMES:
         compressed = correct(folders["compressed"], f"qat/{runtime}/int8/b1")
         against = []
-        for stage, times in JUDGED.items():
+        for stage, trained_for in judged(trainings["dense"]):
             dense = correct(folders["dense"], f"{stage}/{runtime}/fp32/b1")
-            trained_for = times * epochs["dense"]
             cost = trained_for * macs["dense"] / computed
             against.append({"epochs": trained_for, "training_macs_ratio": cost, "top1": float(dense.mean()), **paired_loss(dense, compressed)})
         row = next(r for r in reports["compressed"].rows if r["backend"] == runtime)
@@ -173,7 +175,7 @@ def experiment(limit: int, seed: int, reports: dict[str, Report]) -> dict[str, A
     return {
         "limit": limit,
         "seed": seed,
-        "epochs": epochs,
+        "trainings": TRAININGS[limit],
         "macs": macs,
         "macs_ratio": macs["dense"] / macs["compressed"],
         "rows": rows,
@@ -192,13 +194,13 @@ def trained(wanted: Sequence[tuple[int, int]], jobs: int, until: str | None = No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limits", type=int, nargs="+", choices=EPOCHS, default=[20_000])
+    parser.add_argument("--limits", type=int, nargs="+", choices=TRAININGS, default=[20_000])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="networks trained at once, on one thread each")
     parser.add_argument("--train-only", action="store_true", help="neither score nor time them yet")
     arguments = parser.parse_args()
     found: list[dict[str, Any]] = json.loads(RESULT.read_text()) if RESULT.exists() else []
-    finished = {(f["limit"], f["seed"]) for f in found if EPOCHS[f["limit"]].items() <= f["epochs"].items()}  # those trained otherwise stay in the file
+    finished = {(f["limit"], f["seed"]) for f in found if f["trainings"] == TRAININGS[f["limit"]]}  # those trained otherwise stay in the file
     wanted = [pair for pair in product(arguments.limits, arguments.seeds) if pair not in finished]
     if arguments.train_only:
         trained(wanted, arguments.jobs, until="export")
