@@ -16,6 +16,8 @@ from deployopt.graph.editing import PRODUCTS, TRANSPARENT, Graph, attribute, clo
 
 Scales = Mapping[str, Mapping[str, float]]
 SCALES_KEY = "deployopt.scales"
+SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
+_CALIBRATE = "calibrate on more varied images: a constant tensor has no range"
 
 
 def canonicalize(model: ModelProto, *, scales: Scales | None = None, metadata: Mapping[str, str] | None = None) -> ModelProto:
@@ -36,6 +38,7 @@ def canonicalize(model: ModelProto, *, scales: Scales | None = None, metadata: M
     _strip(model)
     model = with_shapes(model)
     graph = Graph(model.graph)
+    _check_scales(graph)
     _fold_weights(graph)
     _pool_means(model, graph)
     _name_layers(graph)
@@ -56,16 +59,21 @@ def stored_scales(model: ModelProto) -> dict[str, dict[str, float]]:
     return {layer: dict(roles) for layer, roles in json.loads(entry).items()}
 
 
+def is_usable_scale(scale: float) -> bool:
+    """Whether it is finite, positive, and not so small that runtimes flush it to zero."""
+    return math.isfinite(scale) and scale >= SMALLEST_NORMAL
+
+
 def _checked(scales: Scales, graph: Graph) -> dict[str, dict[str, float]]:
     layers = {layer_name(graph, n) for n in graph.nodes(*PRODUCTS)}
     for layer, roles in scales.items():
         if layer not in layers:
             raise ExportFailed(f"scales were given for the layer '{layer}', which is not in the graph (available: {', '.join(sorted(layers))})")
         for role, value in roles.items():
-            if not (math.isfinite(value) and value > 0):
+            if not is_usable_scale(value):
                 raise ExportFailed(
                     f"the scale '{role}' of the layer '{layer}' must be finite and positive, found {value}",
-                    "calibrate on more varied images: a constant tensor has no range",
+                    _CALIBRATE,
                 )
     return {layer: {role: float(value) for role, value in roles.items()} for layer, roles in scales.items()}
 
@@ -99,6 +107,14 @@ def quantize(values: NDArray[Any], scale: NDArray[Any], zero_point: NDArray[Any]
     return np.clip(rounded, limits.min, limits.max).astype(zero_point.dtype)
 
 
+def _check_scales(graph: Graph) -> None:
+    for node in graph.nodes("QuantizeLinear", "DequantizeLinear"):
+        scale = graph.constant(node.input[1])
+        if scale is not None and not all(is_usable_scale(float(value)) for value in scale.flat):
+            kind = "tensor" if graph.constant(node.input[0]) is None else "weight"
+            raise ExportFailed(f"the scale of the {kind} '{node.input[0]}' must be finite and positive, found {float(np.min(scale))}", _CALIBRATE)
+
+
 def _fold_weights(graph: Graph) -> None:
     for node in graph.nodes("QuantizeLinear"):
         values = graph.constant(node.input[0])
@@ -110,8 +126,6 @@ def _fold_weights(graph: Graph) -> None:
             raise ExportFailed(f"the weight '{node.input[0]}' is quantised with a computed or blocked scale; wanted one constant scale per channel")
         if not np.isfinite(values).all():
             raise ExportFailed(f"the weight '{node.input[0]}' holds NaN or infinite values")
-        if not (np.isfinite(scale).all() and (scale > 0).all()):
-            raise ExportFailed(f"the scale of the weight '{node.input[0]}' must be finite and positive, found {float(np.min(scale))}")
         folded = graph.add_constant(f"{node.input[0]}.quantized", quantize(values, scale, np.broadcast_to(zero, scale.shape), attribute(node, "axis", 1)))
         graph.redirect(node.output[0], folded, list(graph.consumers.get(node.output[0], ())))
         _take_name(graph, folded, node)

@@ -33,7 +33,7 @@ def to_unsigned(model: ModelProto, *, vnni: bool = False) -> ModelProto:
     Raises:
         ExportFailed: a scale is missing; names the layer.
     """
-    return _for_x86(model, float_sums=False, vnni=vnni)
+    return keep_float_weights(_for_x86(model, float_sums=False, vnni=vnni))
 
 
 def to_openvino(model: ModelProto, *, vnni: bool = False) -> ModelProto:
@@ -93,7 +93,7 @@ def quantize_outputs(graph: Graph, scales: Scales, *, adds_fuse: bool) -> None:
 
     An Add that follows no convolution directly, or one that another Add follows too, stays in float: it fuses with none, and no range of it is observed
     (`nn.placement`).
-    A result that is quantised for another reader already gets no second pair. No weights meet the new integers, so those of zero point 0 may use
+    A result that is quantised for another reader already gets no second pair. No integer weights meet the new integers, so those of zero point 0 may use
     all 255 steps; not before pooling by the maximum, where a trained quantiser may follow that needs its own steps.
 
     Args:
@@ -297,6 +297,42 @@ def hoist_quantizers(graph: Graph) -> None:
             graph.redirect(dequantizer.output[0], result, list(graph.consumers.get(dequantizer.output[0], ())))
             graph.redirect(result, source, [quantizer])
             graph.redirect(source, dequantizer.output[0], [moved])
+
+
+def keep_float_weights(model: ModelProto) -> ModelProto:
+    """Layers with float weights behind integers read them through a DequantizeLinear of their own, with one scale per channel, all equal.
+
+    Behind a DequantizeLinear of a single scale ONNX Runtime takes float weights for forgotten ones and quantises them too, per tensor (its
+    WeightBiasQuantization, in 1.31): a layer that mixed precision keeps in float would run in INT8.
+    """
+    kept = clone(model)
+    graph = Graph(kept.graph)
+    channels = {v.name: v.type.tensor_type.shape.dim[1].dim_value for v in kept.graph.value_info if len(v.type.tensor_type.shape.dim) > 1}
+    changed = False
+    for layer in graph.nodes("Conv", "ConvTranspose", "Gemm"):
+        dequantizer = dequantizer_of(graph, layer.input[0])
+        if dequantizer is None or graph.constant(layer.input[1]) is None or not channels.get(dequantizer.input[0]):
+            continue
+        constants = [(name, graph.constant(name)) for name in dequantizer.input[1:]]
+        own = [graph.add_constant(f"{name}.per_channel", np.full(channels[dequantizer.input[0]], value)) for name, value in constants if value is not None]
+        graph.redirect(layer.input[0], _moved_alike(graph, layer.input[0], [dequantizer.input[0], *own]), [layer])
+        changed = True
+    if not changed:
+        return model
+    graph.finish()
+    kept = with_shapes(kept)
+    checker.check_model(kept, full_check=True)
+    return kept
+
+
+def _moved_alike(graph: Graph, tensor: str, dequantized: list[str]) -> str:
+    """A copy of a tensor and of what moves its values, from a DequantizeLinear of these inputs on."""
+    node = graph.producers[tensor]
+    inputs = dequantized if node.op_type == "DequantizeLinear" else [_moved_alike(graph, node.input[0], dequantized), *node.input[1:]]
+    copy = graph.free_name(f"{tensor}.per_channel")
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    graph.add_node(node.op_type, inputs, [copy], copy, **({"axis": 1} if inputs is dequantized else attributes))
+    return copy
 
 
 def _moves_alone(graph: Graph, tensor: str) -> NodeProto | None:

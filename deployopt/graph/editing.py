@@ -181,11 +181,3 @@ def unmoved(graph: Graph, tensor: str) -> str:
 def dequantizer_of(graph: Graph, tensor: str) -> NodeProto | None:
     """The DequantizeLinear whose values a tensor holds, perhaps pooled by their maximum or reshaped."""
     return graph.producer(unmoved(graph, tensor), "DequantizeLinear")
-
-
-def has_constant_weight(graph: Graph, node: NodeProto) -> bool:
-    """Whether a product multiplies by a stored weight (and not two activations)."""
-    tensor = node.input[1]
-    while tensor in graph.producers and graph.producers[tensor].op_type in ("DequantizeLinear", "QuantizeLinear", "Transpose", "Cast", "Identity"):
-        tensor = graph.producers[tensor].input[0]
-    return graph.constant(tensor) is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import linecache
+import logging
 import re
 import sys
 import traceback
@@ -43,7 +44,7 @@ def capture(network: nn.Module, example: Tensor) -> GraphModule:
         example: one such input with N ≥ 2.
 
     Raises:
-        ExportFailed: torch.export cannot trace it; names the operation and the line of source.
+        ExportFailed: torch.export cannot trace it; names the line of source and what torch.export says of the operation.
         UsageError: a `Network` that does not make one tensor.
     """
     module = copy.deepcopy(network).eval().cpu()
@@ -92,8 +93,14 @@ class _WithoutGraphs:
 @contextlib.contextmanager
 def _without_graphs() -> Iterator[None]:
     """Without the graph so far that torch.export prints before it lets an exception through, which says what is wrong; warnings and progress pass."""
-    with contextlib.redirect_stderr(cast(Any, _WithoutGraphs(sys.stderr))):
-        yield
+    told = logging.getLogger("torch.fx.experimental.symbolic_shapes")  # the same exception's text, and that no line of user code was found
+    level = told.level
+    told.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(cast(Any, _WithoutGraphs(sys.stderr))):
+            yield
+    finally:
+        told.setLevel(level)
 
 
 def _complete_norms(module: nn.Module) -> None:
@@ -170,4 +177,4 @@ def source_of(node: Node) -> str | None:
 
 
 def _inside(filename: str, folder: Path) -> bool:
-    return filename.startswith((str(folder), "<")) or "/contextlib.py" in filename
+    return filename.startswith("<") or Path(filename).is_relative_to(folder) or "/contextlib.py" in filename

@@ -45,6 +45,11 @@ def outputs(
     return rows
 
 
+def broken(outputs: NDArray[np.float32]) -> int:
+    """How many images have NaN or infinite outputs [N, K]."""
+    return int((~np.isfinite(outputs)).any(axis=1).sum())
+
+
 def calibration_batches(images: ImageSet, count: int, seed: int, device: str = "cpu", batch_size: int = 64) -> Iterator[Tensor]:
     """At most `count` images drawn by `seed`, after evaluation preprocessing: float32 [n, C, H, W] in 0–1."""
     random = np.random.Generator(np.random.PCG64([seed, *b"calibration"]))

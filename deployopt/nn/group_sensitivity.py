@@ -24,7 +24,7 @@ def scan(
 ) -> dict[str, Any]:
     """The task's primary score on `images` with one group of `cuts` cut at a time, by each share in `ratios`.
 
-    `network` stays as it is.
+    `network` stays as it is. A share that is less than a channel cuts one.
 
     Returns:
         {"metric", "n": images, "whole": the uncut score, "ratios", "groups": [{"name", "channels", "scores": one a ratio}]}.
@@ -43,7 +43,7 @@ def scan(
         for group in cuts.groups:
             scores = []
             for ratio in ratios:
-                scores.append(score(group.history(max(1, group.size - int(group.size * ratio)))))
+                scores.append(score(group.history(max(1, group.size - max(1, int(group.size * ratio))))))
                 bar.advance(1, f"{group.name} {scores[-1]:.3f}")
             rows.append({"name": group.name, "channels": group.size, "scores": scores})
     return {"metric": task.primary, "n": len(images), "whole": whole, "ratios": list(ratios), "groups": rows}

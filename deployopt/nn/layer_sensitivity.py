@@ -88,8 +88,14 @@ class Study:
         return insert_quantization(copy.deepcopy(self._folded), self._entry, float_layers)
 
     def score(self, float_layers: Collection[str], count: int | None = None) -> Score:
-        """On the first `count` images, or on all."""
+        """On the first `count` images, or on all. Raises StageFailed if outputs are not finite."""
         outputs = evaluate.outputs(self.graph(float_layers).to(self._device), self._images, device=self._device, count=count)
+        if broken := evaluate.broken(outputs):
+            others = f" beside {', '.join(sorted(float_layers))} in float" if len(float_layers) in (1, 2) else ""
+            raise StageFailed(
+                f"in INT8{others} the network's outputs on {broken} of {len(outputs)} validation images are NaN or infinite",
+                "lower the stage's lr: training has let weights or scales grow without bounds",
+            )
         reference, targets = self._reference[: len(outputs)], self._images.targets[: len(outputs)]
         distance = Distillation(temperature=1.0).distance(self._task.loss, torch.from_numpy(outputs), torch.from_numpy(reference))
         return Score(float(distance), float(self._task.score(outputs, targets)[self._task.primary]))

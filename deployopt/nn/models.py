@@ -220,9 +220,9 @@ def load_body(body: nn.Module, state: dict[str, Tensor], source: str, progress: 
 
 def _described(found: object) -> str:
     """What a network returned, in words: "dict of logits (Tensor [2, 10]), aux (Tensor [2, 10])"."""
-    kind = type(found).__name__
     if isinstance(found, Tensor):
-        return f"{kind} {list(found.shape)}"
+        return f"Tensor [{', '.join(str(size) if isinstance(size, int) else 'N' for size in found.shape)}]"  # of any batch size while it is traced
+    kind = type(found).__name__
     parts = found if isinstance(found, Mapping) else found._asdict() if hasattr(found, "_asdict") else None
     if parts is not None:
         return f"{kind} of {', '.join(f'{name} ({_described(part)})' for name, part in parts.items())}"

@@ -314,17 +314,16 @@ class Prepared(nn.Module):
         for site in self.fake_quantizers():
             site.enable_observer()
             site.disable_fake_quant()
-        first, images, varied = None, 0, False
+        first, images, differ, uneven = None, 0, False, False
         for batch in batches:
             first = batch[:1] if first is None else first
             images += len(batch)
-            varied = varied or bool((batch != (first if images > 1 else first.flatten()[0])).any())
+            differ = differ or bool((batch != first).any())
+            uneven = uneven or bool((first != first.flatten()[0]).any())
             self.graph_module(batch)
-        if not varied:
-            raise StageFailed(
-                f"calibration needs images that differ; found {images} that are all the same" if images > 1 else "calibration found one constant image",
-                "check the data set, or raise calibration_images",
-            )
+        if not (differ if images > 1 else uneven):
+            found = {0: "found none", 1: "found one, which is constant"}.get(images, f"found {images} that are all the same")
+            raise StageFailed(f"calibration needs images that differ: {found}", "check the data set, or raise calibration_images")
         for site in self.fake_quantizers():
             site.enable_fake_quant()
         self.eval()

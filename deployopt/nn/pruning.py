@@ -188,7 +188,7 @@ class Cuts:
             raise PruningImpossible(
                 f"wanted at most {at_most:,} {metric} ({at_most / whole:.3f} of {whole:,}); with max_layer_ratio {self.rules.max_layer_ratio:g} and "
                 f"round_to {self.rules.round_to} the best reached is {smallest:,} ({smallest / whole:.3f})",
-                "raise the stage's target, raise its max_layer_ratio, or lower its round_to",
+                "keep more, raise max_layer_ratio, or lower round_to",
             )
         with (progress or SilentProgress()).track(f"search for {at_most:,} {metric}", 1 + BISECTIONS + len(self.groups)) as bar:
 

@@ -12,7 +12,6 @@ Every s is a positive float: the real value of one integer step. Zero points are
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +21,7 @@ from torch.ao.quantization.fx._decomposed import quantized_decomposed_lib  # noq
 from torch.fx import GraphModule, Node
 
 from deployopt.errors import ArtifactMismatch
+from deployopt.graph.canonical import is_usable_scale
 from deployopt.nn.capture import capture, example_input
 from deployopt.nn.fold import fold_batchnorm
 from deployopt.nn.placement import Layer, layers
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 Sites = Mapping[str, Mapping[str, Any]]
 ACTIVATION_MIN, ACTIVATION_MAX = -128, 127
-SMALLEST_NORMAL = float(torch.finfo(torch.float32).tiny)  # runtimes flush what is smaller to zero
 operators = torch.ops.quantized_decomposed
 
 
@@ -79,7 +78,7 @@ def replay(network: nn.Module, entry: Mapping[str, Any]) -> None:
         if wanted != found:
             raise ArtifactMismatch(f"layer '{name}' has {wanted} output channels and {found} weight scales", _remedy())
         for role, scale in site.items():
-            if not all(math.isfinite(s) and s >= SMALLEST_NORMAL for s in (scale if isinstance(scale, Sequence) else [scale])):
+            if not all(is_usable_scale(s) for s in (scale if isinstance(scale, Sequence) else [scale])):
                 raise ArtifactMismatch(f"layer '{name}' has a {role} scale that is not a positive number (and not denormal)", _remedy())
 
 

@@ -63,7 +63,7 @@ def sentences(facts: Facts, cached: bool) -> list[str]:
         timed = ", ".join(f"{key}: {units.milliseconds(ms)}" for key, ms in alignment["p50_ms"].items())
         best, chosen = alignment.get("fastest", alignment["round_to"]), alignment["round_to"]
         judged = "the fastest" if best == chosen else f"not shown to be slower than {best}, the fastest,"
-        said.append(f"channels are multiples of {chosen}, {judged} on {alignment['backend']} at batch {alignment['batch']} in FP32 ({timed})")
+        said.append(f"channels of cut groups are multiples of {chosen}, {judged} on {alignment['backend']} at batch {alignment['batch']} in FP32 ({timed})")
     if "sparse" in facts:
         small = facts["sparse"]["small_channels"]
         said.append(

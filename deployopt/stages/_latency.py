@@ -299,12 +299,13 @@ class Search:
 
     def _impossible(self) -> PruningImpossible:
         fastest_tried = min(self._tried.values(), key=lambda t: self._value(t.reading))
-        rules, reading = self._cuts.rules, fastest_tried.reading
+        rules, reading, tried = self._cuts.rules, fastest_tried.reading, len(self._tried)
         lucky = sum(t.lucky for t in self._tried.values())
         unconfirmed = f"; {lucky} met it at first and not when confirmed over {CONFIRMING_LIFETIMES} process lifetimes" if lucky else ""
         return PruningImpossible(
-            f"wanted latency.{self._metric} {self._goal:.3g} on {self._timing.backend} at batch {self._timing.batch}; the best reached by {len(self._tried)} "
-            f"candidates, with max_layer_ratio {rules.max_layer_ratio:g} and round_to {rules.round_to}, is {reading.ms:.3g} ms, {reading.ratio:.3f} of the "
-            f"parent's {reading.parent_ms:.3g} ms, with {fastest_tried.macs / self._parent_macs:.3f} of its MACs{unconfirmed}",
+            f"wanted latency.{self._metric} {self._goal:.3g} on {self._timing.backend} at batch {self._timing.batch}; "
+            f"the best reached by {tried} candidate{'s' if tried > 1 else ''}, with max_layer_ratio {rules.max_layer_ratio:g} and "
+            f"round_to {rules.round_to}, is {reading.ms:.3g} ms, {reading.ratio:.3f} of the parent's {reading.parent_ms:.3g} ms, "
+            f"with {fastest_tried.macs / self._parent_macs:.3f} of its MACs{unconfirmed}",
             f"raise {self._stage}.target.latency, raise {self._stage}.max_layer_ratio, or lower {self._stage}.round_to",
         )

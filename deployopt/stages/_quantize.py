@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from deployopt.runtime.progress import Bar
 from deployopt.stages import Expansion, Planning, StageConfig, StageContext
@@ -53,10 +53,17 @@ class Quantization(StageConfig):
     sensitivity: bool | Sensitivity = False
     """Measure for each layer how far the outputs move from the float parent's, and the accuracy, with it alone in INT8 and with it alone in float: two
     passes over the images a layer. `mixed_precision: auto` needs the table: it then is measured and reported also where this is false."""
-    mixed_precision: Literal["auto"] | MixedPrecision | Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    mixed_precision: Literal["auto"] | MixedPrecision | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
     """Layers kept in float: a list of names as in the sensitivity table; null none; auto, or its options, few that together meet an accuracy, chosen
     greedily: those first that, alone in float, gain most for the latency they cost. At least one stays in INT8. auto chooses
     after calibration (ptq) or training (qat), and is stored and reused when the run is resumed."""
+
+    @field_validator("mixed_precision")
+    @classmethod
+    def _once_each(cls, given: object) -> object:
+        if isinstance(given, tuple) and (twice := sorted({name for name in given if given.count(name) > 1})):
+            raise ValueError(f"names a layer more than once: {', '.join(twice)}")
+        return given
 
     @property
     def automatic(self) -> MixedPrecision | None:

@@ -84,15 +84,12 @@ def outputs(context: StageContext, module: nn.Module, split: Literal["validation
     Raises:
         StageFailed: NaN or infinite ones; says of how many images.
     """
-    import numpy as np
-
     from deployopt.nn import evaluate
 
     images = getattr(context.dataset(), split)
     with context.progress.track(f"score on the {split} split", len(images)) as bar:
         found = evaluate.outputs(module, images, device=context.device, on_batch=bar.advance)
-    broken = int((~np.isfinite(found)).any(axis=1).sum())
-    if broken:
+    if broken := evaluate.broken(found):
         source = "the weights that the run starts from (model.weights)" if context.base.get("weights") else "what its stages made of the network"
         raise StageFailed(
             f"{context.name}: the network's outputs on {broken} of {len(found)} images of the {split} split are NaN or infinite",

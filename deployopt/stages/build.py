@@ -28,7 +28,7 @@ from deployopt.runtime.session import SessionOptions
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
 from deployopt.stages._parity import PARITY_IMAGES, WIDENED, compare, limit_of, onnx_outputs, outputs_by_batch
 
-version = 13
+version = 14
 not_after: frozenset[str] = frozenset()
 after = frozenset({"export"})
 cacheable = True
@@ -202,10 +202,12 @@ def _shortfall(artifact: Artifact, precision: str, verified: Mapping[str, Any] |
     executed, wanted = verified["executed"], verified["quantizable_layers"]
     ran = verified["quantized_layers"] if in_int8 else executed.get(precision, 0)
     missing = quantized_share(verified) not in (None, 1.0) if in_int8 else bool(executed) and ran < wanted
-    if not missing:
-        return None
     listed = ", ".join(f"{count} in {kind}" for kind, count in sorted(executed.items()))
     kept = f"; mixed_precision keeps {verified['kept_in_float']} in float" if verified["kept_in_float"] else ""
+    if in_int8 and ran > wanted - verified["kept_in_float"]:
+        return f"{ran} of {wanted} layers run in INT8 ({listed}), more than should{kept}"
+    if not missing:
+        return None
     return f"only {ran} of {wanted} layers run in {'INT8' if in_int8 else precision.upper()} ({listed}){kept}"
 
 

@@ -42,6 +42,7 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
         import torch
 
         from deployopt.nn import checkpoint, models
+        from deployopt.nn.capture import capture, example_input
 
     torch.set_num_threads(context.threads)
     dataset = context.dataset()
@@ -54,6 +55,8 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
             network = checkpoint.resume(Path(weights), outputs, dataset.preprocessing, context.progress)
         else:
             network = models.build(base, dataset.preprocessing, weights, context.progress)
+    with context.progress.track("trace the network", None):  # before it is trained: what no stage can count, cut or export fails now
+        capture(network, example_input(dataset.preprocessing))
     if config.fan_out:
         return finish(context, network, None, config.family, scored=_quantized(network) if config.family == "int8" else None, curves=[])
     return StepResult({"family": config.family, "parent": None}, {"model": checkpoint.save(context.folder, network)})  # nothing to score yet

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from deployopt.nn.models import Network
     from deployopt.nn.pruning import Cuts, Metric
 
-version = 7
+version = 8
 not_after: frozenset[str] = frozenset({"qat", "ptq", "export", "build", "benchmark"})
 after: frozenset[str] = frozenset()
 cacheable = True
@@ -77,7 +77,7 @@ class Target(StageConfig):
 
 
 class Recovery(TrainingConfig):
-    """Training after pruning; half the learning rate of training from scratch, and half the epochs."""
+    """Training after pruning: a lower learning rate and fewer epochs than training from scratch."""
 
     epochs: int = Field(default=4, ge=1, le=100_000)
     """Passes over the training split."""
@@ -309,8 +309,13 @@ class _Pruning:
         self.facts["whole"] = {"groups": len(cuts.groups) + len(cuts.excluded), "left": [whole for whole in found if whole["name"] in earlier]}
 
     def _within(self, cuts: Cuts, ratio: float) -> list[int]:
-        metric = self._config.target.metric
-        return cuts.within(int(self._whole[metric] * ratio), metric, self._context.progress)
+        metric, stage = self._config.target.metric, self._context.name
+        try:
+            return cuts.within(int(self._whole[metric] * ratio), metric, self._context.progress)
+        except PruningImpossible as exc:
+            option, easier = ("speedup", "lower") if self._config.target.speedup is not None else (f"{metric}_ratio", "raise")
+            remedy = f"{easier} {stage}.target.{option}, raise {stage}.max_layer_ratio, or lower {stage}.round_to"
+            raise PruningImpossible(f"{stage}.target.{option}: {exc}", remedy) from exc
 
     def _with_shares(self, cuts: Cuts, iteration: int) -> Cuts:
         from deployopt.data import Leading

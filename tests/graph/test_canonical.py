@@ -124,6 +124,16 @@ def test_a_zero_scale_is_named():
         canonicalize(model)
 
 
+@pytest.mark.parametrize("value", [0.0, 1e-40, np.inf])
+def test_an_activations_scale_that_is_none_is_named(value):
+    model, _ = quantized()
+    name = next(n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "normal").input[1]
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(np.float32(value), tensor.name))
+    with pytest.raises(ExportFailed, match="scale of the tensor 'normal' must be finite and positive"):
+        canonicalize(model)
+
+
 @pytest.mark.parametrize(("scales", "wanted"), [({"layer9": {"output": 1.0}}, "layer9.*not in the graph"), ({"conv1": {"output": 0.0}}, "conv1.*positive")])
 def test_scales_that_fit_nothing_are_refused(scales, wanted):
     with pytest.raises(ExportFailed, match=wanted):

@@ -32,6 +32,16 @@ def test_a_group_of_dead_channels_costs_nothing_and_the_network_stays(colours: D
     assert net.lineage == []
 
 
+def test_a_share_of_less_than_a_channel_cuts_one(colours: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = resnet8(colours.preprocessing, outputs=3)
+    cuts, kept = pruning.survey(net, pruning.Rules()), []
+    history = pruning.Group.history
+    monkeypatch.setattr(pruning.Group, "history", lambda group, keep: kept.append(group.size - keep) or history(group, keep))  # type: ignore[func-returns-value]
+    sensitivity.scan(net, cuts, colours.validation, classification, (0.001, 0.5))
+    assert kept[::2] == [1] * len(cuts.groups)
+    assert kept[1::2] == [g.size // 2 for g in cuts.groups]
+
+
 FOUND = {
     "whole": 0.9,
     "ratios": [0.25, 0.5],

@@ -5,6 +5,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from deployopt.errors import ArtifactMismatch, ExportFailed, StageFailed
 from deployopt.graph.dialects import is_non_negative
 from deployopt.graph.editing import Graph, layer_name
 from deployopt.nn import checkpoint, models
-from deployopt.nn.capture import capture, example_input
+from deployopt.nn.capture import _inside, capture, example_input
 from deployopt.nn.export import canonical, deployed, to_onnx
 from deployopt.nn.fold import fold_batchnorm
 from deployopt.nn.models import Network
@@ -305,8 +306,10 @@ def test_mse_observer_clips_outliers_and_sees_every_column() -> None:
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([torch.full((1, 3, 16, 16), 0.3)], "one constant image"),
-        ([torch.rand(1, 3, 16, 16).repeat(4, 1, 1, 1)], "all the same"),
+        ([], "found none"),
+        ([torch.full((1, 3, 16, 16), 0.3)], "found one, which is constant"),
+        ([torch.rand(1, 3, 16, 16).repeat(4, 1, 1, 1)], "found 4 that are all the same"),
+        ([torch.linspace(0, 1, 768).reshape(1, 3, 16, 16)] * 2, "found 2 that are all the same"),
         ([torch.rand(4, 3, 16, 16).index_fill(0, torch.tensor([1]), float("nan"))], "NaN"),
     ],
 )
@@ -481,6 +484,11 @@ def test_a_network_of_one_batch_size_names_the_line_that_fixes_it(way: str, line
     found = rf"cannot trace the network at test_quantizer\.py:\d+ in forward: `.*{re.escape(line)}.*`: the line fits one batch size only"
     with pytest.raises(ExportFailed, match=found):
         deployed(Network(OneBatch(way), {"arch": "one", "outputs": 10}, PREPROCESSING))
+
+
+@pytest.mark.parametrize(("where", "inside"), [("torch/nn/functional.py", True), ("torchvision/models/resnet.py", False), ("torch_ours/net.py", False)])
+def test_only_pytorchs_own_folder_is_pytorch(where: str, inside: bool) -> None:
+    assert _inside(str(Path("lib") / where), Path("lib") / "torch") is inside
 
 
 def test_untraceable_network_names_the_line_and_prints_no_graph(capsys: pytest.CaptureFixture[str]) -> None:

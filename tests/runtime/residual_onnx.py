@@ -5,7 +5,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from deployopt.graph.editing import PRODUCTS, Graph, has_constant_weight, layer_name, unmoved
+from deployopt.graph.editing import PRODUCTS, Graph, layer_name, unmoved
 from deployopt.runtime.session import SessionOptions
 
 CONVOLUTIONS = ("conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2", "layer2.0.downsample.0")
@@ -127,6 +127,14 @@ def quantized(stem_limit=63, seed=0):
         "layer2.0.conv2": {"output": ranges["layer2.0.conv2.out"] / 127, "sum": ranges["layer2.0.sum"] / 127},
     }
     return residual(ranges, stem_limit, seed), scales
+
+
+def has_constant_weight(graph, node):
+    """Whether a product multiplies by a stored weight (and not two activations)."""
+    tensor = node.input[1]
+    while tensor in graph.producers and graph.producers[tensor].op_type in ("DequantizeLinear", "QuantizeLinear", "Transpose", "Cast", "Identity"):
+        tensor = graph.producers[tensor].input[0]
+    return graph.constant(tensor) is not None
 
 
 def layers_by_kind(model):

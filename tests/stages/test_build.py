@@ -273,6 +273,19 @@ def test_less_int8_than_asked_warns_or_fails(tmp_path, fake):
         assert policy == "fail" or result.record["notes"] == [said]
 
 
+def test_more_int8_than_asked_warns_or_fails(tmp_path, fake):
+    """A layer that mixed precision keeps in float, and the runtime quantises after all."""
+    fake.verified = {"quantized_layers": 7, "quantizable_layers": 7, "executed": {"int8": 7}}
+    model = canonical()
+    for policy, status in (("warn", "ok"), ("fail", "failed")):
+        config = build.Config(backends=["fake"], on_unverified=policy)
+        (step,) = build.expand(config, planning("int8"))
+        (tmp_path / policy).mkdir()
+        result, _, logged = ran(tmp_path / policy, config, step, model, float_layers=["conv1"])
+        assert result.record["status"] == status
+        assert any("7 of 7 layers run in INT8 (7 in int8), more than should; mixed_precision keeps 1 in float" in line for line in logged)
+
+
 @pytest.mark.parametrize(
     ("verified", "verifiable", "said"),
     [

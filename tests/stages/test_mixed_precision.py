@@ -6,16 +6,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+import torch
+from pydantic import ValidationError
 
 from deployopt import plugins
 from deployopt.artifact import Availability
+from deployopt.backends import BuildRequest
 from deployopt.errors import BackendUnavailable, StageFailed, UsageError
-from deployopt.nn import checkpoint, layer_sensitivity
-from deployopt.nn.quantizer import fake_quantized, quantization
+from deployopt.nn import checkpoint, evaluate, layer_sensitivity
+from deployopt.nn.export import canonical, deployed
+from deployopt.nn.prepared import Prepared, Scheme
+from deployopt.nn.quantizer import fake_quantized, quantization, recorded_scales
+from deployopt.runtime.progress import SilentProgress
 from deployopt.stages import Planning, Point, StepOutput, _mixed_precision, _timing, build, export, finetune, init, ptq, qat
 from deployopt.stages._quantize import MixedPrecision, Sensitivity
+from deployopt.tasks import classification
 
 TRAIN = {"batch_size": 32, "warmup_epochs": 0.0}
 KEPT = ("body.conv1", "body.layer1.0.conv1", "body.layer2.0.conv2", "body.fc")  # stem, before and at an Add, head
@@ -67,6 +75,31 @@ def test_runtimes_build_a_mixed_model_and_run_all_but_the_kept_layers_in_int8(ru
     verified = record["verified"]
     if verified is not None:
         assert (verified["quantized_layers"], verified["quantizable_layers"], verified["kept_in_float"]) == (LAYERS - len(KEPT), LAYERS, len(KEPT))
+
+
+INT8_LAYERS = (
+    "body.conv1",
+    *(f"body.layer{i}.0.conv{j}" for i in (1, 2, 3) for j in (1, 2)),
+    "body.layer2.0.downsample.0",
+    "body.layer3.0.downsample.0",
+    "body.fc",
+)
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+@pytest.mark.parametrize("layers", [*((name,) for name in INT8_LAYERS), ("body.layer3.0.conv1", "body.layer3.0.downsample.0")], ids="+".join)
+def test_whichever_layers_are_kept_run_in_float_on_onnxruntime_and_nothing_else_does(  # type: ignore[no-untyped-def]
+    floating: list[StepOutput], small_digits, layers: tuple[str, ...], vnni: bool, tmp_path: Path
+) -> None:
+    """ONNX Runtime quantises float weights behind a DequantizeLinear by itself, per tensor, unless the dialect prevents it."""
+    network = checkpoint.load(floating[-1].folder)
+    prepared = Prepared(network, Scheme(float_layers=layers))
+    prepared.calibrate(evaluate.calibration_batches(small_digits.train, 32, 0))
+    prepared.write_back(network)
+    onnx.save(canonical(deployed(network), network, recorded_scales(network)), tmp_path / "canonical.onnx")
+    request = BuildRequest("int8", options={"vnni": vnni})
+    verified = build.build_prepared("onnxruntime", tmp_path / "canonical.onnx", tmp_path, request, SilentProgress()).metadata["verified"]
+    assert verified["executed"] == {"int8": LAYERS - len(layers), "fp32": len(layers)}
 
 
 class Kept:
@@ -143,6 +176,25 @@ def test_a_backend_that_cannot_time_is_refused_at_once(run_stages, floating: lis
     config = stage.Config(mixed_precision=MixedPrecision(backend="openvino"))
     with pytest.raises(BackendUnavailable, match=r"(ptq|qat)\.mixed_precision\.backend wants latency on openvino.*is not installed"):
         run_stages(tmp_path, [(stage, config)], floating)
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(["body.fc", "body.conv1", "body.fc"], r"more than once: body\.fc"), ([], "at least 1")])
+def test_a_layer_is_named_once_and_some_are(given: list[str], wanted: str) -> None:
+    with pytest.raises(ValidationError, match=wanted):
+        qat.Config.model_validate({"mixed_precision": given})
+
+
+def test_a_quantised_network_that_gives_no_numbers_is_told(floating: list[StepOutput], small_digits, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    network = checkpoint.load(floating[-1].folder)
+    prepared = Prepared(network, Scheme())
+    prepared.calibrate(evaluate.calibration_batches(small_digits.train, 32, 0))
+    prepared.write_back(network)
+    with torch.no_grad():
+        network.state_dict()["body.fc.bias"].fill_(float("inf"))
+    images = small_digits.validation
+    study = layer_sensitivity.Study(network, np.zeros((len(images), 3), np.float32), images, classification, "cpu")
+    with pytest.raises(StageFailed, match=r"in INT8 beside body\.conv1 in float the network's outputs on \d+ of \d+ validation images are NaN or infinite"):
+        study.score(["body.conv1"])
 
 
 def test_unknown_layers_are_refused_with_the_nearest_name(run_stages, floating: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -212,6 +212,18 @@ def test_a_latency_whose_macs_are_out_of_reach_is_aligned_by_the_smallest_cut(st
     assert cuts.cost(cuts.nearest(1))["macs"] == cuts.smallest_macs
 
 
+@pytest.mark.parametrize(
+    ("target", "option", "easier"),
+    [({"macs_ratio": 0.001}, "macs_ratio", "raise"), ({"params_ratio": 0.001}, "params_ratio", "raise"), ({"speedup": 900}, "speedup", "lower")],
+)
+def test_a_size_out_of_reach_names_the_stages_option(  # type: ignore[no-untyped-def]
+    run_stages, start: list[StepOutput], tmp_path: Path, target: dict[str, float], option: str, easier: str
+) -> None:
+    with pytest.raises(PruningImpossible, match=rf"prune\.target\.{option}: wanted at most [\d,]+ .*the best reached is") as caught:
+        run_stages(tmp_path, [(prune, prune.Config.model_validate({"target": target, "finetune": None, "if_not_faster": "ignore"}))], start)
+    assert caught.value.remedy == f"{easier} prune.target.{option}, raise prune.max_layer_ratio, or lower prune.round_to"
+
+
 @pytest.mark.slow  # each candidate is exported, built and timed
 @pytest.mark.parametrize("backend", ["openvino"])  # benchmarks/latency_target.py also takes onnxruntime
 def test_a_latency_is_reached_by_real_sessions_and_the_choice_is_reused(  # type: ignore[no-untyped-def]

@@ -2,16 +2,17 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from deployopt.data import Dataset
 from deployopt.data._arrays import ArraySet
-from deployopt.errors import StageFailed, UsageError
+from deployopt.errors import ExportFailed, StageFailed, UsageError
 from deployopt.nn import checkpoint, models
 from deployopt.stages import Planning, Point, StepOutput, finetune, init, prune, ptq
 from deployopt.tasks import regression
@@ -63,7 +64,7 @@ def test_a_network_that_returns_more_than_logits_ends_before_anything_is_written
 
     monkeypatch.setattr(models, "build", with_auxiliary)
     first = [(init, init.Config(fan_out=True))] if mode == "evaluation" else START
-    with pytest.raises(UsageError, match=rf"must return one tensor \[N, 3\]; in {mode} mode it returned a dict of logits \(Tensor \[\d+, 3\]\)"):
+    with pytest.raises(UsageError, match=rf"must return one tensor \[N, 3\]; in {mode} mode it returned a dict of logits \(Tensor \[(\d+|N), 3\]\)"):
         run_stages(tmp_path, first)
     assert list(tmp_path.glob(f"{len(first) - 1}-*/*")) == []
 
@@ -80,6 +81,25 @@ def test_a_checkpoint_that_gives_no_numbers_is_named(run_stages, tmp_path: Path,
     monkeypatch.setattr(models, "build", with_nan)
     with pytest.raises(StageFailed, match="init: the network's outputs on 161 of 161 images of the test split are NaN or infinite"):
         run_stages(tmp_path, [(init, init.Config())])
+
+
+class Item(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.conv(x)
+        if y.abs().max().item() > 1e6:
+            y = y * 0
+        return cast(torch.Tensor, self.fc(y.mean((2, 3))))
+
+
+def test_a_network_that_cannot_be_traced_ends_before_it_is_trained(run_stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(models, "_body", lambda *_: Item())
+    with pytest.raises(ExportFailed, match=r"cannot trace the network at test_trunk\.py:\d+ in forward: `if y\.abs\(\)\.max\(\)\.item\(\) > 1e6:`"):
+        run_stages(tmp_path, START)
+    assert [p.name for p in tmp_path.rglob("*")] == ["0-init"]
 
 
 def test_a_repeated_run_writes_the_same_bytes(run_stages, trained: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
