@@ -2,7 +2,8 @@
 
 torchao rewrites convolution + BatchNorm so that the *folded* weight is fake-quantised while BatchNorm still learns (Krishnamoorthi,
 https://arxiv.org/abs/1806.08342, section 3.2). Its `convert_pt2e` is not used: the result of quantisation is data, the scales by layer
-name, and `nn.quantizer` builds the deployed graph from them.
+name, and `nn.quantizer` builds the deployed graph from them. It would also take long whatever the network: 99 % of its time for a ResNet-18 (some 18 s)
+went, with torchao 0.18, into tracing 96 small patterns of convolution and BatchNorm by Dynamo, to find those it had written.
 """
 
 from __future__ import annotations
