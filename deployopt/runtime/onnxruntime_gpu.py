@@ -19,7 +19,7 @@ from deployopt.errors import BackendUnavailable, ProviderFallback, UsageError
 from deployopt.runtime import onnxruntime_session
 from deployopt.runtime.cuda import Cuda, Gpu, Pinned, device_index, find_gpu
 from deployopt.runtime.feeds import check_feeds
-from deployopt.runtime.onnxruntime_session import Create, OnnxRuntimeSession, load_vendor
+from deployopt.runtime.onnxruntime_session import QUANTIZING_WEIGHTS, Create, OnnxRuntimeSession, load_vendor
 from deployopt.runtime.session import Array, Feed, Loaded, SessionOptions
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -131,6 +131,7 @@ def provider_options(provider: str, precision: str, index: int, profile: Mapping
 def create(path: Path, provider: str, options: SessionOptions, optimized: Optional[Path] = None, profile: Optional[Path] = None) -> Any:
     """An `onnxruntime.InferenceSession` of which every node is the provider's.
 
+    Weights that the file holds in float stay so.
     For the TensorRT provider, TF32 is off from then on in this process: it has no option for that.
 
     Args:
@@ -145,7 +146,7 @@ def create(path: Path, provider: str, options: SessionOptions, optimized: Option
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # cuBLAS, cuDNN and TensorRT read it when they are loaded
     require(provider, options.device)
     asked = (provider, provider_options(provider, options.precision, device_index(options.device), options.extra.get(PROFILE, {})))
-    session = onnxruntime_session.create(path, options.threads, {_RECORD: "1"}, optimized, profile, providers=[asked])
+    session = onnxruntime_session.create(path, options.threads, {_RECORD: "1"}, optimized, profile, providers=[asked], without=[QUANTIZING_WEIGHTS])
     session.disable_fallback()  # of `run`, which would go on on the CPU after an error
     reason = fallback(provider, session.get_providers(), assignment(session))
     if reason is not None:

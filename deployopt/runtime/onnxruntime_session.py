@@ -16,6 +16,7 @@ from deployopt.runtime.saturation import SATURATION_KEY, saturates_here
 from deployopt.runtime.session import Array, Feed, LayerTime, Loaded, SessionOptions, TensorSpec
 
 PROVIDER = "CPUExecutionProvider"
+QUANTIZING_WEIGHTS = "WeightBiasQuantization"  # gives float weights behind a DequantizeLinear INT8 ones, asked or not
 EXACT = "session.x64quantprecision"  # "1": kernels that cannot saturate; source: onnxruntime_session_options_config_keys.h
 NOT_OFFERED = {  # ONNX Runtime inserts casts around its FP32 kernels: right results, but never that precision
     "fp16": "ONNX Runtime's CPU kernels compute FP16 graphs in FP32",
@@ -64,6 +65,7 @@ def create(
     profile: Optional[Path] = None,
     optimize: bool = True,
     providers: Sequence[Any] = (PROVIDER,),
+    without: Sequence[str] = (),
 ) -> Any:
     """An `onnxruntime.InferenceSession`, all graph optimisations on unless told otherwise.
 
@@ -76,6 +78,7 @@ def create(
         optimized: where to write the graph that is really executed.
         profile: how the path begins of the file that its `end_profiling` writes; None times no operators.
         providers: names, or (name, options).
+        without: graph optimisations to leave out, by their names.
 
     Raises:
         ArtifactMismatch: not a model that this version of ONNX Runtime can run.
@@ -94,7 +97,7 @@ def create(
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     try:
-        return ort.InferenceSession(str(path), options, providers=list(providers))
+        return ort.InferenceSession(str(path), options, providers=list(providers), disabled_optimizers=list(without))
     except _vendor_errors(ort) as exc:
         raise ArtifactMismatch(f"ONNX Runtime {ort.__version__} cannot run {path.name}: {exc}", "deployopt run RECIPE --fresh --until build") from exc
 

@@ -10,8 +10,9 @@ from residual_onnx import images, quantized, residual, run
 from deployopt.errors import ArtifactMismatch, BackendUnavailable, UsageError
 from deployopt.graph.canonical import canonicalize
 from deployopt.graph.dialects import to_unsigned
+from deployopt.graph.editing import Graph
 from deployopt.runtime import host
-from deployopt.runtime.onnxruntime_session import create, create_exact, open_session
+from deployopt.runtime.onnxruntime_session import QUANTIZING_WEIGHTS, create, create_exact, open_session
 from deployopt.runtime.sampler import time_streams
 from deployopt.runtime.saturation import SATURATION_KEY, saturates_here
 from deployopt.runtime.session import SessionOptions, TensorSpec
@@ -30,6 +31,25 @@ def test_infer_gives_the_models_outputs_at_any_batch(path):
         assert session.provider == "CPUExecutionProvider"
         for n in (1, 2, 7, 64):
             np.testing.assert_allclose(session.infer({"image": images(n)})["logits"], run(residual(), images(n)), atol=1e-4)
+
+
+def test_float_weights_behind_integers_stay_so_where_nothing_quantises_them(tmp_path):
+    """As in TensorRT's dialect of a model with layers kept in float, which its provider gets after ONNX Runtime's own optimisations."""
+    model, scales = quantized()
+    mixed = canonicalize(model, scales=scales)
+    graph = Graph(mixed.graph)
+    (weight,) = [n for n in graph.nodes("DequantizeLinear") if n.input[0] == "layer1.0.conv1.weight"]
+    (conv,) = graph.consumers[weight.output[0]]
+    floating = np.random.default_rng(0).normal(0, 0.1, graph.constant(weight.input[0]).shape).astype(np.float32)
+    graph.redirect(weight.output[0], graph.add_constant("kept.weight", floating), [conv])
+    graph.finish()
+    onnx.save(mixed, tmp_path / "mixed.onnx")
+    stored = {}
+    for name, without in (("as it is", ()), ("without", [QUANTIZING_WEIGHTS])):
+        create(tmp_path / "mixed.onnx", 1, optimized=tmp_path / "optimized.onnx", without=without)
+        optimized = onnx.load(tmp_path / "optimized.onnx").graph
+        stored[name] = any(tuple(t.dims) == floating.shape and t.data_type == onnx.TensorProto.FLOAT for t in optimized.initializer)
+    assert stored == {"as it is": False, "without": True}
 
 
 def test_outputs_and_feeds_belong_to_the_caller(path):
