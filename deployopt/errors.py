@@ -22,7 +22,8 @@ DeployoptError                  4   anything of ours
     └── ArtifactMismatch        4   made for another version, device or input
 """
 
-from typing import NamedTuple, Optional, Sequence
+from contextlib import contextmanager
+from typing import Iterator, NamedTuple, Optional, Sequence
 
 
 class DeployoptError(Exception):
@@ -158,3 +159,17 @@ class ArtifactCorrupt(ArtifactError):
 
 class ArtifactMismatch(ArtifactError):
     """An artifact made for another version, device or input than asked for."""
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Ctrl-C stays a KeyboardInterrupt where a library that it hits fails with something else meanwhile, as PyTorch may ("mode stack")."""
+    try:
+        yield
+    except Exception as exc:
+        cause: Optional[BaseException] = exc
+        while cause is not None:
+            if isinstance(cause, KeyboardInterrupt):
+                raise KeyboardInterrupt from exc
+            cause = cause.__cause__ or cause.__context__
+        raise

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from deployopt import report, store
 from deployopt.bench.environment import environment, utc_now
-from deployopt.errors import UsageError
+from deployopt.errors import UsageError, interrupts_kept
 from deployopt.pipeline.document import assemble
 from deployopt.pipeline.inspection import REPORTED
 from deployopt.pipeline.invocation import RESULT, Invocation, load_data, read_output, write_result
@@ -70,7 +70,8 @@ def execute(planned: Plan, run_dir: Path | None = None, observer: Observer | Non
         where = environment(sorted({d for s in planned.steps for d in s.stage.distributions} | set(REPORTED)))
         atomic_write_json(folder / "environment.json", where)
         runner = _Runner(planned, folder, watcher, fresh)
-        outputs = [runner.run(step) for step in planned.steps]
+        with interrupts_kept():
+            outputs = [runner.run(step) for step in planned.steps]
         document = assemble(planned, outputs, runner.dataset_facts(), where, started, folder.name, sha)
         report.write_all(document, folder)
         _prune_cache(planned, size_cap)

@@ -18,11 +18,11 @@ from pydantic import Field, JsonValue, PositiveFloat, field_validator
 
 from deployopt import backends, plugins
 from deployopt.artifact import INT8_PRECISIONS, NOT_VERIFIED, Artifact, Availability, Precision, quantized_share
-from deployopt.backends import Backend, BuildRequest
+from deployopt.backends import BuildRequest
 from deployopt.bench.environment import versions, without_folders
 from deployopt.config import OptionsOf
 from deployopt.data import Leading
-from deployopt.errors import BuildFailed, DeployoptError, UsageError
+from deployopt.errors import BuildFailed, DeployoptError, UsageError, interrupts_kept
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import SessionOptions
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
@@ -136,13 +136,13 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
         str(target.precision), config.batch_sizes, context.threads, context.device, expansion.parameters["options"], 60 * config.timeout_minutes
     )
     try:
-        backend = backends.find(name)
-        artifact = build_prepared(name, onnx.path, context.folder, request, context.progress)
+        with interrupts_kept():
+            artifact = build_prepared(name, onnx.path, context.folder, request, context.progress)
         verified = _verified(artifact, len(onnx.metadata.get("float_layers", ())))
         shortfall = _shortfall(artifact, request.precision, verified)
         if shortfall and config.on_unverified == "fail":
             raise BuildFailed(shortfall, "set build.on_unverified: warn to keep it")
-        why_not = _why_not_here(backend, artifact)
+        why_not = _why_not_here(name, artifact)
         parity, mismatch = _parity(context, name, artifact, onnx.path, request) if artifact.kind == "engine" and why_not is None else (None, None)
         if mismatch and config.on_mismatch == "fail":
             raise BuildFailed(mismatch, "set build.on_mismatch: warn to keep it")
@@ -175,9 +175,9 @@ def build_prepared(name: str, canonical: Path, folder: Path, request: BuildReque
         return backend.build(prepared, folder, replace(request, options=options), progress)
 
 
-def _why_not_here(backend: Backend, artifact: Artifact) -> str | None:
+def _why_not_here(name: str, artifact: Artifact) -> str | None:
     """Why an artifact does not run on this machine: its backend does not, or it was built for other devices; None if it does."""
-    probed = backend.probe()
+    probed = backends.find(name).probe()
     if not probed.runs:
         return probed.reason or "its backend does not run on this machine and does not say why"
     misfit: str | None = artifact.metadata.get("misfit")

@@ -13,6 +13,7 @@ from distributions import install
 
 from deployopt import load_recipe, pipeline, store
 from deployopt.errors import UsageError
+from deployopt.stages import init
 
 FLOAT = ["fp32", "fp16", "bf16"]
 
@@ -73,6 +74,19 @@ def test_ctrl_c_ends_with_130_and_the_command_that_resumes(recipe: Path, tmp_pat
     assert f"deployopt run {recipe} --run-dir {folder} --threads 1\n  (without --fresh, which would begin again;" in err
     assert "interrupted\n" in err
     assert "Traceback" not in err
+
+
+def test_ctrl_c_that_makes_a_library_fail_is_ctrl_c(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("trying to pop from empty mode stack")
+
+    monkeypatch.setattr(init, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.execute(pipeline.plan(load_recipe(recipe)), tmp_path / "run", fresh=True)
+    assert "the run ended" not in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_run_that_ends_before_it_measures_judges_no_budget(recipe: Path, tmp_path: Path) -> None:

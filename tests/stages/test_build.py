@@ -252,8 +252,16 @@ def test_a_backends_fault_becomes_the_reason(tmp_path, fake, fault, reason):
     assert any("bang" in line or "no kernel" in line for line in logged)
 
 
-def test_an_interrupt_is_no_fault(tmp_path, fake):
-    fake.fault = KeyboardInterrupt()
+def lost_to_an_interrupt():
+    """As PyTorch fails when Ctrl-C hits it between two steps that belong together."""
+    fault = RuntimeError("trying to pop from empty mode stack")
+    fault.__context__ = KeyboardInterrupt()
+    return fault
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), lost_to_an_interrupt()], ids=["itself", "another"])
+def test_an_interrupt_is_no_fault(tmp_path, fake, fault):
+    fake.fault = fault
     config = build.Config(backends=["fake"])
     (step,) = build.expand(config, planning("fp32"))
     with pytest.raises(KeyboardInterrupt):
