@@ -1,7 +1,7 @@
 """Fashion-MNIST, whole 10,000-image test split: what pruning plus INT8 costs against a dense network trained as long in total.
 
     python benchmarks/fashion_mnist.py --limits 20000 --seeds 0 1 2       # about two and a half hours on two AVX2 cores
-    python benchmarks/fashion_mnist.py --limits 60000 --seeds 0           # about two hours on two AVX-512 cores
+    python benchmarks/fashion_mnist.py --limits 60000 --seeds 0           # about two and a quarter hours on two AVX-512 cores
 
 Both are ResNet-18 with its ImageNet stem on images scaled to 32 pixels, trained in schedules that each go from the full learning rate to zero (warm
 restarts, https://arxiv.org/abs/1608.03983): TRAININGS below. The dense one's each take as long as those before together, and it is judged after each but
