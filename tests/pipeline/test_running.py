@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from cli_runs import TINY, Finished, logged, run, start, wait_for
+from cli_runs import HURRIED, TINY, Finished, logged, run, start, wait_for
 from distributions import install
 
 from deployopt import load_recipe, pipeline, store
@@ -93,6 +94,34 @@ def test_a_run_that_ends_before_it_measures_judges_no_budget(recipe: Path, tmp_p
     document = run(recipe, tmp_path / "run", tmp_path / "cache", "--until", "init", "--set", "budget.min_speedup=2")  # asserts exit code 0
     assert document["rows"] == []
     assert document["budget"]["met"] is True
+
+
+LOPSIDED = """
+from torch import nn
+
+def lopsided(num_outputs, channels):
+    \"\"\"Its second convolution is padded by one more on one side than on the other, which nothing quantises.\"\"\"
+    body = [nn.Conv2d(channels, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 4, padding="same"), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*body, nn.Linear(16, num_outputs))
+"""
+
+
+def test_layers_that_do_not_run_in_int8_miss_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "shapes", "[deployopt.models]\nlopsided = shapes.nets:lopsided\n", {"nets": LOPSIDED})
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    recipe = tmp_path / "lopsided.yaml"
+    recipe.write_text(
+        f"name: lopsided\nmodel: {{arch: lopsided}}\ndata: {{name: digits, image_size: 8}}\nstages:\n  - finetune: {{epochs: 1}}\n  - ptq\n"
+        f"  - export: {{precisions: [int8]}}\n  - build: {{backends: [onnxruntime, openvino]}}\n  - benchmark: {json.dumps(HURRIED)}\n"
+        "budget: {min_quantized_layers: 1.0}\n"
+    )
+    document = run(recipe, tmp_path / "run", tmp_path / "cache", exit_codes=(1,))
+    rows = {r["backend"]: r for r in document["rows"] if r["precision"] == "int8"}
+    for backend in ("onnxruntime", "openvino"):
+        assert (rows[backend]["verified"]["quantized_layers"], rows[backend]["verified"]["quantizable_layers"]) == (2, 3)
+        assert "only 2 of 3 layers run in INT8 (1 in fp32, 2 in int8)" in rows[backend]["notes"]
+    missed = [v for v in document["budget"]["violations"] if v["limit"] == "min_quantized_layers"]
+    assert [v["found"] for v in missed] == [pytest.approx(2 / 3)] * 2
 
 
 def test_a_run_prunes_the_cache_and_spares_what_it_used(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
