@@ -23,7 +23,7 @@ DeployoptError                  4   anything of ours
 """
 
 from contextlib import contextmanager
-from typing import Iterator, NamedTuple, Optional, Sequence
+from typing import Iterator, List, NamedTuple, Optional, Sequence
 
 
 class DeployoptError(Exception):
@@ -167,9 +167,10 @@ def interrupts_kept() -> Iterator[None]:
     try:
         yield
     except Exception as exc:
-        cause: Optional[BaseException] = exc
-        while cause is not None:
-            if isinstance(cause, KeyboardInterrupt):
+        behind: List[Optional[BaseException]] = [exc]
+        for error in behind:  # grows while it is walked
+            if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt from exc
-            cause = cause.__cause__ or cause.__context__
+            if error is not None:
+                behind += [other for other in (error.__cause__, error.__context__) if not any(other is known for known in behind)]
         raise

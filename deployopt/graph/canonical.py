@@ -17,6 +17,7 @@ from deployopt.graph.editing import PRODUCTS, TRANSPARENT, Graph, attribute, clo
 Scales = Mapping[str, Mapping[str, float]]
 SCALES_KEY = "deployopt.scales"
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
+_USABLE = f"finite, positive and at least {SMALLEST_NORMAL:.2g}, since runtimes take less for zero"
 _CALIBRATE = "calibrate on more varied images: a constant tensor has no range"
 
 
@@ -72,7 +73,7 @@ def _checked(scales: Scales, graph: Graph) -> dict[str, dict[str, float]]:
         for role, value in roles.items():
             if not is_usable_scale(value):
                 raise ExportFailed(
-                    f"the scale '{role}' of the layer '{layer}' must be finite and positive, found {value}",
+                    f"the scale '{role}' of the layer '{layer}' must be {_USABLE}, found {value:g}",
                     _CALIBRATE,
                 )
     return {layer: {role: float(value) for role, value in roles.items()} for layer, roles in scales.items()}
@@ -110,9 +111,10 @@ def quantize(values: NDArray[Any], scale: NDArray[Any], zero_point: NDArray[Any]
 def _check_scales(graph: Graph) -> None:
     for node in graph.nodes("QuantizeLinear", "DequantizeLinear"):
         scale = graph.constant(node.input[1])
-        if scale is not None and not all(is_usable_scale(float(value)) for value in scale.flat):
-            kind = "tensor" if graph.constant(node.input[0]) is None else "weight"
-            raise ExportFailed(f"the scale of the {kind} '{node.input[0]}' must be finite and positive, found {float(np.min(scale))}", _CALIBRATE)
+        unusable = [] if scale is None else [float(value) for value in scale.flat if not is_usable_scale(float(value))]
+        if unusable:
+            kind, remedy = ("tensor", _CALIBRATE) if graph.constant(node.input[0]) is None else ("weight", "check the weights: what is all zero has no range")
+            raise ExportFailed(f"the scale of the {kind} '{node.input[0]}' must be {_USABLE}, found {unusable[0]:g}", remedy)
 
 
 def _fold_weights(graph: Graph) -> None:

@@ -188,7 +188,8 @@ class Binder:
     def start(self, model: Mapping[str, Any], entries: Sequence[Entry]) -> Entry:
         """The planned `init` before these stages."""
         init: Stage = plugins.find("stages", "init")
-        config = init.Config.model_validate({"fan_out": not entries[0].stage.from_scratch, "family": self._family(model, entries)})
+        traced = any(getattr(entry.stage, "traces", False) for entry in entries)
+        config = init.Config.model_validate({"fan_out": not entries[0].stage.from_scratch, "family": self._family(model, entries), "traced": traced})
         return Entry("init", "init", init, config)
 
     def _family(self, model: Mapping[str, Any], entries: Sequence[Entry]) -> Family:

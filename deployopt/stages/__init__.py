@@ -198,6 +198,7 @@ class Stage(Protocol):
         from_scratch: True if it can train a network whose head is untrained. As the recipe's first stage it makes the first variant worth measuring;
             before any other first stage the network as `model` describes it is measured too.
         distributions: packages whose versions matter to its result.
+        traces: optional; True if it needs the network's graph (`nn.capture`), so that one which cannot be traced is refused before it is trained.
     """
 
     Config: type[StageConfig]

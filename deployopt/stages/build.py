@@ -138,14 +138,14 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
     try:
         with interrupts_kept():
             artifact = build_prepared(name, onnx.path, context.folder, request, context.progress)
-        verified = _verified(artifact, len(onnx.metadata.get("float_layers", ())))
-        shortfall = _shortfall(artifact, request.precision, verified)
-        if shortfall and config.on_unverified == "fail":
-            raise BuildFailed(shortfall, "set build.on_unverified: warn to keep it")
-        why_not = _why_not_here(name, artifact)
-        parity, mismatch = _parity(context, name, artifact, onnx.path, request) if artifact.kind == "engine" and why_not is None else (None, None)
-        if mismatch and config.on_mismatch == "fail":
-            raise BuildFailed(mismatch, "set build.on_mismatch: warn to keep it")
+            verified = _verified(artifact, len(onnx.metadata.get("float_layers", ())))
+            shortfall = _shortfall(artifact, request.precision, verified)
+            if shortfall and config.on_unverified == "fail":
+                raise BuildFailed(shortfall, "set build.on_unverified: warn to keep it")
+            why_not = _why_not_here(name, artifact)
+            parity, mismatch = _parity(context, name, artifact, onnx.path, request) if artifact.kind == "engine" and why_not is None else (None, None)
+            if mismatch and config.on_mismatch == "fail":
+                raise BuildFailed(mismatch, "set build.on_mismatch: warn to keep it")
     except DeployoptError as exc:
         return _failed(expansion.label, str(exc), context, onnx.path.parent)
     except Exception as exc:  # a third party's backend: its fault is this row's reason

@@ -34,6 +34,7 @@ cacheable = True
 timed = False
 trains = False
 from_scratch = False
+traces = True
 distributions = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 
 MIN_OPSET, MAX_OPSET = 19, 23  # 19: FP16 scales of Q/DQ; 23: the newest that torch.onnx writes for these operators

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from deployopt.stages import Expansion, Family, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
 from deployopt.stages._training import DISTRIBUTIONS, finish
@@ -27,10 +27,14 @@ distributions = DISTRIBUTIONS
 class Config(StageConfig):
     """Set by the planner."""
 
+    NOT_IN_KEY: ClassVar[frozenset[str]] = frozenset({"traced"})  # the network is the same
+
     fan_out: bool = True
     """Export and measure this network too: True unless the next stage trains from scratch; then it is a trained checkpoint."""
     family: Family = "float"
     """int8 if `model.weights` is the folder of a quantised variant."""
+    traced: bool = True
+    """A later stage needs the network's graph: what cannot be traced ends here, before it is trained."""
 
 
 def expand(config: Config, planning: Planning) -> list[Expansion]:
@@ -42,7 +46,6 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
         import torch
 
         from deployopt.nn import checkpoint, models
-        from deployopt.nn.capture import capture, example_input
 
     torch.set_num_threads(context.threads)
     dataset = context.dataset()
@@ -55,11 +58,25 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
             network = checkpoint.resume(Path(weights), outputs, dataset.preprocessing, context.progress)
         else:
             network = models.build(base, dataset.preprocessing, weights, context.progress)
-    with context.progress.track("trace the network", None):  # before it is trained: what no stage can count, cut or export fails now
-        capture(network, example_input(dataset.preprocessing))
+    with context.progress.track("trace the network", None):
+        _check(network, config.traced)
     if config.fan_out:
         return finish(context, network, None, config.family, scored=_quantized(network) if config.family == "int8" else None, curves=[])
     return StepResult({"family": config.family, "parent": None}, {"model": checkpoint.save(context.folder, network)})  # nothing to score yet
+
+
+def _check(network: Network, traced: bool) -> None:
+    """Raise ExportFailed for a network that a later stage cannot count or trace; names the line."""
+    from deployopt.nn import macs
+    from deployopt.nn.capture import capture, example_input
+
+    try:
+        macs.count(network, network.input_shape)
+    except Exception:  # of the model's own code, on shapes alone
+        capture(network, example_input(network.preprocessing))
+        raise
+    if traced:
+        capture(network, example_input(network.preprocessing))
 
 
 def _quantized(network: Network) -> nn.Module:

@@ -9,7 +9,7 @@ from deployopt.stages._mixed_precision import check, decide
 from deployopt.stages._quantize import DISTRIBUTIONS, Quantization, calibrated, expand, parent_outputs
 from deployopt.stages._training import finish, load_parent, outputs
 
-__all__ = ["Config", "after", "cacheable", "distributions", "expand", "from_scratch", "not_after", "run", "timed", "trains", "version"]
+__all__ = ["Config", "after", "cacheable", "distributions", "expand", "from_scratch", "not_after", "run", "timed", "traces", "trains", "version"]
 
 version = 5
 not_after = frozenset({"qat", "ptq", "export", "build", "benchmark"})
@@ -18,6 +18,7 @@ cacheable = True
 timed = False
 trains = False
 from_scratch = False
+traces = True
 distributions = DISTRIBUTIONS
 
 

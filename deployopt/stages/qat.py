@@ -15,7 +15,7 @@ from deployopt.stages._training import Distill, TrainingConfig, finish, load_par
 if TYPE_CHECKING:
     from deployopt.nn.prepared import Prepared
 
-__all__ = ["Config", "Distill", "after", "cacheable", "distributions", "expand", "from_scratch", "not_after", "run", "timed", "trains", "version"]
+__all__ = ["Config", "Distill", "after", "cacheable", "distributions", "expand", "from_scratch", "not_after", "run", "timed", "traces", "trains", "version"]
 
 version = 7
 not_after = frozenset({"qat", "ptq", "export", "build", "benchmark"})
@@ -24,6 +24,7 @@ cacheable = True
 timed = False
 trains = True
 from_scratch = False
+traces = True
 distributions = DISTRIBUTIONS
 
 

@@ -13,7 +13,7 @@ from cli_runs import HURRIED, TINY, Finished, logged, run, start, wait_for
 from distributions import install
 
 from deployopt import load_recipe, pipeline, store
-from deployopt.errors import UsageError
+from deployopt.errors import UsageError, interrupts_kept
 from deployopt.stages import init
 
 FLOAT = ["fp32", "fp16", "bf16"]
@@ -94,6 +94,20 @@ def test_a_run_that_ends_before_it_measures_judges_no_budget(recipe: Path, tmp_p
     document = run(recipe, tmp_path / "run", tmp_path / "cache", "--until", "init", "--set", "budget.min_speedup=2")  # asserts exit code 0
     assert document["rows"] == []
     assert document["budget"]["met"] is True
+
+
+def test_interrupts_are_found_behind_any_link_and_cycles_end() -> None:
+    def raised(error: BaseException) -> None:
+        with interrupts_kept():
+            raise error
+
+    behind, looped = RuntimeError("y"), ValueError("a")
+    behind.__cause__, behind.__context__ = ValueError("x"), KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        raised(behind)
+    looped.__cause__ = looped
+    with pytest.raises(ValueError, match="a"):
+        raised(looped)
 
 
 LOPSIDED = """

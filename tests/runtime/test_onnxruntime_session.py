@@ -49,7 +49,8 @@ def test_float_weights_behind_integers_stay_so_where_nothing_quantises_them(tmp_
         create(tmp_path / "mixed.onnx", 1, optimized=tmp_path / "optimized.onnx", without=without)
         optimized = onnx.load(tmp_path / "optimized.onnx").graph
         stored[name] = any(tuple(t.dims) == floating.shape and t.data_type == onnx.TensorProto.FLOAT for t in optimized.initializer)
-    assert stored == {"as it is": False, "without": True}
+    assert stored["without"]
+    assert not stored["as it is"], "ONNX Runtime no longer quantises such weights: what prevents it here and in graph/dialects.py can go"
 
 
 def test_outputs_and_feeds_belong_to_the_caller(path):

@@ -102,6 +102,18 @@ def test_a_network_that_cannot_be_traced_ends_before_it_is_trained(run_stages, t
     assert [p.name for p in tmp_path.rglob("*")] == ["0-init"]
 
 
+def test_a_network_that_nothing_will_trace_may_be_trained(run_stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    class ByBatch(Item):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return cast(torch.Tensor, self.fc(torch.stack([row.mean((1, 2)) for row in self.conv(x)])))
+
+    monkeypatch.setattr(models, "_body", lambda *_: ByBatch())
+    with pytest.raises(ExportFailed, match="the line fits one batch size only"):
+        run_stages(tmp_path / "traced", START)
+    steps = run_stages(tmp_path / "not", [(init, init.Config(fan_out=False, traced=False)), START[1]])
+    assert "top1" in steps[-1].record["accuracy"]
+
+
 def test_a_repeated_run_writes_the_same_bytes(run_stages, trained: list[StepOutput], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     plan = [(prune, pruning(importance="taylor", **{"global": True}))]
     again = run_stages(tmp_path / "start", START)
