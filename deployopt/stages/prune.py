@@ -315,7 +315,7 @@ class _Pruning:
         except PruningImpossible as exc:
             option, easier = ("speedup", "lower") if self._config.target.speedup is not None else (f"{metric}_ratio", "raise")
             remedy = f"{easier} {stage}.target.{option}, raise {stage}.max_layer_ratio, or lower {stage}.round_to"
-            raise PruningImpossible(f"{stage}.target.{option}: {exc}", remedy) from exc
+            raise PruningImpossible(f"{stage}.target.{option}: {exc.message}", remedy) from exc
 
     def _with_shares(self, cuts: Cuts, iteration: int) -> Cuts:
         from deployopt.data import Leading
