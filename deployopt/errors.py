@@ -22,8 +22,7 @@ DeployoptError                  4   anything of ours
     └── ArtifactMismatch        4   made for another version, device or input
 """
 
-from contextlib import contextmanager
-from typing import Iterator, List, NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 
 class DeployoptError(Exception):
@@ -159,18 +158,3 @@ class ArtifactCorrupt(ArtifactError):
 
 class ArtifactMismatch(ArtifactError):
     """An artifact made for another version, device or input than asked for."""
-
-
-@contextmanager
-def interrupts_kept() -> Iterator[None]:
-    """Ctrl-C stays a KeyboardInterrupt where a library that it hits fails with something else meanwhile, as PyTorch may ("mode stack")."""
-    try:
-        yield
-    except Exception as exc:
-        behind: List[Optional[BaseException]] = [exc]
-        for error in behind:  # grows while it is walked
-            if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt from exc
-            if error is not None:
-                behind += [other for other in (error.__cause__, error.__context__) if not any(other is known for known in behind)]
-        raise

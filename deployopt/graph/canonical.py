@@ -16,8 +16,8 @@ from deployopt.graph.editing import PRODUCTS, TRANSPARENT, Graph, attribute, clo
 
 Scales = Mapping[str, Mapping[str, float]]
 SCALES_KEY = "deployopt.scales"
-SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
-_USABLE = f"finite, positive and at least {SMALLEST_NORMAL:.2g}, since runtimes take less for zero"
+_SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
+_USABLE = f"finite, positive and at least {_SMALLEST_NORMAL:.2g}, since runtimes take less for zero"
 _CALIBRATE = "calibrate on more varied images: a constant tensor has no range"
 
 
@@ -62,7 +62,7 @@ def stored_scales(model: ModelProto) -> dict[str, dict[str, float]]:
 
 def is_usable_scale(scale: float) -> bool:
     """Whether it is finite, positive, and not so small that runtimes flush it to zero."""
-    return math.isfinite(scale) and scale >= SMALLEST_NORMAL
+    return math.isfinite(scale) and scale >= _SMALLEST_NORMAL
 
 
 def _checked(scales: Scales, graph: Graph) -> dict[str, dict[str, float]]:

@@ -10,7 +10,7 @@ from onnx import ModelProto, NodeProto, checker, helper
 
 from deployopt.errors import ExportFailed
 from deployopt.graph.canonical import Scales, stored_scales
-from deployopt.graph.editing import PRODUCTS, TRANSPARENT, Graph, attribute, clone, dequantizer_of, layer_name, with_shapes
+from deployopt.graph.editing import PRODUCTS, TRANSPARENT, Graph, attribute, clone, dequantizer_of, layer_name, unmoved, with_shapes
 from deployopt.runtime.saturation import SATURATION_KEY, VNNI_KEY
 
 _PAIR_SAFE = 64  # 2 · 255 · 64 < 2^15: a pair of products of x86's vpmaddubsw fits int16
@@ -311,7 +311,7 @@ def keep_float_weights(model: ModelProto) -> ModelProto:
     channels = {v.name: v.type.tensor_type.shape.dim[1].dim_value for v in kept.graph.value_info if len(v.type.tensor_type.shape.dim) > 1}
     changed = False
     for layer in graph.nodes("Conv", "ConvTranspose", "Gemm"):
-        dequantizer = _carried_dequantizer(graph, layer.input[0])
+        dequantizer = graph.producer(unmoved(graph, layer.input[0], _CARRYING), "DequantizeLinear")
         if dequantizer is None or graph.constant(layer.input[1]) is None or not channels.get(dequantizer.input[0]):
             continue
         constants = [(name, graph.constant(name)) for name in dequantizer.input[1:]]
@@ -324,13 +324,6 @@ def keep_float_weights(model: ModelProto) -> ModelProto:
     kept = with_shapes(kept)
     checker.check_model(kept, full_check=True)
     return kept
-
-
-def _carried_dequantizer(graph: Graph, tensor: str) -> NodeProto | None:
-    """The DequantizeLinear that ONNX Runtime carries on to where this tensor is read."""
-    while (node := graph.producers.get(tensor)) is not None and node.op_type in _CARRYING:
-        tensor = node.input[0]
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 
 def _moved_alike(graph: Graph, tensor: str, dequantized: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -171,9 +171,9 @@ def layer_name(graph: Graph, node: NodeProto) -> str:
     return tensor.removesuffix(".weight") if tensor.endswith(".weight") else node.name or node.output[0]
 
 
-def unmoved(graph: Graph, tensor: str) -> str:
-    """The tensor whose values this one holds, before they were pooled by their maximum, reshaped or moved about."""
-    while (node := graph.producers.get(tensor)) is not None and node.op_type in TRANSPARENT:
+def unmoved(graph: Graph, tensor: str, through: Collection[str] = TRANSPARENT) -> str:
+    """The tensor whose values this one holds, before they were pooled by their maximum, reshaped or moved about: by operators of the types `through`."""
+    while (node := graph.producers.get(tensor)) is not None and node.op_type in through:
         tensor = node.input[0]
     return tensor
 

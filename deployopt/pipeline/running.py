@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from deployopt import report, store
 from deployopt.bench.environment import environment, utc_now
-from deployopt.errors import UsageError, interrupts_kept
+from deployopt.errors import UsageError
 from deployopt.pipeline.document import assemble
 from deployopt.pipeline.inspection import REPORTED
 from deployopt.pipeline.invocation import RESULT, Invocation, load_data, read_output, write_result
@@ -21,6 +21,7 @@ from deployopt.pipeline.planning import Plan, Step
 from deployopt.recipe import read_document
 from deployopt.runtime.files import atomic_write, atomic_write_json, is_left_behind
 from deployopt.runtime.hashing import sha256_json
+from deployopt.runtime.process import interrupts_kept
 from deployopt.runtime.progress import Progress, SilentProgress
 from deployopt.stages import StepOutput, StepResult
 

@@ -1,11 +1,11 @@
-"""Talking about and across processes: how one ended, what it last said, and our errors as JSON."""
+"""Talking about and across processes: how one ended or is interrupted, what it last said, and our errors as JSON."""
 
 import atexit
 import contextlib
 import os
 import signal
 import sys
-from typing import IO, Any, Dict, Mapping, NoReturn
+from typing import IO, Any, Dict, Iterator, List, Mapping, NoReturn, Optional
 
 from deployopt import errors
 from deployopt.errors import DeployoptError, StageFailed
@@ -56,3 +56,18 @@ def error_from_json(data: Mapping[str, Any], doing: str) -> DeployoptError:
     vars(error).update(data["facts"])
     assert isinstance(error, DeployoptError)
     return error
+
+
+@contextlib.contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Ctrl-C stays a KeyboardInterrupt where a library that it hits fails with something else meanwhile, as PyTorch may ("mode stack")."""
+    try:
+        yield
+    except Exception as exc:
+        behind: List[Optional[BaseException]] = [exc]
+        for error in behind:  # grows while it is walked
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt from exc
+            if error is not None:
+                behind += [other for other in (error.__cause__, error.__context__) if not any(other is known for known in behind)]
+        raise

@@ -22,7 +22,8 @@ from deployopt.backends import BuildRequest
 from deployopt.bench.environment import versions, without_folders
 from deployopt.config import OptionsOf
 from deployopt.data import Leading
-from deployopt.errors import BuildFailed, DeployoptError, UsageError, interrupts_kept
+from deployopt.errors import BuildFailed, DeployoptError, UsageError
+from deployopt.runtime.process import interrupts_kept
 from deployopt.runtime.progress import Progress
 from deployopt.runtime.session import SessionOptions
 from deployopt.stages import Expansion, Planning, Point, StageConfig, StageContext, StepOutput, StepResult
@@ -53,7 +54,7 @@ class Config(StageConfig):
     """One build that takes longer is ended, and its row has failed. Large INT8 networks take TensorRT some minutes."""
     on_unverified: Literal["warn", "fail"] = "warn"
     """What to do with an artifact of which the runtime executes less in the precision asked for than all convolutions and matrix products (in INT8 but for
-    those that mixed_precision keeps in float), and with an engine that does not tell."""
+    those that mixed_precision keeps in float), or more in INT8 than that; and with an engine that does not tell."""
     on_mismatch: Literal["warn", "fail"] = "warn"
     """What to do with an engine whose outputs on validation images differ from ONNX Runtime's by more than rounding explains; engines that run here are
     compared after their build."""

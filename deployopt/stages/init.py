@@ -58,7 +58,7 @@ def run(context: StageContext, config: Config, expansion: Expansion, inputs: Seq
             network = checkpoint.resume(Path(weights), outputs, dataset.preprocessing, context.progress)
         else:
             network = models.build(base, dataset.preprocessing, weights, context.progress)
-    with context.progress.track("trace the network", None):
+    with context.progress.track("check the network", None):
         _check(network, config.traced)
     if config.fan_out:
         return finish(context, network, None, config.family, scored=_quantized(network) if config.family == "int8" else None, curves=[])

@@ -13,7 +13,8 @@ from cli_runs import HURRIED, TINY, Finished, logged, run, start, wait_for
 from distributions import install
 
 from deployopt import load_recipe, pipeline, store
-from deployopt.errors import UsageError, interrupts_kept
+from deployopt.errors import UsageError
+from deployopt.runtime.process import interrupts_kept
 from deployopt.stages import init
 
 FLOAT = ["fp32", "fp16", "bf16"]
